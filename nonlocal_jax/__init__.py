@@ -1,0 +1,1 @@
+"""Non-local segmentation networks in JAX and Flax."""

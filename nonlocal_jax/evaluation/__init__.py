@@ -1,0 +1,1 @@
+"""Evaluation: inference protocols, metrics and the evaluator."""

@@ -1,0 +1,1 @@
+"""Weights on disk: PyTorch files, the map between their names and ours, and Orbax checkpoints."""
