@@ -1,0 +1,81 @@
+"""The decode head with the non-local block, and the auxiliary head (mmseg `NLHead` and `FCNHead`)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nonlocal_jax.models.layers import ConvNorm, conv
+from nonlocal_jax.models.non_local import NonLocalBlock
+
+
+class NonLocalHead(nnx.Module):
+  """conv, non-local block, conv, then a convolution over [features, result], then the classifier."""
+
+  def __init__(
+    self,
+    in_channels: int,
+    channels: int,
+    num_classes: int,
+    *,
+    non_local: bool = True,
+    dropout: float = 0.1,
+    rngs: nnx.Rngs,
+  ):
+    """Makes the head; `non_local=False` leaves out the block, which gives mmseg's `FCNHead` with two convolutions."""
+    self.convs = nnx.List(
+      [
+        ConvNorm(in_channels, channels, 3, rngs=rngs),
+        ConvNorm(channels, channels, 3, rngs=rngs),
+      ]
+    )
+    self.nl_block = NonLocalBlock(channels, rngs=rngs) if non_local else None
+    self.conv_cat = ConvNorm(in_channels + channels, channels, 3, rngs=rngs)
+    self.dropout = dropout_channels(dropout)
+    self.conv_seg = classifier(channels, num_classes, rngs=rngs)
+
+  def __call__(
+    self, features: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
+  ) -> jax.Array:
+    """(n, h, w, in_channels) -> logits (n, h, w, num_classes); `rngs` draws the dropped channels in training."""
+    x = self.convs[0](features, train=train)
+    if self.nl_block is not None:
+      x = self.nl_block(x, train=train)
+    x = self.convs[1](x, train=train)
+    x = self.conv_cat(jnp.concatenate([features, x], axis=-1), train=train)
+    return self.conv_seg(self.dropout(x, deterministic=not train, rngs=rngs))
+
+
+class AuxiliaryHead(nnx.Module):
+  """One convolution and the classifier, on the features of stage 3; for training only."""
+
+  def __init__(
+    self,
+    in_channels: int,
+    channels: int,
+    num_classes: int,
+    *,
+    dropout: float = 0.1,
+    rngs: nnx.Rngs,
+  ):
+    """Makes the head."""
+    self.convs = nnx.List([ConvNorm(in_channels, channels, 3, rngs=rngs)])
+    self.dropout = dropout_channels(dropout)
+    self.conv_seg = classifier(channels, num_classes, rngs=rngs)
+
+  def __call__(
+    self, features: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
+  ) -> jax.Array:
+    """(n, h, w, in_channels) -> logits (n, h, w, num_classes); `rngs` draws the dropped channels in training."""
+    x = self.convs[0](features, train=train)
+    return self.conv_seg(self.dropout(x, deterministic=not train, rngs=rngs))
+
+
+def dropout_channels(rate: float) -> nnx.Dropout:
+  """Drops whole channels of a sample with probability `rate` (torch `Dropout2d`)."""
+  return nnx.Dropout(rate, broadcast_dims=(1, 2))
+
+
+def classifier(channels: int, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Conv:
+  """The 1x1 convolution from features to logits."""
+  init = nnx.initializers.normal(0.01)
+  return conv(channels, num_classes, 1, use_bias=True, kernel_init=init, rngs=rngs)

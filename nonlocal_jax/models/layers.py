@@ -1,0 +1,187 @@
+"""The layers that every part of the network is made of, with PyTorch's conventions where the checkpoints need them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+KAIMING_FAN_OUT = nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+
+
+def conv(
+  in_channels: int,
+  out_channels: int,
+  kernel: int,
+  *,
+  stride: int = 1,
+  dilation: int = 1,
+  use_bias: bool = False,
+  kernel_init: nnx.initializers.Initializer = KAIMING_FAN_OUT,
+  rngs: nnx.Rngs,
+) -> nnx.Conv:
+  """A square 2-D convolution padded as in the released checkpoints.
+
+  The padding is `dilation * (kernel - 1) / 2` zeros on each side: at stride 2 this differs from 'SAME'.
+
+  Args:
+    in_channels: Channels of the input.
+    out_channels: Channels of the output.
+    kernel: Edge of the kernel, odd.
+    stride: Step between outputs, in input pixels.
+    dilation: Step between kernel taps, in input pixels.
+    use_bias: Whether to add a bias, initialised with zeros.
+    kernel_init: Initialiser of the (kernel, kernel, in_channels, out_channels) float32 array.
+    rngs: Source of the initial values.
+
+  Returns:
+    A convolution from (n, h, w, in_channels) to (n, ceil(h / stride), ceil(w / stride), out_channels).
+  """
+  pad = dilation * (kernel // 2)
+  return nnx.Conv(
+    in_channels,
+    out_channels,
+    (kernel, kernel),
+    strides=stride,
+    kernel_dilation=dilation,
+    padding=((pad, pad), (pad, pad)),
+    use_bias=use_bias,
+    kernel_init=kernel_init,
+    rngs=rngs,
+  )
+
+
+class BatchNorm(nnx.Module):
+  """Batch normalisation over (n, h, w) with PyTorch's running statistics.
+
+  In training the batch is normalised with its biased variance, and the running variance takes the unbiased one
+  (`n / (n - 1)` larger), as `torch.nn.BatchNorm2d` does and `flax.nnx.BatchNorm` does not. Over a batch that is sharded
+  under `jax.jit` the mean is that of the global batch: SyncBN.
+
+  Attributes:
+    scale: (channels,) float32.
+    bias: (channels,) float32.
+    mean: (channels,) float32, running mean.
+    var: (channels,) float32, running unbiased variance.
+  """
+
+  def __init__(self, channels: int, *, momentum: float = 0.1, epsilon: float = 1e-5):
+    """Starts as the identity on normalised data.
+
+    Args:
+      channels: Size of the last axis of the input.
+      momentum: Weight of the newest batch in the running statistics, in [0, 1].
+      epsilon: Added to the variance.
+    """
+    self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+    self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
+    self.mean = nnx.BatchStat(jnp.zeros((channels,), jnp.float32))
+    self.var = nnx.BatchStat(jnp.ones((channels,), jnp.float32))
+    self.momentum = momentum
+    self.epsilon = epsilon
+
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    """Normalises `x` (n, h, w, channels); in training with the batch's statistics, which it then folds in."""
+    if train:
+      mean = jnp.mean(x, axis=(0, 1, 2))
+      var = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2))
+      count = x.size // x.shape[-1]
+      unbiased = var * (count / max(count - 1, 1))
+      self.mean[...] = (1 - self.momentum) * self.mean[...] + self.momentum * mean
+      self.var[...] = (1 - self.momentum) * self.var[...] + self.momentum * unbiased
+    else:
+      mean, var = self.mean[...], self.var[...]
+    return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * self.scale[...]) + self.bias[...]
+
+
+class ConvNorm(nnx.Module):
+  """Convolution without bias, then batch normalisation, then ReLU if asked for (mmcv `ConvModule`)."""
+
+  def __init__(
+    self,
+    in_channels: int,
+    out_channels: int,
+    kernel: int,
+    *,
+    stride: int = 1,
+    relu: bool = True,
+    rngs: nnx.Rngs,
+  ):
+    """See `conv` for the arguments; `relu` switches the activation."""
+    self.conv = conv(in_channels, out_channels, kernel, stride=stride, rngs=rngs)
+    self.bn = BatchNorm(out_channels)
+    self.relu = relu
+
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    """(n, h, w, in_channels) -> (n, ceil(h / stride), ceil(w / stride), out_channels)."""
+    x = self.bn(self.conv(x), train=train)
+    return jax.nn.relu(x) if self.relu else x
+
+
+def bilinear_matrix(in_size: int, out_size: int, *, align_corners: bool) -> np.ndarray:
+  """The matrix that resizes one axis bilinearly, without antialiasing.
+
+  Source coordinates are computed in float32, as in `torch.nn.functional.interpolate`: half-pixel centres clamped at 0, or
+  corner on corner with `align_corners`.
+
+  Args:
+    in_size: Length of the axis before.
+    out_size: Length of the axis after.
+    align_corners: Whether the first and last samples keep their places.
+
+  Returns:
+    (out_size, in_size) float32; each row sums to 1.
+  """
+  positions = np.arange(out_size, dtype=np.float32)
+  if align_corners:
+    step = np.float32((in_size - 1) / (out_size - 1)) if out_size > 1 else np.float32(0)
+    source = positions * step
+  else:
+    step = np.float32(in_size / out_size)
+    source = np.maximum((positions + np.float32(0.5)) * step - np.float32(0.5), 0)
+  lower = np.minimum(source.astype(np.int64), in_size - 1)
+  upper = np.minimum(lower + 1, in_size - 1)
+  fraction = source - lower.astype(np.float32)
+  matrix = np.zeros((out_size, in_size), np.float32)
+  rows = np.arange(out_size)
+  np.add.at(matrix, (rows, lower), 1 - fraction)
+  np.add.at(matrix, (rows, upper), fraction)
+  return matrix
+
+
+def apply_axis_matrices(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
+  """Applies one matrix to the rows and one to the columns of `x`.
+
+  Two dense products instead of a gather: deterministic forwards and backwards on every device.
+
+  Args:
+    x: (n, h, w, c) float32.
+    rows: (out_h, h) float32.
+    columns: (out_w, w) float32.
+
+  Returns:
+    (n, out_h, out_w, c) float32.
+  """
+  highest = jax.lax.Precision.HIGHEST
+  x = jnp.einsum('oh,nhwc->nowc', rows, x, precision=highest)
+  return jnp.einsum('pw,nowc->nopc', columns, x, precision=highest)
+
+
+def resize_bilinear(x: jax.Array, size: tuple[int, int], *, align_corners: bool) -> jax.Array:
+  """Resizes feature maps bilinearly, as `torch.nn.functional.interpolate` does.
+
+  Args:
+    x: (n, h, w, c) float32.
+    size: (out_h, out_w).
+    align_corners: See `bilinear_matrix`.
+
+  Returns:
+    (n, out_h, out_w, c) float32.
+  """
+  _, height, width, _ = x.shape
+  if size == (height, width):
+    return x
+  return apply_axis_matrices(
+    x,
+    bilinear_matrix(height, size[0], align_corners=align_corners),
+    bilinear_matrix(width, size[1], align_corners=align_corners),
+  )

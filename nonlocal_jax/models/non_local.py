@@ -1,0 +1,147 @@
+"""The non-local block (Wang et al., 2018, https://arxiv.org/abs/1711.07971), usable on its own in any NNX model."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nonlocal_jax.models.layers import BatchNorm, conv
+
+Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
+
+# Pairwise weights held at a time, over the whole batch: 64 MiB in float32.
+MAX_PAIRWISE_WEIGHTS = 2**24
+
+_SMALL_NORMAL = nnx.initializers.normal(0.01)
+
+
+class NonLocalBlock(nnx.Module):
+  """`x + norm(conv_out(y))`, where y at each position is a weighted mean of `g(x)` over all positions.
+
+  The weights of position i over positions j come from a pairwise function (section 3.2 of the paper; mmcv `NonLocal2d`):
+
+  - embedded_gaussian: `softmax_j(theta_i . phi_j / sqrt(d))`, without the root if `use_scale` is off;
+  - gaussian: `softmax_j(x_i . x_j)`;
+  - dot_product: `theta_i . phi_j / keys`;
+  - concatenation: `relu(w . [theta_i, phi_j]) / keys`.
+
+  Queries are processed in blocks, each recomputed in the backward pass, so that memory grows with the number of positions,
+  not with its square. The block starts as the identity: the last normalisation (or convolution) is zero.
+  """
+
+  def __init__(
+    self,
+    channels: int,
+    *,
+    reduction: int = 2,
+    mode: Mode = 'embedded_gaussian',
+    use_scale: bool = True,
+    sub_sample: bool = False,
+    norm: bool = True,
+    query_block: int | None = None,
+    rngs: nnx.Rngs,
+  ):
+    """Makes the block.
+
+    Args:
+      channels: Channels of input and output.
+      reduction: The inner convolutions have `channels // reduction` channels, at least one.
+      mode: The pairwise function.
+      use_scale: Whether the embedded Gaussian divides by the root of the inner channels.
+      sub_sample: Whether keys and values are max-pooled 2x2 first, which quarters their number.
+      norm: Whether `conv_out` is followed by batch normalisation (then it has no bias).
+      query_block: Queries processed at a time; None chooses so that `MAX_PAIRWISE_WEIGHTS` are held.
+      rngs: Source of the initial values.
+
+    Raises:
+      ValueError: If `mode` is unknown.
+    """
+    if mode not in get_args(Mode):
+      raise ValueError(f'mode is {mode!r}, expected one of {", ".join(get_args(Mode))}')
+    inner = max(channels // reduction, 1)
+    self.mode = mode
+    self.use_scale = use_scale
+    self.sub_sample = sub_sample
+    self.query_block = query_block
+
+    def embedding() -> nnx.Conv:
+      return conv(channels, inner, 1, use_bias=True, kernel_init=_SMALL_NORMAL, rngs=rngs)
+
+    self.g = embedding()
+    self.theta = embedding() if mode != 'gaussian' else None
+    self.phi = embedding() if mode != 'gaussian' else None
+    self.concat_project = conv(2 * inner, 1, 1, rngs=rngs) if mode == 'concatenation' else None
+    self.bn = BatchNorm(channels) if norm else None
+    if self.bn is not None:
+      self.bn.scale[...] = jnp.zeros_like(self.bn.scale[...])
+      self.conv_out = conv(inner, channels, 1, rngs=rngs)
+    else:
+      self.conv_out = conv(
+        inner, channels, 1, use_bias=True, kernel_init=nnx.initializers.zeros, rngs=rngs
+      )
+
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    """(n, h, w, channels) float32 -> the same shape."""
+    pool = (lambda y: nnx.max_pool(y, (2, 2), (2, 2))) if self.sub_sample else (lambda y: y)
+    queries = _positions(x if self.theta is None else self.theta(x))
+    keys = _positions(pool(x if self.phi is None else self.phi(x)))
+    values = _positions(pool(self.g(x)))
+    y = self._aggregate(queries, keys, values)
+    y = self.conv_out(y.reshape(*x.shape[:-1], y.shape[-1]))
+    return x + (y if self.bn is None else self.bn(y, train=train))
+
+  def _aggregate(self, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
+    """Queries (n, q, d), keys (n, k, d), values (n, k, e) -> (n, q, e)."""
+    n, num_keys, channels = keys.shape
+    block = self.query_block or max(MAX_PAIRWISE_WEIGHTS // (n * num_keys), 1)
+    if self.mode == 'dot_product':
+      # Associativity: (theta phi^T) g = theta (phi^T g), which needs no pairwise matrix at all.
+      return queries @ (jnp.swapaxes(keys, 1, 2) @ values / num_keys)
+    if self.mode == 'concatenation':
+      assert self.concat_project is not None
+      project = self.concat_project.kernel[...].reshape(2, channels)
+      query_part = queries @ project[0][:, None]  # (n, q, 1)
+      key_part = (keys @ project[1])[:, None, :]  # (n, 1, k)
+
+      def from_concatenation(part: jax.Array) -> jax.Array:
+        return jax.nn.relu(part + key_part) / num_keys @ values
+
+      return over_query_blocks(from_concatenation, query_part, block)
+    scale = channels**-0.5 if self.mode == 'embedded_gaussian' and self.use_scale else 1.0
+    transposed_keys = jnp.swapaxes(keys, 1, 2)
+
+    def from_softmax(block_queries: jax.Array) -> jax.Array:
+      return jax.nn.softmax(block_queries * scale @ transposed_keys, axis=-1) @ values
+
+    return over_query_blocks(from_softmax, queries, block)
+
+
+def over_query_blocks(
+  function: Callable[[jax.Array], jax.Array], queries: jax.Array, block: int
+) -> jax.Array:
+  """Applies `function` to the queries block by block, and so again in the backward pass.
+
+  Args:
+    function: Maps (n, b, d) to (n, b, e), each query by itself.
+    queries: (n, q, d).
+    block: Most queries at a time; blocks are made equal, the last one padded with zero queries.
+
+  Returns:
+    (n, q, e).
+  """
+  n, count, channels = queries.shape
+  num_blocks = -(-count // block)
+  if num_blocks == 1:
+    return function(queries)
+  size = -(-count // num_blocks)
+  padded = jnp.pad(queries, ((0, 0), (0, num_blocks * size - count), (0, 0)))
+  blocks = jnp.moveaxis(padded.reshape(n, num_blocks, size, channels), 1, 0)
+  results = jax.lax.map(jax.checkpoint(function), blocks)  # (blocks, n, size, e)
+  return jnp.moveaxis(results, 0, 1).reshape(n, num_blocks * size, -1)[:, :count]
+
+
+def _positions(x: jax.Array) -> jax.Array:
+  """(n, h, w, c) -> (n, h * w, c)."""
+  return x.reshape(x.shape[0], -1, x.shape[-1])

@@ -1,0 +1,100 @@
+"""ResNetV1c with dilated last stages (D8): output stride 8 instead of 32 (mmseg `ResNetV1c`)."""
+
+import jax
+from flax import nnx
+
+from nonlocal_jax.models.layers import BatchNorm, ConvNorm, conv
+
+STAGE_BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+STAGE_STRIDES = (1, 2, 1, 1)
+STAGE_DILATIONS = (1, 1, 2, 4)
+EXPANSION = 4
+
+
+class Bottleneck(nnx.Module):
+  """1x1, 3x3 (with the stride and the dilation) and 1x1 convolutions around a shortcut (style 'pytorch')."""
+
+  def __init__(
+    self, in_channels: int, planes: int, *, stride: int = 1, dilation: int = 1, rngs: nnx.Rngs
+  ):
+    """Makes a block from `in_channels` to `4 * planes`; a projection replaces the shortcut where sizes differ."""
+    out_channels = EXPANSION * planes
+    self.conv1 = conv(in_channels, planes, 1, rngs=rngs)
+    self.bn1 = BatchNorm(planes)
+    self.conv2 = conv(planes, planes, 3, stride=stride, dilation=dilation, rngs=rngs)
+    self.bn2 = BatchNorm(planes)
+    self.conv3 = conv(planes, out_channels, 1, rngs=rngs)
+    self.bn3 = BatchNorm(out_channels)
+    self.bn3.scale[...] = self.bn3.scale[...] * 0  # zero_init_residual: starts as the shortcut
+    projects = stride != 1 or in_channels != out_channels
+    self.downsample = (
+      ConvNorm(in_channels, out_channels, 1, stride=stride, relu=False, rngs=rngs)
+      if projects
+      else None
+    )
+
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    """(n, h, w, in_channels) -> (n, ceil(h / stride), ceil(w / stride), 4 * planes)."""
+    shortcut = x if self.downsample is None else self.downsample(x, train=train)
+    x = jax.nn.relu(self.bn1(self.conv1(x), train=train))
+    x = jax.nn.relu(self.bn2(self.conv2(x), train=train))
+    return jax.nn.relu(self.bn3(self.conv3(x), train=train) + shortcut)
+
+
+class ResNet(nnx.Module):
+  """Deep-stem ResNet whose last two stages are dilated; both feature maps that the heads use have stride 8."""
+
+  def __init__(self, *, stage_blocks: tuple[int, ...], width: int = 64, rngs: nnx.Rngs):
+    """Makes the backbone.
+
+    Args:
+      stage_blocks: Bottlenecks in each of the four stages; see `STAGE_BLOCKS`.
+      width: Channels after the stem; stage s has `width * 2**s` planes.
+      rngs: Source of the initial values.
+    """
+    self.stem = nnx.List(
+      [
+        ConvNorm(3, width // 2, 3, stride=2, rngs=rngs),
+        ConvNorm(width // 2, width // 2, 3, rngs=rngs),
+        ConvNorm(width // 2, width, 3, rngs=rngs),
+      ]
+    )
+    stages, channels = [], width
+    for stage, count in enumerate(stage_blocks):
+      planes, blocks = width * 2**stage, []
+      for block in range(count):
+        dilation = STAGE_DILATIONS[stage]
+        blocks.append(
+          Bottleneck(
+            channels,
+            planes,
+            stride=STAGE_STRIDES[stage] if block == 0 else 1,
+            # contract_dilation: the first block of a stage keeps half the dilation of the rest.
+            dilation=max(dilation // 2, 1) if block == 0 else dilation,
+            rngs=rngs,
+          )
+        )
+        channels = EXPANSION * planes
+      stages.append(nnx.List(blocks))
+    self.layer1, self.layer2, self.layer3, self.layer4 = stages
+
+  def __call__(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
+    """Extracts features.
+
+    Args:
+      images: (n, h, w, 3) float32, normalised RGB.
+      train: Whether batch normalisation uses and folds in the batch's statistics.
+
+    Returns:
+      Features of stages 3 and 4: (n, ceil(h / 8), ceil(w / 8), 16 * width) and the same with 32 * width channels.
+    """
+    x = images
+    for layer in self.stem:
+      x = layer(x, train=train)
+    x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    features = []
+    for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+      for block in stage:
+        x = block(x, train=train)
+      features.append(x)
+    return features[2], features[3]

@@ -1,0 +1,114 @@
+"""The 16 released NonLocalNet checkpoints: what each file is and what was published about it (mmseg `nonlocal_net/README.md`)."""
+
+import dataclasses
+import re
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleasedModel:
+  """One released checkpoint.
+
+  Attributes:
+    name: Name of the model, e.g. 'nonlocal_r50-d8_512x512_80k_ade20k'.
+    file: Name of the released file; its last eight digits begin the file's sha256.
+    miou: Published mIoU in percent, single scale.
+    miou_ms_flip: Published mIoU in percent with multi-scale and flip, None where none was published.
+    replaced: Whether a later file under the same name took this one's place.
+  """
+
+  name: str
+  file: str
+  miou: float
+  miou_ms_flip: float | None
+  replaced: bool = False
+
+  @property
+  def depth(self) -> int:
+    """Layers of the backbone."""
+    return int(self._parts['depth'])
+
+  @property
+  def crop(self) -> tuple[int, int]:
+    """(height, width) of the training crop, in pixels."""
+    return int(self._parts['height']), int(self._parts['width'])
+
+  @property
+  def steps(self) -> int:
+    """Training steps."""
+    return 1000 * int(self._parts['thousands'])
+
+  @property
+  def dataset(self) -> str:
+    """'cityscapes', 'ade20k' or 'voc12aug'."""
+    return self._parts['dataset']
+
+  @property
+  def align_corners(self) -> bool:
+    """Whether logits are resized corner on corner: so in the 769x769 models alone."""
+    return self.crop == (769, 769)
+
+  @property
+  def sha256_prefix(self) -> str:
+    """First eight hex digits of the file's sha256."""
+    return self.file.removesuffix('.pth').rsplit('-', 1)[1]
+
+  @property
+  def _parts(self) -> dict[str, str]:
+    pattern = (
+      r'nonlocal_r(?P<depth>\d+)-d8_(?P<height>\d+)x(?P<width>\d+)_(?P<thousands>\d+)k_(?P<dataset>\w+)'
+    )
+    match = re.fullmatch(pattern, self.name)
+    assert match is not None, self.name
+    return match.groupdict()
+
+
+def _released(
+  name: str, stamp: str, miou: float, miou_ms_flip: float | None = None, *, replaced: bool = False
+) -> ReleasedModel:
+  return ReleasedModel(name, f'{name}_{stamp}.pth', miou, miou_ms_flip, replaced)
+
+
+RELEASED = (
+  _released('nonlocal_r50-d8_512x1024_40k_cityscapes', '20200605_210748-c75e81e3', 78.24),
+  _released('nonlocal_r101-d8_512x1024_40k_cityscapes', '20200605_210748-d63729fa', 78.66),
+  _released('nonlocal_r50-d8_769x769_40k_cityscapes', '20200530_045243-82ef6749', 78.33, 79.92),
+  _released('nonlocal_r101-d8_769x769_40k_cityscapes', '20200530_045348-8fe9a9dc', 78.57, 80.29),
+  _released('nonlocal_r50-d8_512x1024_80k_cityscapes', '20200607_193518-d6839fae', 78.01),
+  _released('nonlocal_r101-d8_512x1024_80k_cityscapes', '20200607_183411-32700183', 78.93),
+  _released('nonlocal_r50-d8_769x769_80k_cityscapes', '20200607_193506-1f9792f6', 79.05, 80.68),
+  _released('nonlocal_r101-d8_769x769_80k_cityscapes', '20200607_183428-0e1fa4f9', 79.40, 80.85),
+  _released('nonlocal_r50-d8_512x512_80k_ade20k', '20200615_015801-5ae0aa33', 40.75, 42.05),
+  _released('nonlocal_r101-d8_512x512_80k_ade20k', '20200615_015758-24105919', 42.90, 44.27),
+  _released('nonlocal_r50-d8_512x512_160k_ade20k', '20200616_005410-baef45e3', 42.03, 43.04),
+  _released('nonlocal_r101-d8_512x512_160k_ade20k', '20210827_221502-7881aa1a', 44.63, 45.79),
+  _released(
+    'nonlocal_r101-d8_512x512_160k_ade20k', '20200616_003422-affd0f8d', 43.36, 44.83, replaced=True
+  ),
+  _released('nonlocal_r50-d8_512x512_20k_voc12aug', '20200617_222613-07f2a57c', 76.20, 77.12),
+  _released('nonlocal_r101-d8_512x512_20k_voc12aug', '20200617_222615-948c68ab', 78.15, 78.86),
+  _released('nonlocal_r50-d8_512x512_40k_voc12aug', '20200614_000028-0139d4a9', 76.65, 77.47),
+  _released('nonlocal_r101-d8_512x512_40k_voc12aug', '20200614_000028-7e5ff470', 78.27, 79.12),
+)
+
+
+def released_model(name: str) -> ReleasedModel:
+  """The current release under `name`.
+
+  Args:
+    name: A model's name, e.g. 'nonlocal_r50-d8_512x512_80k_ade20k'.
+
+  Raises:
+    KeyError: If none has this name.
+  """
+  return {model.name: model for model in RELEASED if not model.replaced}[name]
+
+
+def released_model_of_file(file_name: str) -> ReleasedModel | None:
+  """The release whose file, or else whose model, has the name `file_name` (no folders), or None."""
+  for model in RELEASED:
+    if file_name == model.file:
+      return model
+  for model in RELEASED:
+    if not model.replaced and file_name.startswith(model.name):
+      return model
+  return None
