@@ -1,0 +1,40 @@
+"""SGD with momentum, decay on every parameter and the poly schedule: the recipe of the released models."""
+
+import optax
+
+
+def poly_schedule(
+  *, learning_rate: float, min_learning_rate: float, power: float, steps: int
+) -> optax.Schedule:
+  """`min + (lr - min) * (1 - t / (steps - 1)) ** power`, which reaches `min` at the last step (mmengine `PolyLR`).
+
+  Args:
+    learning_rate: Value at step 0.
+    min_learning_rate: Value at step `steps - 1` and after.
+    power: Exponent.
+    steps: Length of the training.
+
+  Returns:
+    A function from the 0-based step to the learning rate, float32.
+  """
+  return optax.polynomial_schedule(
+    init_value=learning_rate,
+    end_value=min_learning_rate,
+    power=power,
+    transition_steps=max(steps - 1, 1),
+  )
+
+
+def sgd(
+  schedule: optax.Schedule, *, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+  """`torch.optim.SGD`: g += decay * p; v = momentum * v + g; p -= lr * v.
+
+  Args:
+    schedule: Learning rate by step.
+    momentum: Factor of the running sum, in [0, 1).
+    weight_decay: Factor of the parameters added to their gradients, before the momentum; biases and norms included.
+  """
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum)
+  )
