@@ -48,6 +48,13 @@ class ReleasedModel:
     return self.crop == (769, 769)
 
   @property
+  def test_scale(self) -> tuple[int, int]:
+    """(width, height) of the box that test images are resized into; training scales are ratios of it."""
+    if self.dataset == 'cityscapes':
+      return (2049, 1025) if self.align_corners else (2048, 1024)
+    return (2048, 512)
+
+  @property
   def sha256_prefix(self) -> str:
     """First eight hex digits of the file's sha256."""
     return self.file.removesuffix('.pth').rsplit('-', 1)[1]

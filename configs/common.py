@@ -1,0 +1,119 @@
+"""The recipe that all configs share, and the 16 published models on top of it.
+
+Sizes: scales are (width, height) boxes that an image is resized into with its aspect kept, long edge to long edge; crops are
+(height, width). The names and numbers of the recipe are those of mmsegmentation's `configs/nonlocal_net` and `configs/_base_`.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.weights.released import RELEASED, ReleasedModel
+
+NUM_CLASSES = {'cityscapes': 19, 'ade20k': 150, 'voc12aug': 21}
+BATCH_SIZES = {'cityscapes': 8, 'ade20k': 16, 'voc12aug': 16}
+
+
+def base_config() -> ConfigDict:
+  """The recipe with VOC's sizes; data set and classes are still to be set."""
+  config = ConfigDict()
+  config.name = ''  # printed, and the name of the default workdir
+  config.seed = 0
+
+  config.model = ConfigDict()
+  config.model.depth = 50  # layers of the backbone: 14, 26, 50 or 101
+  config.model.width = 64  # base channels
+  config.model.non_local = True  # False leaves out the non-local block
+  config.model.align_corners = False  # corner convention of every resize of logits
+  config.model.dropout = 0.1
+
+  config.data = ConfigDict()
+  config.data.dataset = 'custom'  # cityscapes, ade20k, voc12aug, custom or demo
+  config.data.source_dir = ''  # folder of images and labels, as the dataset's authors lay it out
+  config.data.data_dir = ''  # where the prepared copy goes; empty: ~/tensorflow_datasets
+  config.data.num_classes = config_dict.placeholder(int)
+  config.data.ignore_labels = ()  # label values that have no class, beside 255
+  config.data.workers = 0  # processes that prepare batches; 0: threads of the main process
+
+  config.train = ConfigDict()
+  config.train.steps = 20_000
+  config.train.batch_size = 16  # over all devices
+  config.train.scale = (2048, 512)
+  config.train.ratio_range = (0.5, 2.0)  # random factor of the scale
+  config.train.crop = (512, 512)
+  config.train.cat_max_ratio = 0.75  # largest share of a crop that one class may have
+  config.train.flip_probability = 0.5
+  config.train.photometric_distortion = True
+  config.train.auxiliary_weight = 0.4
+  config.train.precision = 'default'  # of matrix products (jax_default_matmul_precision)
+  config.train.log_every = 50
+
+  config.optimizer = ConfigDict()
+  config.optimizer.learning_rate = 0.01
+  config.optimizer.min_learning_rate = 1e-4
+  config.optimizer.power = 0.9
+  config.optimizer.momentum = 0.9
+  config.optimizer.weight_decay = 5e-4
+
+  config.eval = ConfigDict()
+  config.eval.scale = (2048, 512)
+  config.eval.window_crop = ()  # (height, width) of sliding windows; empty: the whole image at once
+  config.eval.window_stride = ()
+  config.eval.precision = 'highest'
+  config.eval.every = 2_000
+
+  config.checkpoint = ConfigDict()
+  config.checkpoint.every = 2_000
+  config.checkpoint.keep = 3
+  return config
+
+
+def published_config(dataset: str, depth: int, variant: str) -> ConfigDict:
+  """The recipe of one published model.
+
+  Args:
+    dataset: 'cityscapes', 'ade20k' or 'voc12aug'.
+    depth: 50 or 101.
+    variant: Crop and schedule, e.g. '769x769_80k'; empty for the best published.
+
+  Raises:
+    UserError: If there is no such variant.
+  """
+  variants = {
+    variant_name(model): model
+    for model in RELEASED
+    if (model.dataset, model.depth) == (dataset, depth) and not model.replaced
+  }
+  if variant and variant not in variants:
+    raise UserError(
+      f'no variant {variant!r} was published for {dataset} with R-{depth}; '
+      f'give one of {", ".join(variants)} after the colon.'
+    )
+  best = max(variants.values(), key=lambda model: model.miou)
+  model = variants.get(variant, best)
+
+  config = base_config()
+  config.name = model.name
+  config.model.depth = depth
+  config.model.align_corners = model.align_corners
+  config.data.dataset = dataset
+  config.data.num_classes = NUM_CLASSES[dataset]
+  config.train.steps = model.steps
+  config.train.batch_size = BATCH_SIZES[dataset]
+  config.train.scale = config.eval.scale = model.test_scale
+  config.train.crop = model.crop
+  if model.align_corners:
+    config.eval.window_crop = model.crop
+    config.eval.window_stride = (513, 513)
+  config.eval.every = config.checkpoint.every = model.steps // 10
+
+  config.published = ConfigDict()
+  config.published.checkpoint = model.file
+  config.published.miou = model.miou
+  config.published.miou_ms_flip = model.miou_ms_flip  # None: not published
+  return config
+
+
+def variant_name(model: ReleasedModel) -> str:
+  """E.g. '769x769_80k'."""
+  height, width = model.crop
+  return f'{height}x{width}_{model.steps // 1000}k'

@@ -1,0 +1,118 @@
+"""The demo set: images in which the class of a shape depends on a disc that lies beyond the backbone's sight."""
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+CLASSES = (
+  'ground',
+  'disc',
+  'square, red disc',
+  'square, green disc',
+  'square, blue disc',
+  'triangle, red disc',
+  'triangle, green disc',
+  'triangle, blue disc',
+)
+PALETTE = (
+  (40, 40, 40),
+  (250, 250, 250),
+  (200, 40, 40),
+  (40, 180, 60),
+  (50, 90, 220),
+  (250, 150, 130),
+  (150, 240, 140),
+  (140, 190, 250),
+)
+IMAGE_SIZE = 192
+
+_DISC_COLOURS = ((210, 60, 60), (60, 190, 70), (70, 90, 220))
+_DISC_RADIUS = 13
+_SHAPE_RADIUS = 15
+# The backbone with one block per stage and the head's convolutions see 63 pixels around a position; upsampling adds 8.
+_SIGHT = 72
+
+
+def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+  """Draws one image: a disc in a corner and grey shapes far from it, on noisy ground.
+
+  Args:
+    rng: Source of everything random.
+
+  Returns:
+    Image (192, 192, 3) uint8 RGB and label (192, 192) uint8, an index into `CLASSES`.
+  """
+  image = rng.normal(110, 14, (IMAGE_SIZE, IMAGE_SIZE, 3))
+  label = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+  corner = rng.integers(2, size=2) * (IMAGE_SIZE - 1)
+  inset = rng.integers(_DISC_RADIUS + 2, 2 * _DISC_RADIUS + 8, size=2)
+  disc = np.abs(corner - inset)
+  colour = int(rng.integers(len(_DISC_COLOURS)))
+  _paint(image, label, _disc_mask(disc), _DISC_COLOURS[colour], 1, rng)
+
+  margin, centers = _SHAPE_RADIUS + 2, []
+  while len(centers) < 4:
+    center = rng.integers(margin, IMAGE_SIZE - margin, size=2)
+    far = np.hypot(*(center - disc)) >= _SIGHT + _DISC_RADIUS + _SHAPE_RADIUS
+    apart = all(np.abs(center - other).max() > 2 * _SHAPE_RADIUS for other in centers)
+    if not (far and apart):
+      continue
+    centers.append(center)
+    shape = int(rng.integers(2))
+    grey = int(rng.integers(165, 200))
+    _paint(image, label, _shape_mask(center, shape), (grey,) * 3, 2 + 3 * shape + colour, rng)
+  return np.clip(image, 0, 255).astype(np.uint8), label
+
+
+def write_demo_set(directory: Path, *, train: int = 400, val: int = 48, seed: int = 0) -> None:
+  """Writes the demo set as a folder of JPEG images and PNG labels, if it is not there.
+
+  Args:
+    directory: Gets images/{train,val} and labels/{train,val}; once it exists it is complete.
+    train: Training images.
+    val: Validation images.
+    seed: Seed of the set.
+  """
+  if directory.exists():
+    return
+  partial = directory.with_name(f'{directory.name}.partial')
+  shutil.rmtree(partial, ignore_errors=True)
+  for split, count in (('train', train), ('val', val)):
+    for kind in ('images', 'labels'):
+      (partial / kind / split).mkdir(parents=True)
+    for index in range(count):
+      image, label = demo_sample(np.random.default_rng((seed, split == 'val', index)))
+      _write(partial / 'images' / split / f'{index:04d}.jpg', image[..., ::-1])
+      _write(partial / 'labels' / split / f'{index:04d}.png', label)
+  partial.rename(directory)
+
+
+def _disc_mask(center: np.ndarray) -> np.ndarray:
+  mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+  return cv2.circle(mask, center[::-1].tolist(), _DISC_RADIUS, 1, thickness=-1) == 1
+
+
+def _shape_mask(center: np.ndarray, shape: int) -> np.ndarray:
+  """A square (0) or an upright triangle (1) within `_SHAPE_RADIUS` of its centre."""
+  y, x = center.tolist()
+  edge = _SHAPE_RADIUS
+  corners = (
+    [(x - edge, y - edge), (x + edge, y - edge), (x + edge, y + edge), (x - edge, y + edge)]
+    if shape == 0
+    else [(x, y - edge), (x + edge, y + edge), (x - edge, y + edge)]
+  )
+  mask = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+  return cv2.fillPoly(mask, [np.array(corners, np.int32)], 1) == 1
+
+
+def _paint(image, label, mask, colour, value, rng) -> None:
+  image[mask] = np.asarray(colour) + rng.normal(0, 6, (int(mask.sum()), 3))
+  label[mask] = value
+
+
+def _write(path: Path, image: np.ndarray) -> None:
+  written, data = cv2.imencode(path.suffix, image)
+  assert written
+  path.write_bytes(data.tobytes())
