@@ -6,10 +6,10 @@ Sizes: scales are (width, height) boxes that an image is resized into with its a
 
 from ml_collections import ConfigDict, config_dict
 
+from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel
 
-NUM_CLASSES = {'cityscapes': 19, 'ade20k': 150, 'voc12aug': 21}
 BATCH_SIZES = {'cityscapes': 8, 'ade20k': 16, 'voc12aug': 16}
 
 
@@ -32,6 +32,7 @@ def base_config() -> ConfigDict:
   config.data.data_dir = ''  # where the prepared copy goes; empty: ~/tensorflow_datasets
   config.data.num_classes = config_dict.placeholder(int)
   config.data.ignore_labels = ()  # label values that have no class, beside 255
+  config.data.reduce_zero_label = False  # label 0 has no class and k means class k - 1
   config.data.workers = 0  # processes that prepare batches; 0: threads of the main process
 
   config.train = ConfigDict()
@@ -96,14 +97,14 @@ def published_config(dataset: str, depth: int, variant: str) -> ConfigDict:
   config.model.depth = depth
   config.model.align_corners = model.align_corners
   config.data.dataset = dataset
-  config.data.num_classes = NUM_CLASSES[dataset]
+  config.data.num_classes = PUBLISHED[dataset].num_classes
+  config.data.reduce_zero_label = PUBLISHED[dataset].reduce_zero_label
   config.train.steps = model.steps
   config.train.batch_size = BATCH_SIZES[dataset]
   config.train.scale = config.eval.scale = model.test_scale
   config.train.crop = model.crop
-  if model.align_corners:
-    config.eval.window_crop = model.crop
-    config.eval.window_stride = (513, 513)
+  config.eval.window_crop = model.window_crop or ()
+  config.eval.window_stride = model.window_stride or ()
   config.eval.every = config.checkpoint.every = model.steps // 10
 
   config.published = ConfigDict()

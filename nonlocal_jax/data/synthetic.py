@@ -6,7 +6,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-CLASSES = (
+from nonlocal_jax.data.datasets import Dataset
+
+_CLASSES = (
   'ground',
   'disc',
   'square, red disc',
@@ -16,7 +18,7 @@ CLASSES = (
   'triangle, green disc',
   'triangle, blue disc',
 )
-PALETTE = (
+_PALETTE = (
   (40, 40, 40),
   (250, 250, 250),
   (200, 40, 40),
@@ -26,13 +28,15 @@ PALETTE = (
   (150, 240, 140),
   (140, 190, 250),
 )
+DEMO = Dataset('demo', _CLASSES, _PALETTE, layout='custom')
 IMAGE_SIZE = 192
 
 _DISC_COLOURS = ((210, 60, 60), (60, 190, 70), (70, 90, 220))
-_DISC_RADIUS = 13
-_SHAPE_RADIUS = 15
+_DISC_RADIUS = 20
+_SHAPE_RADIUS = 20
 # The backbone with one block per stage and the head's convolutions see 63 pixels around a position; upsampling adds 8.
 _SIGHT = 72
+_TRIALS = 40  # places at which a shape is tried
 
 
 def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -42,19 +46,18 @@ def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     rng: Source of everything random.
 
   Returns:
-    Image (192, 192, 3) uint8 RGB and label (192, 192) uint8, an index into `CLASSES`.
+    Image (192, 192, 3) uint8 RGB and label (192, 192) uint8, an index into the classes of `DEMO`.
   """
   image = rng.normal(110, 14, (IMAGE_SIZE, IMAGE_SIZE, 3))
   label = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
   corner = rng.integers(2, size=2) * (IMAGE_SIZE - 1)
-  inset = rng.integers(_DISC_RADIUS + 2, 2 * _DISC_RADIUS + 8, size=2)
+  inset = rng.integers(_DISC_RADIUS + 2, 2 * _DISC_RADIUS, size=2)
   disc = np.abs(corner - inset)
   colour = int(rng.integers(len(_DISC_COLOURS)))
   _paint(image, label, _disc_mask(disc), _DISC_COLOURS[colour], 1, rng)
 
   margin, centers = _SHAPE_RADIUS + 2, []
-  while len(centers) < 4:
-    center = rng.integers(margin, IMAGE_SIZE - margin, size=2)
+  for center in rng.integers(margin, IMAGE_SIZE - margin, size=(_TRIALS, 2)):
     far = np.hypot(*(center - disc)) >= _SIGHT + _DISC_RADIUS + _SHAPE_RADIUS
     apart = all(np.abs(center - other).max() > 2 * _SHAPE_RADIUS for other in centers)
     if not (far and apart):

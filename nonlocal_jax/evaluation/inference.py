@@ -99,6 +99,8 @@ def _axis(
   for window, start in enumerate(starts):
     placed[start : start + crop, window] = upsample
   placed = placed.reshape(size, -1)
-  covered = placed.sum(axis=1, keepdims=True)  # each row of `upsample` sums to 1: the number of windows
+  covered = placed.sum(
+    axis=1, keepdims=True
+  )  # each row of `upsample` sums to 1: the number of windows
   resize = bilinear_matrix(size, out_size, align_corners=align_corners).astype(np.float64)
   return starts, (resize @ (placed / covered)).astype(np.float32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from nonlocal_jax.models import NonLocalNet, normalize
+from nonlocal_jax.models import normalize
 from nonlocal_jax.training.loss import cross_entropy, pixel_accuracy
 
 Metrics = dict[str, jax.Array]
@@ -40,11 +40,17 @@ class TrainState:
   opt_state: Any
   rng: jax.Array
 
+  @property
+  def variables(self) -> nnx.State:
+    """Parameters and running statistics in one, as evaluation takes them."""
+    return nnx.merge_state(self.params, self.batch_stats)
+
   @classmethod
   def create(
-    cls, params: nnx.State, batch_stats: nnx.State, tx: optax.GradientTransformation, *, seed: int
+    cls, variables: nnx.State, tx: optax.GradientTransformation, *, seed: int
   ) -> 'TrainState':
-    """The state before the first step."""
+    """The state before the first step, from parameters and running statistics."""
+    params, batch_stats = nnx.split_state(variables, nnx.Param, nnx.BatchStat)
     return cls(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -52,12 +58,6 @@ class TrainState:
       opt_state=tx.init(params),
       rng=jax.random.key(seed),
     )
-
-
-def split_model(model: NonLocalNet) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-  """Splits a network into its static part, its parameters and its running statistics."""
-  graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-  return graphdef, params, batch_stats
 
 
 def make_train_step(
@@ -84,11 +84,11 @@ def make_train_step(
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     labels = batch['label'].astype(jnp.int32)
     images = normalize(batch['image'], batch['size'])
-    rngs = nnx.Rngs(dropout=jax.random.fold_in(state.rng, state.step))
+    dropout_key = jax.random.fold_in(state.rng, state.step)
 
     def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
       model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
-      logits, auxiliary_logits = model.training_logits(images, rngs=rngs)
+      logits, auxiliary_logits = model.training_logits(images, rngs=nnx.Rngs(dropout=dropout_key))
       logits = model.upsample(logits, labels.shape[1:])
       auxiliary_logits = model.upsample(auxiliary_logits, labels.shape[1:])
       loss_decode = cross_entropy(logits, labels, ignore_index=ignore_index)

@@ -55,15 +55,23 @@ class ReleasedModel:
     return (2048, 512)
 
   @property
+  def window_crop(self) -> tuple[int, int] | None:
+    """(height, width) of the sliding windows at test time; None: tested on whole images."""
+    return self.crop if self.align_corners else None
+
+  @property
+  def window_stride(self) -> tuple[int, int] | None:
+    """(vertical, horizontal) step of the sliding windows; None: tested on whole images."""
+    return (513, 513) if self.align_corners else None
+
+  @property
   def sha256_prefix(self) -> str:
     """First eight hex digits of the file's sha256."""
     return self.file.removesuffix('.pth').rsplit('-', 1)[1]
 
   @property
   def _parts(self) -> dict[str, str]:
-    pattern = (
-      r'nonlocal_r(?P<depth>\d+)-d8_(?P<height>\d+)x(?P<width>\d+)_(?P<thousands>\d+)k_(?P<dataset>\w+)'
-    )
+    pattern = r'nonlocal_r(?P<depth>\d+)-d8_(?P<height>\d+)x(?P<width>\d+)_(?P<thousands>\d+)k_(?P<dataset>\w+)'
     match = re.fullmatch(pattern, self.name)
     assert match is not None, self.name
     return match.groupdict()

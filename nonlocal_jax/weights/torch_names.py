@@ -9,6 +9,7 @@ from flax import nnx
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import NonLocalNet
+from nonlocal_jax.models.resnet import STAGE_BLOCKS
 
 Path = tuple[str | int, ...]
 
@@ -48,6 +49,21 @@ class Architecture:
   num_classes: int
   non_local: bool = True
 
+  @classmethod
+  def of_depth(
+    cls, depth: int, *, width: int, num_classes: int, non_local: bool = True
+  ) -> 'Architecture':
+    """The architecture with the blocks per stage of a backbone of `depth` layers.
+
+    Raises:
+      UserError: If `depth` is unknown.
+    """
+    if depth not in STAGE_BLOCKS:
+      raise UserError(
+        f'config.model.depth is {depth}; it must be one of {", ".join(map(str, STAGE_BLOCKS))}.'
+      )
+    return cls(STAGE_BLOCKS[depth], width, num_classes, non_local)
+
   @property
   def depth(self) -> int:
     """Layers of the backbone, as in its name: three a bottleneck, one for the stem, one for a classifier."""
@@ -58,7 +74,9 @@ class Architecture:
     without = '' if self.non_local else ', without the non-local block'
     return f'R-{self.depth}, width {self.width}, {self.num_classes} classes{without}'
 
-  def build(self, *, align_corners: bool, rngs: nnx.Rngs, dropout: float = 0.1) -> NonLocalNet:
+  def build(
+    self, *, align_corners: bool = False, dropout: float = 0.1, rngs: nnx.Rngs
+  ) -> NonLocalNet:
     """Makes the network, with initial weights."""
     return NonLocalNet(
       self.num_classes,
@@ -70,9 +88,11 @@ class Architecture:
       rngs=rngs,
     )
 
-  def abstract(self, *, align_corners: bool = False) -> NonLocalNet:
+  def abstract(self, *, align_corners: bool = False, dropout: float = 0.1) -> NonLocalNet:
     """The network with shapes in place of arrays; costs no memory."""
-    return nnx.eval_shape(lambda: self.build(align_corners=align_corners, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(
+      lambda: self.build(align_corners=align_corners, dropout=dropout, rngs=nnx.Rngs(0))
+    )
 
 
 def torch_name(path: Path) -> str:
@@ -132,8 +152,7 @@ def from_state_dict(
   Raises:
     UserError: If an array is missing, unknown or of another shape; the message names all of them.
   """
-  graph, abstract = nnx.split(architecture.abstract())
-  del graph
+  abstract = nnx.state(architecture.abstract())
   unused = {name for name in state_dict if not _IGNORED.fullmatch(name)}
   problems, filled = [], {}
   for path, variable in nnx.to_flat_state(abstract):

@@ -1,0 +1,58 @@
+"""Trains or evaluates NonLocalNet: python main.py --config=configs/ade20k_r101.py --config.data.source_dir=DIR."""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.evaluation.evaluator import evaluate_checkpoint
+from nonlocal_jax.training.loop import train_and_evaluate
+
+_CONFIG = config_flags.DEFINE_config_file('config', 'configs/demo.py', 'What to do, with what.')
+_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'Train, or evaluate --checkpoint.')
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go. Default: runs/NAME.')
+_CHECKPOINT = flags.DEFINE_string(
+  'checkpoint', None, 'Weights to evaluate: a .pth file, a converted directory or a workdir.'
+)
+
+
+def main(argv: list[str]) -> None:
+  """Runs what the flags say."""
+  if len(argv) > 1:
+    raise UserError(f'{argv[1]!r} is no flag; options start with --, see --help.')
+  config = _CONFIG.value
+  workdir = Path(_WORKDIR.value or f'runs/{config.name}')
+  if _MODE.value == 'train':
+    if _CHECKPOINT.value:
+      raise UserError('--checkpoint is for --mode=eval; training goes on from --workdir.')
+    train_and_evaluate(config, workdir)
+    print(f'Results are in {workdir}.')
+  else:
+    if not _CHECKPOINT.value:
+      raise UserError(
+        '--mode=eval needs --checkpoint: a .pth file, a converted directory or a workdir.'
+      )
+    evaluate_checkpoint(config, Path(_CHECKPOINT.value), workdir)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses the command line; what is wrong with a config becomes a `UserError`."""
+  try:
+    return flags.FLAGS(argv)
+  except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
+    raise UserError(' '.join(str(error).split())) from error
+
+
+def run() -> None:
+  """The program: one line and exit status 1 for what the user can mend."""
+  logging.set_verbosity(logging.ERROR)
+  try:
+    app.run(main, flags_parser=parse_flags)
+  except UserError as error:
+    sys.exit(f'error: {error}')
+
+
+if __name__ == '__main__':
+  run()

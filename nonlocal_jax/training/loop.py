@@ -1,0 +1,267 @@
+"""Training from a config: one linear function from the data to the last evaluation."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from clu import parameter_overview
+from flax import nnx
+from ml_collections import ConfigDict
+from tensorboardX import SummaryWriter
+
+from nonlocal_jax.data.builders import PreparedSplit
+from nonlocal_jax.data.datasets import Dataset
+from nonlocal_jax.data.loader import TrainIterator, train_batches
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.evaluation.evaluator import (
+  Evaluation,
+  architecture_of,
+  dataset_of,
+  evaluator_for,
+  open_splits,
+  write_evaluation,
+)
+from nonlocal_jax.parallel import data_mesh, over_batch, replicated, shard_batch
+from nonlocal_jax.progress import progress_bar
+from nonlocal_jax.training.optimizer import poly_schedule, sgd
+from nonlocal_jax.training.state import Metrics, TrainState, make_train_step
+from nonlocal_jax.weights.checkpoints import (
+  DESCRIPTION,
+  RunCheckpoints,
+  config_differences,
+  to_arrays,
+)
+from nonlocal_jax.weights.description import ModelDescription
+
+CONFIG = 'config.json'
+LOG = 'log.jsonl'
+# What may change between a run and its continuation: nothing that the next step depends on.
+_FREE = (
+  'eval.',
+  'checkpoint.',
+  'data.source_dir',
+  'data.data_dir',
+  'data.workers',
+  'train.log_every',
+)
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> Evaluation:
+  """Trains as a config says, or goes on where `workdir` stands, and evaluates at intervals and at the end.
+
+  Args:
+    config: See `configs/common.py`.
+    workdir: Gets checkpoints, `config.json`, `model.json`, `log.jsonl`, TensorBoard events, `metrics.json` and
+      `predictions.png`.
+
+  Returns:
+    The last evaluation.
+
+  Raises:
+    UserError: If config or data are not as they should be, `workdir` holds another run, or the loss is not finite.
+  """
+  mesh = data_mesh()
+  if config.train.batch_size % mesh.size:
+    raise UserError(
+      f'config.train.batch_size is {config.train.batch_size}, which {mesh.size} devices cannot share; '
+      'make it a multiple.'
+    )
+  _check_same_run(config, workdir)
+  architecture = architecture_of(config)
+  dataset = dataset_of(config)
+  splits = open_splits(config, dataset, workdir, ['train', 'val'])
+  batches = _batches(config, splits['train'], dataset)
+  _write_run_files(config, workdir, dataset)
+
+  schedule = poly_schedule(
+    learning_rate=config.optimizer.learning_rate,
+    min_learning_rate=config.optimizer.min_learning_rate,
+    power=config.optimizer.power,
+    steps=config.train.steps,
+  )
+  tx = sgd(schedule, momentum=config.optimizer.momentum, weight_decay=config.optimizer.weight_decay)
+  network = {'align_corners': config.model.align_corners, 'dropout': config.model.dropout}
+
+  def initial_state() -> TrainState:
+    model = architecture.build(**network, rngs=nnx.Rngs(config.seed))
+    return TrainState.create(nnx.state(model), tx, seed=config.seed)
+
+  everywhere = replicated(mesh)
+  graphdef = nnx.graphdef(architecture.abstract(**network))
+  state = jax.jit(initial_state, out_shardings=everywhere)()
+  train_step = jax.jit(
+    make_train_step(graphdef, tx, auxiliary_weight=config.train.auxiliary_weight),
+    in_shardings=(everywhere, over_batch(mesh)),
+    out_shardings=(everywhere, everywhere),
+    donate_argnums=0,
+  )
+  evaluate = evaluator_for(config, graphdef, splits['val'], dataset)
+
+  with (
+    RunCheckpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
+    SummaryWriter(str(workdir)) as writer,
+  ):
+    if checkpoints.latest_step() is None:
+      size = parameter_overview.count_parameters(to_arrays(state.params))
+      print(f'{config.name}: {size:,} parameters, from scratch, on {mesh.size} device(s)')
+    else:
+      state = _restore(checkpoints, state, batches)
+      print(f'{config.name}: goes on at step {int(state.step)} of {workdir}')
+    start, steps = int(state.step), config.train.steps
+    log = _TrainingLog(workdir, writer, batch_size=config.train.batch_size, start=start)
+    with log, progress_bar(steps, 'Training', unit='step', initial=start) as bar:
+      for step in range(start + 1, steps + 1):
+        batch = next(batches)
+        batch = shard_batch({name: batch[name] for name in ('image', 'label', 'size')}, mesh)
+        with jax.default_matmul_precision(config.train.precision):
+          state, metrics = train_step(state, batch)
+        bar.update()
+        last = step == steps
+        if step % config.train.log_every == 0 or last:
+          bar.set_postfix(log.write(step, metrics, lr=float(schedule(step - 1))), refresh=False)
+        if step % config.checkpoint.every == 0 or last:
+          _save(checkpoints, state, batches)
+        if step % config.eval.every == 0 and not last:
+          evaluation = evaluate(state.variables)
+          bar.write(f'step {step}: {log.write_scores(step, evaluation)}', file=sys.stderr)
+      evaluation = evaluate(state.variables)
+      log.write_scores(steps, evaluation)
+  print(evaluation.scores.table(dataset.classes))
+  write_evaluation(
+    workdir, evaluation, dataset, images=len(splits['val']), config=config.name, step=steps
+  )
+  return evaluation
+
+
+class _TrainingLog:
+  """Metrics of a run: a line of `log.jsonl` and a point of each TensorBoard curve every so many steps."""
+
+  def __init__(self, workdir: Path, writer: SummaryWriter, *, batch_size: int, start: int):
+    self._writer = writer
+    self._batch_size = batch_size
+    self._step, self._time = start, time.perf_counter()
+    path = workdir / LOG
+    if path.exists():  # what was logged after the checkpoint will be logged again
+      lines = path.read_text().splitlines(keepends=True)
+      kept = (line for line in lines if line.endswith('\n') and json.loads(line)['step'] <= start)
+      path.write_text(''.join(kept))
+    self._file = path.open('a')
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused) -> None:
+    self._file.close()
+
+  def write(self, step: int, metrics: Metrics, *, lr: float) -> dict[str, str]:
+    """Logs the metrics of a step; returns what the progress bar shows.
+
+    Raises:
+      UserError: If the loss is not finite.
+    """
+    values = {name: float(value) for name, value in metrics.items()}
+    if not math.isfinite(values['loss']):
+      raise UserError(
+        f'the loss is {values["loss"]} at step {step}; lower config.optimizer.learning_rate, or look at the labels, '
+        'and start again from the last checkpoint.'
+      )
+    now = time.perf_counter()
+    rate = (step - self._step) * self._batch_size / (now - self._time)
+    self._step, self._time = step, now
+    self._write(step, {**values, 'lr': lr, 'images_per_second': rate}, 'train')
+    return {
+      'loss': f'{values["loss"]:.4f}',
+      'lr': f'{lr:.5f}',
+      'images/s': f'{rate:.1f}',
+    }
+
+  def write_scores(self, step: int, evaluation: Evaluation) -> str:
+    """Logs the scores of an evaluation; returns them as text."""
+    summary = evaluation.scores.summary()
+    self._write(step, summary, 'val')
+    self._time = time.perf_counter()
+    return '  '.join(f'{name} {value:.2f}' for name, value in summary.items())
+
+  def _write(self, step: int, values: dict[str, float], group: str) -> None:
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      self._writer.add_scalar(f'{group}/{name}', value, step)
+
+
+def _batches(config: ConfigDict, split: PreparedSplit, dataset: Dataset) -> TrainIterator:
+  return train_batches(
+    split,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    scale=tuple(config.train.scale),
+    crop_size=tuple(config.train.crop),
+    ratio_range=tuple(config.train.ratio_range),
+    cat_max_ratio=config.train.cat_max_ratio,
+    flip_prob=config.train.flip_probability,
+    photometric=config.train.photometric_distortion,
+    reduce_zero_label=dataset.reduce_zero_label,
+    ignore_labels=config.data.ignore_labels,
+    num_workers=config.data.workers,
+  )
+
+
+def _save(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterator) -> None:
+  checkpoints.save(
+    int(state.step), model=state.variables, training=_beside_model(state), iterator=batches
+  )
+
+
+def _restore(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterator) -> TrainState:
+  """The state of the newest checkpoint, in the structure of `state`; sets `batches` to its place."""
+  variables, training = checkpoints.restore(
+    model=state.variables, training=_beside_model(state), iterator=batches
+  )
+  params, batch_stats = nnx.split_state(variables, nnx.Param, nnx.BatchStat)
+  rng = jax.random.wrap_key_data(training.pop('rng'))
+  return TrainState(params=params, batch_stats=batch_stats, rng=rng, **training)
+
+
+def _beside_model(state: TrainState) -> dict[str, Any]:
+  """All of the state but the network."""
+  rng = jax.random.key_data(state.rng)
+  return {'step': state.step, 'opt_state': state.opt_state, 'rng': rng}
+
+
+def _check_same_run(config: ConfigDict, workdir: Path) -> None:
+  path = workdir / CONFIG
+  if not path.exists():
+    return
+  differences = [
+    difference
+    for difference in config_differences(path.read_text(), _as_json(config))
+    if not difference.startswith(_FREE)
+  ]
+  if differences:
+    raise UserError(
+      f'{workdir} holds a run of another config ({"; ".join(differences)}); choose another --workdir.'
+    )
+
+
+def _write_run_files(config: ConfigDict, workdir: Path, dataset: Dataset) -> None:
+  description = ModelDescription(
+    architecture=architecture_of(config),
+    align_corners=config.model.align_corners,
+    classes=dataset.classes,
+    palette=dataset.palette,
+    test_scale=tuple(config.eval.scale),
+    window_crop=tuple(config.eval.window_crop) or None,
+    window_stride=tuple(config.eval.window_stride) or None,
+    source=f'trained with config {config.name}',
+  )
+  workdir.mkdir(parents=True, exist_ok=True)
+  (workdir / DESCRIPTION).write_text(description.to_json())
+  (workdir / CONFIG).write_text(_as_json(config))
+
+
+def _as_json(config: ConfigDict) -> str:
+  return json.dumps(config.to_dict(), indent=2) + '\n'
