@@ -1,9 +1,11 @@
-"""Batches for training and samples for evaluation, by Grain: deterministic, seekable, off the main thread.
+"""Batches for training and samples for evaluation, made off the main thread by Grain.
 
-A source is any sequence of `{'id': str, 'image': bytes, 'label': bytes}`, for instance a `builders.PreparedSplit`.
+A source is any sequence of `{'id': str, 'image': bytes, 'label': bytes}`, such as a
+`builders.PreparedSplit`.
 """
 
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +18,69 @@ from nonlocal_jax.data import transforms
 from nonlocal_jax.errors import UserError
 
 Source = Sequence[dict[str, str | bytes]]
+
+
+class TrainIterator(grain.DatasetIterator):
+  """Grain iterator whose state is the number of the next batch.
+
+  So a run may be resumed with another number of workers or processes, and going to a state takes
+  the same time wherever it lies. Grain's checkpoint handlers save and restore it.
+  """
+
+  def __init__(self, batches: grain.MapDataset, *, num_workers: int, num_threads: int):
+    """Starts before the first batch; nothing is read yet.
+
+    Args:
+      batches: The whole stream, by index.
+      num_workers: Worker processes; 0 for threads of this one.
+      num_threads: Threads in each process that makes batches.
+    """
+    super().__init__()
+    self._batches = batches
+    self._num_workers = num_workers
+    self._read_options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
+    self._next_batch = 0
+    self._running = []  # none, or the one that makes batches
+    self._close_for_good = weakref.finalize(self, _close, self._running)
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    """Returns the next batch."""
+    self.start_prefetch()
+    batch = next(self._running[0])
+    self._next_batch += 1
+    if not self._num_workers:
+      return batch
+    return {key: np.array(value) for key, value in batch.items()}  # out of Grain's shared memory
+
+  def get_state(self) -> dict[str, int]:
+    """Returns `{'next_batch': how many batches were given out}`."""
+    return {'next_batch': self._next_batch}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    """Goes to a state that `get_state` returned, without reading what lies between."""
+    _close(self._running)
+    self._next_batch = state['next_batch']
+
+  def start_prefetch(self) -> None:
+    """Starts to make batches in the background, unless that is under way."""
+    if self._running:
+      return
+    if self._num_workers and not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, outside of absl apps too
+    _use_one_thread_in_opencv()
+    workers = grain.MultiprocessingOptions(self._num_workers)
+    running = iter(
+      self._batches.slice(slice(self._next_batch, None))
+      .to_iter_dataset(self._read_options)
+      .mp_prefetch(workers, worker_init_fn=_use_one_thread_in_opencv)
+    )
+    running.start_prefetch()
+    self._running.append(running)
+
+  def close(self) -> None:
+    """Ends the background work, which otherwise ends with the program."""
+    self._close_for_good()
+    super().close()
 
 
 def train_batches(
@@ -35,43 +100,42 @@ def train_batches(
   process_count: int = 1,
   num_workers: int = 0,
   num_threads: int | None = None,
-) -> 'TrainIterator':
+) -> TrainIterator:
   """Makes the endless stream of training batches.
 
-  Every epoch is shuffled anew; the last batch of an epoch is filled up from the next. What sample number n of the stream is,
-  and how it is augmented, depends on `seed` and n alone. Process p of P gets the samples p, p + P, ... of each global batch.
+  Every epoch is shuffled anew; its last batch is filled up from the next epoch. Which image comes
+  n-th, and how it is augmented, depends on `seed` and n alone. Process p of P gets the samples p,
+  p + P, ... of each global batch.
 
   Args:
-    source: encoded samples.
-    batch_size: samples in a global batch, over all processes.
+    source: Encoded samples, at least one.
+    batch_size: Samples in a global batch, over all processes.
     seed: 0 .. 2**32 - 1.
-    scale: see `transforms.train_sample`, as all up to `photometric`.
+    scale: See `transforms.train_sample`, as for all up to `photometric`.
     crop_size: (crop_h, crop_w).
-    ratio_range: see `transforms.train_sample`.
-    cat_max_ratio: see `transforms.train_sample`.
-    flip_prob: see `transforms.train_sample`.
-    photometric: see `transforms.train_sample`.
-    reduce_zero_label: see `transforms.label_lookup`.
-    ignore_labels: see `transforms.label_lookup`.
-    process_index: this process.
-    process_count: number of processes that share each batch.
-    num_workers: worker processes (spawned, so the main module must be importable); 0: threads of this process.
-    num_threads: threads per process that makes batches; None: one per core, shared between the workers.
+    ratio_range: Smallest and largest ratio of scaling.
+    cat_max_ratio: Share of one class from which on a crop is drawn again.
+    flip_prob: Probability of a horizontal flip.
+    photometric: Whether to distort colours.
+    reduce_zero_label: See `transforms.label_lookup`.
+    ignore_labels: See `transforms.label_lookup`.
+    process_index: This process.
+    process_count: How many processes share each batch.
+    num_workers: Worker processes, which import the main module anew; 0 for threads of this one.
+    num_threads: Threads in each process that makes batches; None for one per core in all.
 
   Returns:
-    An iterator over dicts of arrays, n = batch_size / process_count: `image` (n, crop_h, crop_w, 3) uint8, `label`
-    (n, crop_h, crop_w) uint8, `size` (n, 2) int32 (see `transforms.train_sample`), and `index` (n,) int32, the sample's
-    place in `source`.
+    An iterator over dicts of arrays, where n is batch_size / process_count: `image` (n, crop_h,
+    crop_w, 3) uint8, `label` (n, crop_h, crop_w) uint8, `size` (n, 2) int32 (see
+    `transforms.train_sample`) and `index` (n,) int32, the sample's place in `source`.
 
   Raises:
-    UserError: `batch_size` is not divisible by `process_count`, or `source` is empty.
+    UserError: If `batch_size` is not a multiple of `process_count`.
   """
   if batch_size % process_count:
     raise UserError(
-      f'Batch size {batch_size} cannot be shared by {process_count} processes: make it a multiple.'
+      f'A batch of {batch_size} cannot be shared by {process_count} processes: make it a multiple.'
     )
-  if not len(source):
-    raise UserError('There are no training images: check the train split of the source folder.')
   lookup = transforms.label_lookup(reduce_zero_label=reduce_zero_label, ignore_labels=ignore_labels)
 
   def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -98,6 +162,7 @@ def train_batches(
     .slice(slice(process_index, None, process_count))
     .batch(batch_size // process_count)
   )
+  num_threads = num_threads or max(1, _num_cores() // max(1, num_workers))
   return TrainIterator(batches, num_workers=num_workers, num_threads=num_threads)
 
 
@@ -114,16 +179,16 @@ def eval_samples(
   """Decodes and scales the samples of a source once, in order, a few ahead of the reader.
 
   Args:
-    source: encoded samples.
-    scale: see `transforms.eval_sample`.
-    reduce_zero_label: see `transforms.label_lookup`.
-    ignore_labels: see `transforms.label_lookup`.
-    process_index: this process.
-    process_count: number of processes; process p of P gets the samples p, p + P, ...
-    num_threads: decoding threads; None: one per core.
+    source: Encoded samples.
+    scale: See `transforms.eval_sample`.
+    reduce_zero_label: See `transforms.label_lookup`.
+    ignore_labels: See `transforms.label_lookup`.
+    process_index: This process.
+    process_count: How many processes share the samples; process p of P gets p, p + P, ...
+    num_threads: Decoding threads; None for one per core.
 
   Returns:
-    An iterator over dicts: `id` str, `image` (h', w', 3) uint8, `label` (h, w) uint8 of the original size.
+    An iterator over dicts: `id` str, `image` (h', w', 3) uint8, `label` (h, w) uint8.
   """
   lookup = transforms.label_lookup(reduce_zero_label=reduce_zero_label, ignore_labels=ignore_labels)
 
@@ -132,77 +197,17 @@ def eval_samples(
     image, label = _decode(record, lookup)
     return {'id': record['id'], **transforms.eval_sample(image, label, scale=scale)}
 
+  _use_one_thread_in_opencv()
   num_threads = num_threads or _num_cores()
-  cv2.setNumThreads(0)
   samples = grain.MapDataset.range(process_index, len(source), process_count).map(load)
   return iter(
     samples.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=2 * num_threads))
   )
 
 
-class TrainIterator(grain.DatasetIterator):
-  """Grain iterator whose state is the number of the next batch.
-
-  So a run may be resumed with another number of workers or processes, and going to a state costs
-  the same wherever it lies. Grain's checkpoint handlers save and restore it. Close it after use.
-  """
-
-  def __init__(self, batches: grain.MapDataset, *, num_workers: int, num_threads: int | None):
-    """Starts before the first batch; nothing is read yet. For the arguments see `train_batches`."""
-    super().__init__()
-    self._batches = batches
-    self._num_workers = num_workers
-    self._num_threads = num_threads or max(1, _num_cores() // max(1, num_workers))
-    self._next_batch = 0
-    self._running = None
-
-  def __next__(self) -> dict[str, np.ndarray]:
-    """Returns the next batch."""
-    self.start_prefetch()
-    batch = next(self._running)
-    self._next_batch += 1
-    if (
-      self._num_workers
-    ):  # out of the memory shared with the worker, whose owner must not outlive Grain
-      batch = {key: np.array(value) for key, value in batch.items()}
-    return batch
-
-  def get_state(self) -> dict[str, int]:
-    """Returns `{'next_batch': how many batches were given out}`."""
-    return {'next_batch': self._next_batch}
-
-  def set_state(self, state: dict[str, int]) -> None:
-    """Goes to a state that `get_state` returned, without reading what lies between."""
-    self._stop()
-    self._next_batch = state['next_batch']
-
-  def start_prefetch(self) -> None:
-    """Starts to prepare batches in the background, unless that is under way."""
-    if self._running is None:
-      cv2.setNumThreads(
-        0
-      )  # parallelism is over batches: OpenCV's own threads would compete with it
-      if self._num_workers and not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain reads its own flags, also where no absl app is running
-      self._running = iter(
-        self._batches.slice(slice(self._next_batch, None))
-        .to_iter_dataset(grain.ReadOptions(self._num_threads, self._num_threads))
-        .mp_prefetch(
-          grain.MultiprocessingOptions(self._num_workers),
-          worker_init_fn=_start_worker,
-        )
-      )
-      self._running.start_prefetch()
-
-  def close(self) -> None:
-    """Ends the background work."""
-    self._stop()
-    super().close()
-
-  def _stop(self) -> None:
-    if self._running is not None:
-      self._running.close()
-      self._running = None
+def _close(iterators: list[grain.DatasetIterator]) -> None:
+  while iterators:
+    iterators.pop().close()
 
 
 def _decode(record: dict[str, Any], lookup: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -214,5 +219,6 @@ def _num_cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def _start_worker(worker_index: int, worker_count: int) -> None:
+def _use_one_thread_in_opencv(*_) -> None:
+  """Leaves the cores to the threads that make samples side by side."""
   cv2.setNumThreads(0)

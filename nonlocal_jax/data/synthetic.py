@@ -31,12 +31,14 @@ _PALETTE = (
 DEMO = Dataset('demo', _CLASSES, _PALETTE, layout='custom')
 IMAGE_SIZE = 192
 
-_DISC_COLOURS = ((210, 60, 60), (60, 190, 70), (70, 90, 220))
-_DISC_RADIUS = 20
-_SHAPE_RADIUS = 20
-# The backbone with one block per stage and the head's convolutions see 63 pixels around a position; upsampling adds 8.
-_SIGHT = 72
-_TRIALS = 40  # places at which a shape is tried
+_DISC_COLOURS = ((220, 40, 40), (40, 190, 60), (50, 80, 230))
+_DISC_RADIUS = 25
+_SHAPE_RADIUS = 17
+# The backbone with one block per stage and the head's convolutions see 63 pixels to each side of a
+# feature; bilinear upsampling reaches one feature further.
+_SIGHT = 76
+_SHAPES = 5
+_TRIALS = 100  # places at which shapes are tried
 
 
 def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -48,23 +50,21 @@ def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
   Returns:
     Image (192, 192, 3) uint8 RGB and label (192, 192) uint8, an index into the classes of `DEMO`.
   """
-  image = rng.normal(110, 14, (IMAGE_SIZE, IMAGE_SIZE, 3))
+  image = rng.normal(100, 8, (IMAGE_SIZE, IMAGE_SIZE, 3))
   label = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
   corner = rng.integers(2, size=2) * (IMAGE_SIZE - 1)
-  inset = rng.integers(_DISC_RADIUS + 2, 2 * _DISC_RADIUS, size=2)
-  disc = np.abs(corner - inset)
+  disc = np.abs(corner - rng.integers(_DISC_RADIUS + 2, _DISC_RADIUS + 12, size=2))
   colour = int(rng.integers(len(_DISC_COLOURS)))
   _paint(image, label, _disc_mask(disc), _DISC_COLOURS[colour], 1, rng)
 
-  margin, centers = _SHAPE_RADIUS + 2, []
+  margin, centers = _SHAPE_RADIUS + 1, []
   for center in rng.integers(margin, IMAGE_SIZE - margin, size=(_TRIALS, 2)):
-    far = np.hypot(*(center - disc)) >= _SIGHT + _DISC_RADIUS + _SHAPE_RADIUS
+    hidden = np.abs(center - disc).max() > _SIGHT + _DISC_RADIUS + _SHAPE_RADIUS
     apart = all(np.abs(center - other).max() > 2 * _SHAPE_RADIUS for other in centers)
-    if not (far and apart):
+    if not (hidden and apart) or len(centers) == _SHAPES:
       continue
     centers.append(center)
-    shape = int(rng.integers(2))
-    grey = int(rng.integers(165, 200))
+    shape, grey = rng.integers(2), rng.integers(170, 200)
     _paint(image, label, _shape_mask(center, shape), (grey,) * 3, 2 + 3 * shape + colour, rng)
   return np.clip(image, 0, 255).astype(np.uint8), label
 

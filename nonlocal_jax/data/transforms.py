@@ -38,7 +38,7 @@ def train_sample(
     rng: Source of all randomness.
     image: (h, w, 3) uint8.
     label: (h, w) uint8, 255 = ignored.
-    scale: Box that the image is scaled into at ratio 1 (see `rescaled_size`); None for its own size.
+    scale: Box that the image is scaled into at ratio 1, see `rescaled_size`; None for its size.
     crop_size: (crop_h, crop_w) in pixels.
     ratio_range: What the box is multiplied by, drawn uniformly; None for no random scaling.
     cat_max_ratio: Share of one class from which on a crop is drawn again, see `random_crop`.
@@ -70,7 +70,7 @@ def eval_sample(
   Args:
     image: (h, w, 3) uint8.
     label: (h, w) uint8.
-    scale: Box that the image is scaled into (see `rescaled_size`); None for its own size.
+    scale: Box that the image is scaled into, see `rescaled_size`; None for its size.
 
   Returns:
     `image` (h', w', 3) uint8, and `label` as it was: predictions are resized to it.

@@ -222,7 +222,7 @@ def _read_legacy(file: CheckedFile) -> Any:
     raise RefusedError(
       f'is damaged: it begins like a file of torch.save, but its protocol is not {_LEGACY_PROTOCOL}'
     )
-  storages = Storages(file, None)
+  storages = Storages(file)
   names = {**plain_names(file), **tensor_names(file, 'little')}
   contents = read_pickle(file, names, storages.load)
   keys = read_pickle(file, {})

@@ -137,7 +137,11 @@ def infer_architecture(state_dict: Mapping[str, np.ndarray], *, source: str) -> 
 
 
 def from_state_dict(
-  state_dict: Mapping[str, np.ndarray], architecture: Architecture, *, source: str
+  state_dict: Mapping[str, np.ndarray],
+  architecture: Architecture,
+  *,
+  source: str,
+  dtype: type = np.float32,
 ) -> nnx.State:
   """Arranges the arrays of a PyTorch state dict as the state of a `NonLocalNet`.
 
@@ -145,9 +149,10 @@ def from_state_dict(
     state_dict: Arrays by name, kernels as (out, in, h, w).
     architecture: The network to fill.
     source: What to call the state dict in errors.
+    dtype: Of the result.
 
   Returns:
-    The state, float32, kernels as (h, w, in, out).
+    The state, kernels as (h, w, in, out).
 
   Raises:
     UserError: If an array is missing, unknown or of another shape; the message names all of them.
@@ -167,7 +172,7 @@ def from_state_dict(
     if array.shape != variable.shape:
       problems.append(f'{name} gives {array.shape}, expected {variable.shape}')
       continue
-    filled[path] = variable.replace(np.ascontiguousarray(array, dtype=np.float32))
+    filled[path] = variable.replace(np.ascontiguousarray(array, dtype=dtype))
   problems += [f'{name} is unknown' for name in sorted(unused)]
   if problems:
     raise UserError(f'{source} does not fit NonLocalNet ({architecture}): {"; ".join(problems)}.')
@@ -178,6 +183,6 @@ def to_state_dict(state: nnx.State) -> dict[str, np.ndarray]:
   """The inverse of `from_state_dict`, without the batch counters: names to arrays, kernels as (out, in, h, w)."""
   state_dict = {}
   for path, variable in nnx.to_flat_state(state):
-    array = np.asarray(variable[...])
+    array = np.asarray(variable.get_value())
     state_dict[torch_name(path)] = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
   return state_dict

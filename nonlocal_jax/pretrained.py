@@ -1,0 +1,118 @@
+"""Trained networks for use in Python: `model = nonlocal_jax.load(PATH)`, then `model.predict(image)`."""
+
+import functools
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from nonlocal_jax.data.transforms import resize_image
+from nonlocal_jax.evaluation.inference import Windows, predict_labels
+from nonlocal_jax.weights.checkpoints import save_weights
+from nonlocal_jax.weights.description import ModelDescription
+from nonlocal_jax.weights.loading import read_weights
+
+
+def load(path: str | os.PathLike[str], *, align_corners: bool | None = None) -> 'PretrainedModel':
+  """Loads a trained network; depth, width and classes are read off the weights.
+
+  Args:
+    path: A .pth file of mmsegmentation, a converted directory, or the workdir of a training run (its newest checkpoint).
+    align_corners: The corner convention. By default that of the directory, or what the name of a released file says, or
+      else False, mmsegmentation's own default.
+
+  Returns:
+    The network, ready to predict.
+
+  Raises:
+    UserError: If there are no weights of a NonLocalNet.
+  """
+  return PretrainedModel(*read_weights(Path(path), align_corners=align_corners))
+
+
+class PretrainedModel:
+  """A network with trained weights. Compiles once for each size of image that it meets.
+
+  Attributes:
+    description: What is known about it: architecture, classes, colours, test scale.
+  """
+
+  def __init__(self, description: ModelDescription, state: nnx.State):
+    """Puts the weights on the default device.
+
+    Args:
+      description: What the weights are.
+      state: Parameters and running statistics.
+    """
+    self.description = description
+    self._state = jax.device_put(state)
+    self._graphdef = nnx.graphdef(
+      description.architecture.abstract(align_corners=description.align_corners)
+    )
+    windows = None
+    if description.window_crop and description.window_stride:
+      windows = Windows(description.window_crop, description.window_stride)
+
+    @jax.jit
+    @jax.default_matmul_precision('highest')
+    def logits(state: nnx.State, images: jax.Array) -> jax.Array:
+      return nnx.merge(self._graphdef, state)(images)
+
+    @functools.partial(jax.jit, static_argnames='size')
+    @jax.default_matmul_precision('highest')
+    def labels(state: nnx.State, image: jax.Array, size: tuple[int, int]) -> jax.Array:
+      model = nnx.merge(self._graphdef, state)
+      return predict_labels(model, image[None], size=size, windows=windows)[0]
+
+    self._logits = logits
+    self._labels = labels
+
+  @property
+  def classes(self) -> tuple[str, ...]:
+    """Name of each class."""
+    return self.description.classes
+
+  @property
+  def palette(self) -> tuple[tuple[int, int, int], ...]:
+    """RGB colour of each class, in [0, 255]."""
+    return self.description.palette
+
+  def predict(self, image: np.ndarray) -> np.ndarray:
+    """Predicts the class of each pixel, as the model was tested: resized to its test scale, whole or in windows.
+
+    Args:
+      image: (h, w, 3) uint8 RGB.
+
+    Returns:
+      (h, w) int32 in [0, classes).
+
+    Raises:
+      ValueError: If `image` is of another shape or dtype.
+    """
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+      raise ValueError(f'image is {image.shape} {image.dtype}, expected (h, w, 3) uint8 RGB')
+    size = image.shape[:2]
+    if self.description.test_scale is not None:
+      image = resize_image(image, self.description.test_scale)
+    return np.asarray(self._labels(self._state, image, size=size))
+
+  def logits(self, images: np.ndarray | jax.Array) -> jax.Array:
+    """Logits of whole images at their own size.
+
+    Args:
+      images: (n, h, w, 3) float32, normalised RGB (see `nonlocal_jax.models.normalize`).
+
+    Returns:
+      (n, h, w, classes) float32.
+    """
+    return self._logits(self._state, images)
+
+  def save(self, directory: str | os.PathLike[str]) -> None:
+    """Writes weights and description to a directory that `load` reads.
+
+    Raises:
+      UserError: If `directory` exists.
+    """
+    save_weights(Path(directory), self._state, self.description)

@@ -1,0 +1,1 @@
+"""Tests: against mmsegmentation, PyTorch, NumPy in float64 and closed forms."""

@@ -1,0 +1,131 @@
+"""mmsegmentation's own NonLocalNet, small and on the CPU: what the network and the recipe are held against."""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tests.mmseg_import import mmseg_module
+
+mmseg = mmseg_module('mmseg')
+_config = mmseg_module('mmengine.config')
+_registry = mmseg_module('mmseg.registry')
+_structures = mmseg_module('mmseg.structures')
+_pixel_data = mmseg_module('mmengine.structures')
+with warnings.catch_warnings():
+  warnings.simplefilter('ignore')  # those of the imports in it
+  mmseg_module('mmseg.utils').register_all_modules(init_default_scope=True)
+
+assert mmseg.__file__ is not None
+CONFIGS = Path(mmseg.__file__).parent / '.mim/configs/nonlocal_net'
+
+
+def read_config(name: str) -> Any:
+  """One of mmsegmentation's own configs, e.g. 'nonlocal_r50-d8_4xb4-80k_ade20k-512x512'."""
+  return _config.Config.fromfile(CONFIGS / f'{name}.py')
+
+
+def build(name: str, *, width: int, num_classes: int | None = None) -> torch.nn.Module:
+  """The network of a config with fewer channels, every array random and non-trivial, dropout off."""
+  model = read_config(name).model
+  model.pretrained = None
+  for part in (model.backbone, model.decode_head, model.auxiliary_head):
+    part.norm_cfg = {'type': 'BN', 'requires_grad': True}  # SyncBN wants a process group
+  model.backbone.update(base_channels=width, stem_channels=width)
+  model.decode_head.update(in_channels=32 * width, channels=8 * width, dropout_ratio=0)
+  model.auxiliary_head.update(in_channels=16 * width, channels=4 * width, dropout_ratio=0)
+  if num_classes is not None:
+    model.decode_head.num_classes = model.auxiliary_head.num_classes = num_classes
+  return randomise(_registry.MODELS.build(model))
+
+
+@torch.no_grad()
+def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+  """Fills every array so that a swapped or forgotten one shows, and activations keep their scale."""
+  generator = torch.Generator().manual_seed(seed)
+  for name, array in module.state_dict().items():
+    if array.ndim > 1:
+      fan_in = array[0].numel()
+      array.copy_(torch.randn(array.shape, generator=generator) * (2 / fan_in) ** 0.5)
+    elif array.is_floating_point():
+      low = 0.5 if name.endswith(('running_var', '.weight')) else -0.3
+      array.copy_(torch.rand(array.shape, generator=generator) * 0.6 + low)
+  return module
+
+
+def state_dict(module: torch.nn.Module) -> dict[str, np.ndarray]:
+  """Copies of the arrays by name."""
+  return {name: array.numpy().copy() for name, array in module.state_dict().items()}
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
+  """Logits (n, h, w, c) of normalised images (n, h, w, 3) at their own size."""
+  model.eval()
+  tensor = torch.as_tensor(images.transpose(0, 3, 1, 2))
+  metas = [{'img_shape': tuple(tensor.shape[2:])}] * len(tensor)
+  return model.encode_decode(tensor, metas).permute(0, 2, 3, 1).numpy()
+
+
+@torch.no_grad()
+def final_logits(model: torch.nn.Module, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Logits (*size, c) of one normalised image (h, w, 3) by the model's own inference mode, whole or slide."""
+  model.eval()
+  tensor = torch.as_tensor(image.transpose(2, 0, 1))[None]
+  shape = tuple(tensor.shape[2:])
+  meta = {
+    'img_shape': shape,
+    'ori_shape': size,
+    'pad_shape': shape,
+    'padding_size': [0, 0, 0, 0],
+    'flip': False,
+  }
+  sample = _structures.SegDataSample(metainfo=meta)
+  return model.predict(tensor, [sample])[0].seg_logits.data.permute(1, 2, 0).numpy()
+
+
+def train(
+  model: torch.nn.Module,
+  batches: Iterable[tuple[np.ndarray, np.ndarray]],
+  *,
+  learning_rates: Iterable[float],
+) -> Iterator[float]:
+  """Takes a step of the published SGD for each batch (normalised images, labels); yields the losses."""
+  model.train()
+  optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+  for (images, labels), learning_rate in zip(batches, learning_rates, strict=False):
+    optimizer.param_groups[0]['lr'] = learning_rate
+    samples = [
+      _structures.SegDataSample(
+        gt_sem_seg=_pixel_data.PixelData(data=torch.as_tensor(label)[None].long()),
+        metainfo={'img_shape': label.shape},
+      )
+      for label in labels
+    ]
+    losses = model.loss(torch.as_tensor(images.transpose(0, 3, 1, 2)), samples)
+    total = sum(value for name, value in losses.items() if 'loss' in name)
+    optimizer.zero_grad()
+    total.backward()
+    optimizer.step()
+    yield float(total.detach())
+
+
+def confusion_scores(
+  predictions: list[np.ndarray], labels: list[np.ndarray], num_classes: int
+) -> dict[str, np.ndarray]:
+  """aAcc and each class's IoU and Acc, shares, by mmsegmentation's IoUMetric."""
+  metric = mmseg_module('mmseg.evaluation').IoUMetric
+  totals = [
+    sum(parts)
+    for parts in zip(
+      *(
+        metric.intersect_and_union(torch.as_tensor(p), torch.as_tensor(t), num_classes, 255)
+        for p, t in zip(predictions, labels, strict=True)
+      ),
+      strict=True,
+    )
+  ]
+  return metric.total_area_to_metrics(*totals, ['mIoU'])

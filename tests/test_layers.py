@@ -1,0 +1,133 @@
+"""Layers, loss and optimizer against PyTorch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from numpy.testing import assert_allclose
+
+from nonlocal_jax.models.layers import BatchNorm, conv, resize_bilinear
+from nonlocal_jax.models.segmentor import MEAN, STD, normalize
+from nonlocal_jax.training.loss import cross_entropy, pixel_accuracy
+from nonlocal_jax.training.optimizer import poly_schedule, sgd
+
+
+def to_torch(x: np.ndarray) -> torch.Tensor:
+  return torch.as_tensor(x.transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize('size', [(56, 72), (13, 5), (3, 4), (1, 1), (7, 9)])
+def test_resize_bilinear_is_interpolate(rng, size, align_corners):
+  x = rng.normal(size=(2, 7, 9, 3)).astype(np.float32)
+  expected = torch.nn.functional.interpolate(
+    to_torch(x), size, mode='bilinear', align_corners=align_corners
+  )
+  actual = resize_bilinear(jnp.asarray(x), size, align_corners=align_corners)
+  assert_allclose(actual, expected.permute(0, 2, 3, 1), atol=2e-6)
+
+
+@pytest.mark.parametrize(
+  ('kernel', 'stride', 'dilation', 'height'), [(3, 2, 1, 8), (3, 2, 1, 9), (3, 1, 4, 8), (1, 2, 1, 7)]
+)
+def test_conv_pads_as_torch(rng, kernel, stride, dilation, height):
+  layer = conv(3, 5, kernel, stride=stride, dilation=dilation, use_bias=True, rngs=nnx.Rngs(0))
+  layer.bias[...] = jnp.asarray(rng.normal(size=5), jnp.float32)
+  x = rng.normal(size=(2, height, 10, 3)).astype(np.float32)
+  expected = torch.nn.functional.conv2d(
+    to_torch(x),
+    torch.as_tensor(np.asarray(layer.kernel[...]).transpose(3, 2, 0, 1).copy()),
+    torch.as_tensor(np.array(layer.bias[...])),
+    stride,
+    dilation * (kernel // 2),
+    dilation,
+  )
+  assert_allclose(layer(jnp.asarray(x)), expected.permute(0, 2, 3, 1), atol=1e-5)
+
+
+def test_batch_norm_in_training_and_after(rng):
+  theirs = torch.nn.BatchNorm2d(4)
+  ours = BatchNorm(4)
+  weight, bias = rng.normal(size=(2, 4)).astype(np.float32)
+  with torch.no_grad():
+    theirs.weight.copy_(torch.as_tensor(weight))
+    theirs.bias.copy_(torch.as_tensor(bias))
+  ours.scale[...], ours.bias[...] = jnp.asarray(weight), jnp.asarray(bias)
+  for _ in range(3):
+    x = rng.normal(3, 2, size=(2, 3, 2, 4)).astype(np.float32)
+    expected = theirs(to_torch(x)).detach().permute(0, 2, 3, 1)
+    assert_allclose(ours(jnp.asarray(x), train=True), expected, atol=1e-5)
+  assert_allclose(ours.mean[...], theirs.running_mean, rtol=1e-6)
+  assert_allclose(ours.var[...], theirs.running_var, rtol=1e-6)
+  theirs.eval()
+  expected = theirs(to_torch(x)).detach().permute(0, 2, 3, 1)
+  assert_allclose(ours(jnp.asarray(x)), expected, atol=1e-5)
+
+
+def test_normalize_gives_exact_zeros_where_padded(rng):
+  images = rng.integers(0, 256, size=(2, 4, 5, 3), dtype=np.uint8)
+  sizes = np.array([[4, 3], [2, 5]])
+  normalized = np.asarray(normalize(jnp.asarray(images), jnp.asarray(sizes)))
+  expected = (images.astype(np.float64) - MEAN) / STD
+  assert_allclose(normalized[0, :, :3], expected[0, :, :3], rtol=1e-6, atol=1e-6)
+  assert_allclose(normalized[1, :2], expected[1, :2], rtol=1e-6, atol=1e-6)
+  assert not normalized[0, :, 3:].any()
+  assert not normalized[1, 2:].any()
+
+
+def test_cross_entropy_divides_by_all_pixels(rng):
+  logits = rng.normal(size=(2, 5, 6, 4)).astype(np.float32)
+  labels = rng.integers(0, 4, size=(2, 5, 6))
+  labels[:, :2] = 255
+  per_pixel = torch.nn.functional.cross_entropy(
+    to_torch(logits), torch.as_tensor(labels), ignore_index=255, reduction='none'
+  )
+  actual = cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
+  assert_allclose(actual, per_pixel.mean(), rtol=1e-6)
+  correct = (logits.argmax(-1) == labels).sum() / (labels != 255).sum()
+  assert_allclose(pixel_accuracy(jnp.asarray(logits), jnp.asarray(labels)), correct, rtol=1e-6)
+
+
+def test_loss_and_gradient_are_finite_where_all_pixels_are_ignored():
+  logits = jnp.ones((1, 2, 2, 3))
+  labels = jnp.full((1, 2, 2), 255)
+  loss, gradient = jax.value_and_grad(cross_entropy)(logits, labels)
+  assert loss == 0
+  assert not np.any(gradient)
+  assert pixel_accuracy(logits, labels) == 0
+
+
+@pytest.mark.parametrize(
+  ('steps', 'step', 'expected'),
+  [
+    (40_000, 0, 0.01),
+    (40_000, 1, 0.0099997772),
+    (40_000, 10_000, 0.0077416488),
+    (40_000, 20_000, 0.0054051593),
+    (40_000, 30_000, 0.0029428365),
+    (40_000, 39_999, 1e-4),
+    (20_000, 19_999, 1e-4),
+  ],
+)
+def test_poly_schedule_has_the_golden_values(steps, step, expected):
+  schedule = poly_schedule(learning_rate=0.01, min_learning_rate=1e-4, power=0.9, steps=steps)
+  assert_allclose(schedule(step), expected, rtol=1e-5)
+
+
+def test_sgd_is_torch_sgd(rng):
+  start = rng.normal(size=6).astype(np.float32)
+  gradients = rng.normal(size=(5, 6)).astype(np.float32)
+  theirs = torch.nn.Parameter(torch.as_tensor(start.copy()))
+  optimizer = torch.optim.SGD([theirs], lr=0.01, momentum=0.9, weight_decay=5e-4)
+  tx = sgd(lambda step: 0.01 / (1 + step), momentum=0.9, weight_decay=5e-4)
+  ours, state = jnp.asarray(start), tx.init(jnp.asarray(start))
+  for step, gradient in enumerate(gradients):
+    optimizer.param_groups[0]['lr'] = 0.01 / (1 + step)
+    theirs.grad = torch.as_tensor(gradient)
+    optimizer.step()
+    updates, state = tx.update(jnp.asarray(gradient), state, ours)
+    ours = optax.apply_updates(ours, updates)
+  assert_allclose(ours, theirs.detach(), rtol=1e-6)

@@ -1,0 +1,137 @@
+"""The non-local block against mmcv's, its blocks against the whole matrix, and its memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from numpy.testing import assert_allclose
+
+from nonlocal_jax.models import NonLocalBlock
+from tests import peer
+from tests.mmseg_import import mmseg_module
+
+MODES = ['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
+
+
+def peer_block(channels: int, *, norm: bool, **options) -> torch.nn.Module:
+  norm_cfg = {'type': 'BN'} if norm else None
+  block = mmseg_module('mmcv.cnn').NonLocal2d(channels, norm_cfg=norm_cfg, **options)
+  return peer.randomise(block).eval()
+
+
+def copy_weights(theirs: torch.nn.Module, ours: NonLocalBlock) -> None:
+  """Copies by name; with sub-sampling mmcv keeps g and phi inside a Sequential."""
+  arrays = {name.replace('.0.conv', '.conv'): x.numpy() for name, x in theirs.state_dict().items()}
+  for name in ('g', 'theta', 'phi', 'conv_out', 'concat_project'):
+    layer = getattr(ours, name)
+    if layer is None:
+      continue
+    layer.kernel[...] = jnp.asarray(arrays.pop(f'{name}.conv.weight').transpose(2, 3, 1, 0))
+    if layer.bias is not None:
+      layer.bias[...] = jnp.asarray(arrays.pop(f'{name}.conv.bias'))
+  if ours.bn is not None:
+    for leaf, name in (
+      (ours.bn.scale, 'weight'),
+      (ours.bn.bias, 'bias'),
+      (ours.bn.mean, 'running_mean'),
+      (ours.bn.var, 'running_var'),
+    ):
+      leaf[...] = jnp.asarray(arrays.pop(f'conv_out.bn.{name}'))
+    arrays.pop('conv_out.bn.num_batches_tracked')
+  assert not arrays
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'norm': True, 'sub_sample': False, 'use_scale': True},
+    {'norm': False, 'sub_sample': True, 'use_scale': False},
+  ],
+  ids=['norm', 'sub_sample'],
+)
+def test_equals_mmcv(rng, mode, options):
+  theirs = peer_block(6, mode=mode, **options)
+  ours = NonLocalBlock(6, mode=mode, **options, query_block=10, rngs=nnx.Rngs(0))
+  copy_weights(theirs, ours)
+  x = rng.normal(size=(2, 5, 7, 6)).astype(np.float32)
+  with torch.no_grad():
+    expected = theirs(torch.as_tensor(x.transpose(0, 3, 1, 2))).permute(0, 2, 3, 1)
+  assert_allclose(ours(jnp.asarray(x)), expected, atol=2e-5)
+
+
+def test_reduction_keeps_at_least_one_channel():
+  block = NonLocalBlock(2, reduction=8, rngs=nnx.Rngs(0))
+  assert block.g.kernel.shape == (1, 1, 2, 1)
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_starts_as_the_identity(rng, mode):
+  x = jnp.asarray(rng.normal(size=(1, 4, 4, 4)), jnp.float32)
+  for norm in (True, False):
+    block = NonLocalBlock(4, mode=mode, norm=norm, rngs=nnx.Rngs(0))
+    assert_allclose(block(x), x)
+
+
+@pytest.mark.parametrize('mode', ['embedded_gaussian', 'concatenation'])
+def test_blocks_change_neither_result_nor_gradient(rng, mode):
+  x = jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)
+  weights = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+
+  def value_and_gradient(query_block: int):
+    block = NonLocalBlock(4, mode=mode, norm=False, query_block=query_block, rngs=nnx.Rngs(1))
+    block.conv_out.kernel[...] = jnp.ones_like(block.conv_out.kernel[...])
+    graphdef, state = nnx.split(block)
+    return jax.value_and_grad(lambda s: jnp.sum(weights * nnx.merge(graphdef, s)(x)))(state)
+
+  whole, whole_gradient = value_and_gradient(25)
+  for query_block in (1, 7, 24):
+    value, gradient = value_and_gradient(query_block)
+    assert_allclose(value, whole, rtol=1e-5)
+    for actual, expected in zip(
+      jax.tree.leaves(gradient), jax.tree.leaves(whole_gradient), strict=True
+    ):
+      assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_embedded_gaussian_equals_the_paper_in_float64(rng):
+  block = NonLocalBlock(4, norm=False, rngs=nnx.Rngs(2))
+  block.conv_out.kernel[...] = jnp.asarray(rng.normal(size=(1, 1, 2, 4)), jnp.float32)
+  x = rng.normal(0, 5, size=(1, 3, 4, 4))
+
+  def embed(layer: nnx.Conv) -> np.ndarray:
+    kernel, bias = (np.asarray(v[...], np.float64) for v in (layer.kernel, layer.bias))
+    return x.reshape(12, 4) @ kernel[0, 0] + bias
+
+  scores = embed(block.theta) @ embed(block.phi).T / np.sqrt(2)
+  weights = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+  y = weights @ embed(block.g) @ np.asarray(block.conv_out.kernel[...], np.float64)[0, 0]
+  expected = x + y.reshape(x.shape)
+  assert_allclose(block(jnp.asarray(x, jnp.float32)), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('backward', [False, True])
+def test_memory_grows_with_positions_not_with_their_square(backward):
+  """Four times the positions: four times the temporary memory, where the whole matrix would take sixteen."""
+  graphdef, state = nnx.split(NonLocalBlock(16, query_block=64, rngs=nnx.Rngs(0)))
+
+  def loss(state: nnx.State, x: jax.Array) -> jax.Array:
+    return jnp.sum(nnx.merge(graphdef, state)(x))
+
+  def temporary_bytes(side: int) -> int:
+    x = jax.ShapeDtypeStruct((1, side, side, 16), jnp.float32)
+    compiled = jax.jit(jax.grad(loss) if backward else loss).lower(state, x).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis is not None
+    return analysis.temp_size_in_bytes
+
+  small, large = temporary_bytes(64), temporary_bytes(128)
+  assert large < 5 * small
+  assert large < 4 * 16384**2 / 8  # an eighth of the float32 matrix
+
+
+def test_unknown_mode_is_an_error():
+  with pytest.raises(ValueError, match="mode is 'sum', expected one of embedded_gaussian"):
+    NonLocalBlock(4, mode='sum', rngs=nnx.Rngs(0))  # pyright: ignore
