@@ -1,28 +1,19 @@
-"""From folders to batches: listing, preparing, checking, loading."""
+"""From folders to prepared splits: listing, preparing, checking."""
 
-import pickle
 import re
 import sys
 
 import cv2
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from grain.checkpoint import CheckpointRestore, CheckpointSave
 
-from nonlocal_jax.data import builders, datasets, loader, transforms
+from nonlocal_jax.data import builders, datasets, transforms
 from nonlocal_jax.errors import UserError
 from tests.image_trees import CLASSES, write_sample, write_tree
 from tests.mmseg_import import mmseg_module
 
 CUSTOM = datasets.custom_dataset(CLASSES)
 LAYOUTS = {**datasets.PUBLISHED, 'custom': CUSTOM}
-TRAINING = {
-  'batch_size': 4,
-  'seed': 3,
-  'scale': (60, 40),
-  'crop_size': (32, 24),
-}
 
 
 @pytest.fixture
@@ -31,36 +22,11 @@ def tree(tmp_path):
   return tmp_path / 'source', write_tree('custom', tmp_path / 'source')
 
 
-@pytest.fixture(scope='session')
-def prepared(tmp_path_factory):
-  """The splits of a custom dataset of twelve training images, opened."""
-  root = tmp_path_factory.mktemp('prepared')
-  samples = write_tree('custom', root / 'source')['train']
-  for index in range(9):
-    image, label = (path.with_name(f'y{index}{path.suffix}') for path in samples[0][1:])
-    write_sample(datasets.Sample(f'y{index}', image, label), seed=100 + index)
-  return builders.prepare(CUSTOM, root / 'source', data_dir=root / 'tfds')
-
-
 def files_of(samples):
   return [
     {'id': sample.id, 'image': sample.image.read_bytes(), 'label': sample.label.read_bytes()}
     for sample in samples
   ]
-
-
-def take(batches, count):
-  return [next(batches) for _ in range(count)]
-
-
-def assert_same_batches(ours, theirs):
-  for our, their in zip(ours, theirs, strict=True):
-    assert our.keys() == their.keys()
-    for key, value in our.items():
-      np.testing.assert_array_equal(value, their[key])
-
-
-# What the datasets are
 
 
 @pytest.mark.parametrize(
@@ -87,9 +53,6 @@ def test_custom_dataset():
   assert len(set(datasets.distinct_colours(255))) == 255
   with pytest.raises(UserError, match='custom has 3 classes but 1 class names: give one for each'):
     datasets.custom_dataset(3, classes=['sky'])
-
-
-# Listing and preparing
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
@@ -222,17 +185,6 @@ def test_another_process_may_prepare_the_same_meanwhile(tree, tmp_path, monkeypa
   assert list(builders.prepare(CUSTOM, source, **arguments)['val']) == files_of(samples['val'])
 
 
-def test_opened_split_is_a_sequence_that_travels(prepared):
-  split = prepared['train']
-  assert len(split) == 12
-  assert split[-1] == split[11] == pickle.loads(pickle.dumps(split))[11]
-  with pytest.raises(IndexError):
-    split[12]
-
-
-# What is wrong is said in one sentence
-
-
 def remove(path):
   path.unlink() if path.is_file() else path.rename(path.with_name('moved'))
 
@@ -272,21 +224,21 @@ def remove(path):
       'cityscapes',
       lambda root: remove(root / 'gtFine'),
       'Image {root}/leftImg8bit/train/aachen/a_0_leftImg8bit.png has no label map: expected '
-      '{root}/gtFine/train/aachen/a_0_gtFine_labelTrainIds.png, which csCreateTrainIdLabelImgs of '
-      'the package cityscapesscripts makes.',
+      '{root}/gtFine/train/aachen/a_0_gtFine_labelTrainIds.png (made by csCreateTrainIdLabelImgs '
+      'of the package cityscapesscripts).',
     ),
     (
       'voc12aug',
       lambda root: remove(root / 'ImageSets/Segmentation/aug.txt'),
-      'There are no image names in {root}/ImageSets/Segmentation/aug.txt: add them, which '
-      'tools/dataset_converters/voc_aug.py of mmsegmentation makes.',
+      'There are no image names in {root}/ImageSets/Segmentation/aug.txt: add them (made by '
+      'tools/dataset_converters/voc_aug.py of mmsegmentation).',
     ),
     (
       'voc12aug',
       lambda root: remove(root / 'SegmentationClassAug'),
       'Image {root}/JPEGImages/2008_000002.jpg has no label map: expected '
-      '{root}/SegmentationClassAug/2008_000002.png, which tools/dataset_converters/voc_aug.py of '
-      'mmsegmentation makes.',
+      '{root}/SegmentationClassAug/2008_000002.png (made by tools/dataset_converters/voc_aug.py of '
+      'mmsegmentation).',
     ),
     (
       'voc12aug',
@@ -356,109 +308,3 @@ def test_label_values_outside_the_classes(tree, tmp_path):
   )
   with pytest.raises(UserError, match=r'none of the 2 classes 1\.\.2'):
     builders.check_label_values(opened, num_classes=2, reduce_zero_label=True)
-
-
-# Batches
-
-
-def test_batches_have_the_shapes_and_types_promised(prepared):
-  batch = next(loader.train_batches(prepared['train'], **TRAINING))
-  assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
-    'image': ((4, 32, 24, 3), 'uint8'),
-    'label': ((4, 32, 24), 'uint8'),
-    'size': ((4, 2), 'int32'),
-    'index': ((4,), 'int32'),
-  }
-  assert set(np.unique(batch['label'])) <= {*range(CLASSES), 255}
-
-
-def test_every_epoch_has_every_image_once_in_another_order(prepared):
-  batches = take(loader.train_batches(prepared['train'], **TRAINING), 6)
-  epochs = np.concatenate([batch['index'] for batch in batches]).reshape(2, 12)
-  assert (np.sort(epochs) == np.arange(12)).all()
-  assert (epochs[0] != epochs[1]).any()
-  crops = {
-    epoch: batches[3 * epoch + place // 4]['image'][place % 4]
-    for epoch, place in enumerate(np.argwhere(epochs == 0)[:, 1])
-  }
-  assert (crops[0] != crops[1]).any()
-
-
-def test_seed_and_transforms_matter(prepared):
-  indices = [
-    next(loader.train_batches(prepared['train'], **{**TRAINING, 'seed': seed}))['index'].tolist()
-    for seed in range(3)
-  ]
-  assert len(set(map(tuple, indices))) == 3
-  plain = {'ratio_range': None, 'flip_prob': 0.0, 'photometric': False, 'cat_max_ratio': 1.0}
-  arguments = {**TRAINING, **plain, 'scale': None, 'crop_size': (50, 50)}
-  batch = next(loader.train_batches(prepared['train'], **arguments, ignore_labels=(1,)))
-  for image, label, size, index in zip(*batch.values(), strict=True):
-    record, (h, w) = prepared['train'][index], size
-    np.testing.assert_array_equal(image[:h, :w], transforms.decode_image(record['image']))
-    expected = transforms.decode_label(record['label'])
-    np.testing.assert_array_equal(label[:h, :w], np.where(expected == 1, 255, expected))
-
-
-def test_batches_do_not_depend_on_workers(prepared):
-  expected = take(loader.train_batches(prepared['train'], **TRAINING), 5)
-  batches = loader.train_batches(prepared['train'], **TRAINING, num_workers=2)
-  assert_same_batches(take(batches, 5), expected)
-  batches.set_state({'next_batch': 3})
-  assert_same_batches(take(batches, 2), expected[3:])
-  batches.close()
-
-
-@pytest.mark.parametrize('num_threads', [1, 3])
-def test_batches_do_not_depend_on_threads(prepared, num_threads):
-  expected = take(loader.train_batches(prepared['train'], **TRAINING), 5)
-  batches = loader.train_batches(prepared['train'], **TRAINING, num_threads=num_threads)
-  assert_same_batches(take(batches, 5), expected)
-
-
-def test_processes_share_each_batch(prepared):
-  expected = take(loader.train_batches(prepared['train'], **TRAINING), 5)
-  for process in range(2):
-    batches = loader.train_batches(
-      prepared['train'], **TRAINING, process_index=process, process_count=2
-    )
-    share = [{key: value[process::2] for key, value in batch.items()} for batch in expected]
-    assert_same_batches(take(batches, 5), share)
-  with pytest.raises(UserError, match='A batch of 4 cannot be shared by 3 processes'):
-    loader.train_batches(prepared['train'], **TRAINING, process_count=3)
-
-
-def test_batches_go_on_where_a_checkpoint_was_saved(prepared, tmp_path):
-  batches = loader.train_batches(prepared['train'], **TRAINING)
-  take(batches, 4)
-  with ocp.CheckpointManager(tmp_path / 'checkpoints') as manager:
-    manager.save(4, args=ocp.args.Composite(batches=CheckpointSave(batches)))
-    expected = take(batches, 3)
-    manager.wait_until_finished()
-    resumed = loader.train_batches(prepared['train'], **TRAINING)
-    manager.restore(4, args=ocp.args.Composite(batches=CheckpointRestore(resumed)))
-  assert resumed.get_state() == {'next_batch': 4}
-  assert_same_batches(take(resumed, 3), expected)
-  batches.set_state({'next_batch': 4})
-  assert_same_batches(take(batches, 3), expected)
-
-
-def test_far_states_are_reached_at_once(prepared):
-  batches = loader.train_batches(prepared['train'], **TRAINING)
-  batches.set_state({'next_batch': 10**9})
-  next(batches)
-  assert batches.get_state() == {'next_batch': 10**9 + 1}
-
-
-def test_eval_samples_come_in_order_with_labels_of_their_own_size(prepared):
-  split = prepared['train']
-  samples = list(loader.eval_samples(split, scale=(20, 20), ignore_labels=(0,)))
-  assert [sample['id'] for sample in samples] == [record['id'] for record in split]
-  for sample, record in zip(samples, split, strict=True):
-    image = transforms.decode_image(record['image'])
-    np.testing.assert_array_equal(sample['image'], transforms.resize_image(image, (20, 20)))
-    label = transforms.decode_label(record['label'])
-    np.testing.assert_array_equal(sample['label'], np.where(label == 0, 255, label))
-  unscaled = list(loader.eval_samples(split, scale=None, process_index=1, process_count=5))
-  assert [sample['id'] for sample in unscaled] == [split[index]['id'] for index in (1, 6, 11)]
-  assert all(sample['image'].shape[:2] == sample['label'].shape for sample in unscaled)

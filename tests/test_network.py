@@ -62,9 +62,14 @@ def test_a_missing_block_is_the_original_without_it(rng, peer_model):
 def test_training_steps_equal_the_original_in_float64(rng):
   """Ten whole steps in double precision, where rounding cannot hide a difference nor make one.
 
-  In float32 both programs are some 1e-3 away from this result in the first layers' gradients.
+  The biases of g and phi have gradients that are zero but for rounding: a constant added to all values is taken
+  out by the normalisation behind them, one added to all keys by the softmax.
   """
-  model = peer.build('nonlocal_r50-d8_4xb4-20k_voc12aug-512x512', width=4, num_classes=5).double()
+  model = peer.build('nonlocal_r50-d8_4xb4-20k_voc12aug-512x512', width=4, num_classes=5)
+  # The original's initial values are better conditioned than random ones; the block must not stay closed.
+  model.init_weights()
+  model.decode_head.nl_block.conv_out.bn.weight.data.fill_(0.5)
+  model.double()
   arrays = peer.state_dict(model)
   batches = [
     {
@@ -99,7 +104,7 @@ def test_training_steps_equal_the_original_in_float64(rng):
       for name, expected in peer.state_dict(model).items():
         if not name.endswith('num_batches_tracked'):
           difference = np.linalg.norm(updated[name] - expected)
-          assert difference <= 1e-6 * np.linalg.norm(expected), name
+          assert difference <= 1e-6 * np.linalg.norm(expected) + 1e-12, name
   assert int(state.step) == 10
 
 

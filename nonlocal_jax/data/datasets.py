@@ -250,7 +250,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 def _hint(missing: Path) -> str:
   if missing.name.endswith('_labelTrainIds.png'):
-    return ', which csCreateTrainIdLabelImgs of the package cityscapesscripts makes'
+    return ' (made by csCreateTrainIdLabelImgs of the package cityscapesscripts)'
   if missing.name == 'aug.txt' or missing.parent.name == 'SegmentationClassAug':
-    return ', which tools/dataset_converters/voc_aug.py of mmsegmentation makes'
+    return ' (made by tools/dataset_converters/voc_aug.py of mmsegmentation)'
   return ''

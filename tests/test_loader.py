@@ -1,0 +1,154 @@
+"""From prepared splits to batches and evaluation samples."""
+
+import pickle
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from grain.checkpoint import CheckpointRestore, CheckpointSave
+
+from nonlocal_jax.data import builders, datasets, loader, transforms
+from nonlocal_jax.errors import UserError
+from tests.image_trees import CLASSES, write_sample, write_tree
+
+TRAINING = {
+  'batch_size': 4,
+  'seed': 3,
+  'scale': (60, 40),
+  'crop_size': (32, 24),
+}
+
+
+@pytest.fixture(scope='session')
+def prepared(tmp_path_factory):
+  """The splits of a custom dataset of twelve training images, opened."""
+  root = tmp_path_factory.mktemp('prepared')
+  samples = write_tree('custom', root / 'source')['train']
+  for index in range(9):
+    image, label = (path.with_name(f'y{index}{path.suffix}') for path in samples[0][1:])
+    write_sample(datasets.Sample(f'y{index}', image, label), seed=100 + index)
+  return builders.prepare(datasets.custom_dataset(CLASSES), root / 'source', data_dir=root / 'tfds')
+
+
+def take(batches, count):
+  return [next(batches) for _ in range(count)]
+
+
+def assert_same_batches(ours, theirs):
+  for our, their in zip(ours, theirs, strict=True):
+    assert our.keys() == their.keys()
+    for key, value in our.items():
+      np.testing.assert_array_equal(value, their[key])
+
+
+def test_opened_split_is_a_sequence_that_travels(prepared):
+  split = prepared['train']
+  assert len(split) == 12
+  assert split[-1] == split[11] == pickle.loads(pickle.dumps(split))[11]
+  with pytest.raises(IndexError):
+    split[12]
+
+
+def test_batches_have_the_shapes_and_types_promised(prepared):
+  batch = next(loader.train_batches(prepared['train'], **TRAINING))
+  assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
+    'image': ((4, 32, 24, 3), 'uint8'),
+    'label': ((4, 32, 24), 'uint8'),
+    'size': ((4, 2), 'int32'),
+    'index': ((4,), 'int32'),
+  }
+  assert set(np.unique(batch['label'])) <= {*range(CLASSES), 255}
+
+
+def test_every_epoch_has_every_image_once_in_another_order(prepared):
+  batches = take(loader.train_batches(prepared['train'], **TRAINING), 6)
+  epochs = np.concatenate([batch['index'] for batch in batches]).reshape(2, 12)
+  assert (np.sort(epochs) == np.arange(12)).all()
+  assert (epochs[0] != epochs[1]).any()
+  crops = {
+    epoch: batches[3 * epoch + place // 4]['image'][place % 4]
+    for epoch, place in enumerate(np.argwhere(epochs == 0)[:, 1])
+  }
+  assert (crops[0] != crops[1]).any()
+
+
+def test_seed_and_transforms_matter(prepared):
+  indices = [
+    next(loader.train_batches(prepared['train'], **{**TRAINING, 'seed': seed}))['index'].tolist()
+    for seed in range(3)
+  ]
+  assert len(set(map(tuple, indices))) == 3
+  plain = {'ratio_range': None, 'flip_prob': 0.0, 'photometric': False, 'cat_max_ratio': 1.0}
+  arguments = {**TRAINING, **plain, 'scale': None, 'crop_size': (50, 50)}
+  batch = next(loader.train_batches(prepared['train'], **arguments, ignore_labels=(1,)))
+  for index, (h, w), image, label in zip(
+    *(batch[key] for key in ('index', 'size', 'image', 'label')), strict=True
+  ):
+    record = prepared['train'][index]
+    np.testing.assert_array_equal(image[:h, :w], transforms.decode_image(record['image']))
+    expected = transforms.decode_label(record['label'])
+    np.testing.assert_array_equal(label[:h, :w], np.where(expected == 1, 255, expected))
+
+
+def test_batches_do_not_depend_on_workers(prepared):
+  expected = take(loader.train_batches(prepared['train'], **TRAINING), 5)
+  batches = loader.train_batches(prepared['train'], **TRAINING, num_workers=2)
+  assert_same_batches(take(batches, 5), expected)
+  batches.set_state({'next_batch': 3})
+  assert_same_batches(take(batches, 2), expected[3:])
+  batches.close()
+
+
+@pytest.mark.parametrize('num_threads', [1, 3])
+def test_batches_do_not_depend_on_threads(prepared, num_threads):
+  expected = take(loader.train_batches(prepared['train'], **TRAINING), 5)
+  batches = loader.train_batches(prepared['train'], **TRAINING, num_threads=num_threads)
+  assert_same_batches(take(batches, 5), expected)
+
+
+def test_processes_share_each_batch(prepared):
+  expected = take(loader.train_batches(prepared['train'], **TRAINING), 5)
+  for process in range(2):
+    batches = loader.train_batches(
+      prepared['train'], **TRAINING, process_index=process, process_count=2
+    )
+    share = [{key: value[process::2] for key, value in batch.items()} for batch in expected]
+    assert_same_batches(take(batches, 5), share)
+  with pytest.raises(UserError, match='A batch of 4 cannot be shared by 3 processes'):
+    loader.train_batches(prepared['train'], **TRAINING, process_count=3)
+
+
+def test_batches_go_on_where_a_checkpoint_was_saved(prepared, tmp_path):
+  batches = loader.train_batches(prepared['train'], **TRAINING)
+  take(batches, 4)
+  with ocp.CheckpointManager(tmp_path / 'checkpoints') as manager:
+    manager.save(4, args=ocp.args.Composite(batches=CheckpointSave(batches)))
+    expected = take(batches, 3)
+    manager.wait_until_finished()
+    resumed = loader.train_batches(prepared['train'], **TRAINING)
+    manager.restore(4, args=ocp.args.Composite(batches=CheckpointRestore(resumed)))
+  assert resumed.get_state() == {'next_batch': 4}
+  assert_same_batches(take(resumed, 3), expected)
+  batches.set_state({'next_batch': 4})
+  assert_same_batches(take(batches, 3), expected)
+
+
+def test_far_states_are_reached_at_once(prepared):
+  batches = loader.train_batches(prepared['train'], **TRAINING)
+  batches.set_state({'next_batch': 10**9})
+  next(batches)
+  assert batches.get_state() == {'next_batch': 10**9 + 1}
+
+
+def test_eval_samples_come_in_order_with_labels_of_their_own_size(prepared):
+  split = prepared['train']
+  samples = list(loader.eval_samples(split, scale=(20, 20), ignore_labels=(0,)))
+  assert [sample['id'] for sample in samples] == [record['id'] for record in split]
+  for sample, record in zip(samples, split, strict=True):
+    image = transforms.decode_image(record['image'])
+    np.testing.assert_array_equal(sample['image'], transforms.resize_image(image, (20, 20)))
+    label = transforms.decode_label(record['label'])
+    np.testing.assert_array_equal(sample['label'], np.where(label == 0, 255, label))
+  unscaled = list(loader.eval_samples(split, scale=None, process_index=1, process_count=5))
+  assert [sample['id'] for sample in unscaled] == [split[index]['id'] for index in (1, 6, 11)]
+  assert all(sample['image'].shape[:2] == sample['label'].shape for sample in unscaled)
