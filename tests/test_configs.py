@@ -1,0 +1,155 @@
+"""The 16 published models: each number against mmsegmentation's own configs and model index."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from flax import nnx
+
+from configs.common import variant_name
+from nonlocal_jax.data.datasets import PUBLISHED
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.evaluation.evaluator import architecture_of, dataset_of, windows_of
+from nonlocal_jax.weights.released import RELEASED, released_model, released_model_of_file
+from tests import peer
+
+CONFIGS = Path(__file__).parents[1] / 'configs'
+MODELS = [model for model in RELEASED if not model.replaced]
+PARAMETERS = {  # depth, classes: trainable parameters of the original
+  (50, 19): 50_023_814,
+  (50, 21): 50_025_354,
+  (50, 150): 50_124_684,
+  (101, 19): 69_015_942,
+  (101, 21): 69_017_482,
+  (101, 150): 69_116_812,
+}
+
+
+def read(name: str, *arguments: str):
+  """What `configs/NAME.py` gives."""
+  spec = importlib.util.spec_from_file_location(name, CONFIGS / f'{name}.py')
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*arguments)
+
+
+def config_of(model):
+  return read(f'{model.dataset}_r{model.depth}', variant_name(model))
+
+
+def peer_name(model) -> str:
+  """E.g. 'nonlocal_r50-d8_4xb2-40k_cityscapes-512x1024'."""
+  gpus = 'xb2' if model.dataset == 'cityscapes' else 'xb4'
+  crop = 'x'.join(map(str, model.crop))
+  return (
+    f'nonlocal_r{model.depth}-d8_4{gpus}-{model.steps // 1000}k_{model.dataset}-{crop}'
+  )
+
+
+@pytest.fixture(scope='session')
+def index():
+  """mmsegmentation's own index of the released models, by config name."""
+  models = yaml.safe_load((peer.CONFIGS / 'metafile.yaml').read_text())['Models']
+  return {model['Name']: model for model in models}
+
+
+@pytest.mark.parametrize('model', MODELS, ids=lambda model: model.name)
+def test_published_numbers(model, index):
+  entry = index[peer_name(model)]
+  published = entry['Results']['Metrics']
+  config = config_of(model)
+  assert config.name == model.name
+  assert config.published.checkpoint == entry['Weights'].rsplit('/', 1)[1]
+  assert config.published.miou == published['mIoU']
+  assert config.published.miou_ms_flip == published.get('mIoU(ms+flip)')
+
+
+@pytest.mark.parametrize('model', MODELS, ids=lambda model: model.name)
+def test_recipe(model):
+  ours, theirs = config_of(model), peer.read_config(peer_name(model))
+  transforms = {transform['type']: transform for transform in theirs.train_pipeline}
+  resize, crop = transforms['RandomResize'], transforms['RandomCrop']
+  assert ours.train.scale == resize.scale
+  assert ours.train.ratio_range == resize.ratio_range
+  assert ours.train.crop == crop.crop_size
+  assert ours.train.cat_max_ratio == crop.cat_max_ratio
+  assert ours.train.flip_probability == transforms['RandomFlip'].prob
+  assert ours.train.photometric_distortion == ('PhotoMetricDistortion' in transforms)
+  assert ours.train.batch_size == 4 * theirs.train_dataloader.batch_size
+  assert ours.train.steps == theirs.train_cfg.max_iters
+  assert ours.eval.every == theirs.train_cfg.val_interval
+  assert ours.checkpoint.every == theirs.default_hooks.checkpoint.interval
+  assert ours.train.log_every == theirs.default_hooks.logger.interval
+  assert ours.train.auxiliary_weight == theirs.model.auxiliary_head.loss_decode.loss_weight
+
+  sgd, (poly,) = theirs.optimizer, theirs.param_scheduler
+  assert ours.optimizer.learning_rate == sgd.lr
+  assert ours.optimizer.momentum == sgd.momentum
+  assert ours.optimizer.weight_decay == sgd.weight_decay
+  assert ours.optimizer.power == poly.power
+  assert ours.optimizer.min_learning_rate == poly.eta_min
+  assert poly.end == theirs.train_cfg.max_iters
+
+  (test_resize,) = (t for t in theirs.test_pipeline if t['type'] == 'Resize')
+  assert ours.eval.scale == test_resize.scale
+  test, windows = theirs.model.test_cfg, windows_of(ours)
+  if test.mode == 'whole':
+    assert windows is None
+  else:
+    assert (windows.crop, windows.stride) == (test.crop_size, test.stride)
+
+
+@pytest.mark.parametrize('model', MODELS, ids=lambda model: model.name)
+def test_network(model):
+  config, theirs = config_of(model), peer.read_config(peer_name(model)).model
+  assert config.model.depth == theirs.backbone.depth
+  assert config.model.width == 64
+  assert config.model.dropout == theirs.decode_head.dropout_ratio
+  assert config.model.align_corners == theirs.decode_head.align_corners
+  assert config.data.num_classes == theirs.decode_head.num_classes
+  network = architecture_of(config).abstract(align_corners=config.model.align_corners)
+  count = sum(v.size for _, v in nnx.to_flat_state(nnx.state(network, nnx.Param)))
+  assert count == PARAMETERS[config.model.depth, config.data.num_classes]
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_dataset(name):
+  config = read(f'{name}_r50')
+  dataset = dataset_of(config)
+  assert dataset.num_classes == config.data.num_classes
+  assert dataset.reduce_zero_label == config.data.reduce_zero_label == (name == 'ade20k')
+
+
+def test_there_are_sixteen_and_the_replaced_one():
+  assert len(MODELS) == 16
+  assert len({model.name for model in MODELS}) == 16
+  assert len({model.sha256_prefix for model in RELEASED}) == 17
+  assert all(re.fullmatch('[0-9a-f]{8}', model.sha256_prefix) for model in RELEASED)
+
+
+def test_without_a_variant_the_best_published_is_taken():
+  assert read('cityscapes_r50').name == 'nonlocal_r50-d8_769x769_80k_cityscapes'
+  assert read('ade20k_r101').name == 'nonlocal_r101-d8_512x512_160k_ade20k'
+  assert read('voc12aug_r50').name == 'nonlocal_r50-d8_512x512_40k_voc12aug'
+
+
+def test_unknown_variant_is_an_error():
+  with pytest.raises(UserError, match="no variant '20k' .* give one of 512x512_80k, 512x512_160k"):
+    read('ade20k_r50', '20k')
+
+
+def test_released_models_by_file_name():
+  corner = released_model('nonlocal_r50-d8_769x769_40k_cityscapes')
+  assert released_model_of_file(corner.file) is corner
+  assert corner.align_corners
+  assert corner.test_scale == (2049, 1025)
+  assert released_model_of_file(f'{corner.name}.pth') is corner
+  replaced = 'nonlocal_r101-d8_512x512_160k_ade20k_20200616_003422-affd0f8d.pth'
+  found = released_model_of_file(replaced)
+  assert found is not None
+  assert found.replaced
+  assert released_model_of_file('my_model.pth') is None
