@@ -116,7 +116,7 @@ def train(
 def confusion_scores(
   predictions: list[np.ndarray], labels: list[np.ndarray], num_classes: int
 ) -> dict[str, np.ndarray]:
-  """aAcc and each class's IoU and Acc, shares, by mmsegmentation's IoUMetric."""
+  """AAcc and each class's IoU and Acc, shares, by mmsegmentation's IoUMetric."""
   metric = mmseg_module('mmseg.evaluation').IoUMetric
   totals = [
     sum(parts)

@@ -52,7 +52,7 @@ def peer_name(model) -> str:
 
 @pytest.fixture(scope='session')
 def index():
-  """mmsegmentation's own index of the released models, by config name."""
+  """Mmsegmentation's own index of the released models, by config name."""
   models = yaml.safe_load((peer.CONFIGS / 'metafile.yaml').read_text())['Models']
   return {model['Name']: model for model in models}
 

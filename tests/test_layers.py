@@ -117,6 +117,14 @@ def test_poly_schedule_has_the_golden_values(steps, step, expected):
   assert_allclose(schedule(step), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize('steps', [1, 2, 300, 1500, 20_000, 40_000, 80_000, 160_000])
+def test_compiled_poly_schedule_ends_at_its_minimum(steps):
+  schedule = poly_schedule(learning_rate=0.01, min_learning_rate=1e-4, power=0.9, steps=steps)
+  last = jax.jit(schedule)(jnp.asarray([steps - 1, steps, 2 * steps], jnp.int32))
+  expected = [1e-4] * 3 if steps > 1 else [0.01, 1e-4, 1e-4]
+  assert_allclose(last, expected, rtol=1e-6)
+
+
 def test_sgd_is_torch_sgd(rng):
   start = rng.normal(size=6).astype(np.float32)
   gradients = rng.normal(size=(5, 6)).astype(np.float32)

@@ -121,9 +121,10 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Evaluation:
           state, metrics = train_step(state, batch)
         bar.update()
         last = step == steps
-        if step % config.train.log_every == 0 or last:
+        saves = step % config.checkpoint.every == 0 or last
+        if step % config.train.log_every == 0 or saves:
           bar.set_postfix(log.write(step, metrics, lr=float(schedule(step - 1))), refresh=False)
-        if step % config.checkpoint.every == 0 or last:
+        if saves:
           _save(checkpoints, state, batches)
         if step % config.eval.every == 0 and not last:
           evaluation = evaluate(state.variables)
@@ -161,12 +162,12 @@ class _TrainingLog:
     """Logs the metrics of a step; returns what the progress bar shows.
 
     Raises:
-      UserError: If the loss is not finite.
+      UserError: If the loss or the update is not finite.
     """
     values = {name: float(value) for name, value in metrics.items()}
-    if not math.isfinite(values['loss']):
+    if not math.isfinite(values['loss'] + values['update_norm']):
       raise UserError(
-        f'the loss is {values["loss"]} at step {step}; lower config.optimizer.learning_rate, or look at the labels, '
+        f'the loss is {values["loss"]} and its update {values["update_norm"]} at step {step}; lower config.optimizer.learning_rate, or look at the labels, '
         'and start again from the last checkpoint.'
       )
     now = time.perf_counter()

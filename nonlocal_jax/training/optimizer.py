@@ -1,5 +1,7 @@
 """SGD with momentum, decay on every parameter and the poly schedule: the recipe of the released models."""
 
+import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -17,12 +19,14 @@ def poly_schedule(
   Returns:
     A function from the 0-based step to the learning rate, float32.
   """
-  return optax.polynomial_schedule(
-    init_value=learning_rate,
-    end_value=min_learning_rate,
-    power=power,
-    transition_steps=max(steps - 1, 1),
-  )
+  last = max(steps - 1, 1)
+
+  def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+    # The difference is taken in integers: `1 - step / last` can end below zero, and its power is NaN.
+    remaining = jnp.maximum(last - jnp.asarray(step), 0) / last
+    return min_learning_rate + (learning_rate - min_learning_rate) * remaining**power
+
+  return schedule
 
 
 def sgd(

@@ -77,8 +77,8 @@ def make_train_step(
 
   Returns:
     A function of the state and a batch `image` (n, h, w, 3) uint8 RGB, `label` (n, h, w) uint8, `size` (n, 2) int32 (see
-    `normalize`), which returns the next state and the metrics `loss`, `loss_decode`, `loss_auxiliary` and `accuracy`
-    (share of the labelled pixels), scalars.
+    `normalize`), which returns the next state and the metrics `loss`, `loss_decode`, `loss_auxiliary`, `accuracy` (share
+    of the labelled pixels) and `update_norm` (of the change to the parameters), scalars.
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -104,6 +104,7 @@ def make_train_step(
 
     grads, (batch_stats, metrics) = jax.grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    metrics['update_norm'] = optax.global_norm(updates)
     next_state = TrainState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),
