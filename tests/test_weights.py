@@ -1,0 +1,180 @@
+"""Loading networks from files and directories, and the errors of what cannot be loaded."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import nonlocal_jax
+from nonlocal_jax.data.transforms import resize_image
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.models.segmentor import normalize
+from nonlocal_jax.weights.checkpoints import config_differences
+from nonlocal_jax.weights.torch_names import (
+  Architecture,
+  from_state_dict,
+  infer_architecture,
+  to_state_dict,
+)
+from tests import peer
+
+
+@pytest.fixture(scope='module')
+def loaded(peer_checkpoint):
+  return nonlocal_jax.load(peer_checkpoint)
+
+
+def test_names_and_shapes_are_the_original_s(peer_model):
+  arrays = peer.state_dict(peer_model)
+  architecture = infer_architecture(arrays, source='peer')
+  assert architecture == Architecture((3, 4, 6, 3), width=8, num_classes=19)
+  assert str(architecture) == 'R-50, width 8, 19 classes'
+  state = from_state_dict(arrays, architecture, source='peer')
+  returned = to_state_dict(state)
+  trained = {name for name in arrays if not name.endswith('num_batches_tracked')}
+  assert set(returned) == trained
+  for name in trained:
+    np.testing.assert_array_equal(returned[name], arrays[name], err_msg=name)
+
+
+def test_load_tells_what_the_file_holds(loaded, peer_checkpoint):
+  assert loaded.description.architecture.depth == 50
+  assert loaded.classes == tuple(f'c{i}' for i in range(19))
+  assert len(set(loaded.palette)) == 19
+  assert not loaded.description.align_corners
+  assert loaded.description.test_scale is None
+  assert nonlocal_jax.load(peer_checkpoint, align_corners=True).description.align_corners
+
+
+def test_a_released_name_tells_corners_sizes_and_classes(peer_model, tmp_path):
+  path = tmp_path / 'nonlocal_r50-d8_769x769_80k_cityscapes_20200607_193506-1f9792f6.pth'
+  torch.save({'meta': {}, 'state_dict': peer_model.state_dict()}, path)
+  description = nonlocal_jax.load(path).description
+  assert description.align_corners
+  assert description.test_scale == (2049, 1025)
+  assert (description.window_crop, description.window_stride) == ((769, 769), (513, 513))
+  assert description.classes[0] == 'road'
+  assert description.palette[0] == (128, 64, 128)
+
+
+def test_logits_equal_the_original(rng, loaded, peer_model):
+  images = rng.normal(size=(1, 65, 72, 3)).astype(np.float32)
+  expected = peer.logits(peer_model, images)
+  actual = np.asarray(loaded.logits(images))
+  assert np.abs(actual - expected).max() <= 1e-3 * expected.std()
+
+
+def test_predict_equals_the_original_at_the_image_s_own_size(rng, loaded, peer_model):
+  image = rng.integers(0, 256, size=(60, 71, 3), dtype=np.uint8)
+  normalized = np.asarray(normalize(image[None]))[0]
+  expected = peer.final_logits(peer_model, normalized, (60, 71)).argmax(-1)
+  predicted = loaded.predict(image)
+  assert predicted.shape == (60, 71)
+  assert np.mean(predicted == expected) >= 0.9999
+
+
+def test_predict_resizes_to_the_test_scale(rng, loaded, peer_model, tmp_path):
+  loaded.save(tmp_path / 'converted')
+  description = json.loads((tmp_path / 'converted/model.json').read_text())
+  description['test_scale'] = [96, 80]
+  (tmp_path / 'converted/model.json').write_text(json.dumps(description))
+  image = rng.integers(0, 256, size=(60, 71, 3), dtype=np.uint8)
+  normalized = np.asarray(normalize(resize_image(image, (96, 80))[None]))[0]
+  assert normalized.shape == (80, 95, 3)
+  expected = peer.final_logits(peer_model, normalized, (60, 71)).argmax(-1)
+  predicted = nonlocal_jax.load(tmp_path / 'converted').predict(image)
+  assert np.mean(predicted == expected) >= 0.9999
+
+
+def test_saved_weights_come_back_bit_by_bit(loaded, tmp_path):
+  loaded.save(tmp_path / 'converted')
+  again = nonlocal_jax.load(tmp_path / 'converted')
+  assert again.description == loaded.description
+  images = jnp.ones((1, 65, 72, 3))
+  np.testing.assert_array_equal(again.logits(images), loaded.logits(images))
+  assert [path.name for path in tmp_path.iterdir()] == ['converted']
+  with pytest.raises(UserError, match='converted exists; remove it'):
+    loaded.save(tmp_path / 'converted')
+
+
+def test_predict_refuses_what_is_no_image(loaded):
+  with pytest.raises(ValueError, match=r'image is \(4, 4\) uint8, expected \(h, w, 3\) uint8 RGB'):
+    loaded.predict(np.zeros((4, 4), np.uint8))
+
+
+def test_missing_unknown_and_misshapen_arrays_are_named_together(peer_model):
+  arrays = peer.state_dict(peer_model)
+  architecture = infer_architecture(arrays, source='x.pth')
+  del arrays['backbone.stem.0.weight']
+  arrays['decode_head.conv_seg.bias'] = np.zeros(3, np.float32)
+  arrays['neck.weight'] = np.zeros(3, np.float32)
+  with pytest.raises(UserError) as caught:
+    from_state_dict(arrays, architecture, source='x.pth')
+  assert str(caught.value) == (
+    'x.pth does not fit NonLocalNet (R-50, width 8, 19 classes): '
+    'backbone.stem.0.weight is missing; '
+    'decode_head.conv_seg.bias gives (3,), expected (19,); neck.weight is unknown.'
+  )
+
+
+def test_a_backbone_alone_is_no_segmentation_model(tmp_path):
+  path = tmp_path / 'resnet50.pth'
+  torch.save({'stem.0.weight': torch.zeros(3)}, path)
+  with pytest.raises(UserError, match=r'resnet50.pth holds no NonLocalNet: .* not among its 1 arr'):
+    nonlocal_jax.load(path)
+
+
+def test_directories_without_weights(tmp_path, loaded):
+  with pytest.raises(UserError, match=r'has no model\.json: give a \.pth file'):
+    nonlocal_jax.load(tmp_path)
+  (tmp_path / 'model.json').write_text('{}')
+  with pytest.raises(UserError, match=r'model\.json is no description of a model'):
+    nonlocal_jax.load(tmp_path)
+  (tmp_path / 'model.json').write_text(loaded.description.to_json())
+  with pytest.raises(UserError, match='holds no checkpoint yet'):
+    nonlocal_jax.load(tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ['model.json']
+  loaded.save(tmp_path / 'broken')
+  shutil.rmtree(tmp_path / 'broken/weights/d')
+  with pytest.raises(UserError, match='the weights in .*broken cannot be read'):
+    nonlocal_jax.load(tmp_path / 'broken')
+
+
+def test_config_differences():
+  assert config_differences('{"a": {"b": 1, "c": [2]}}', '{"a": {"b": 3, "c": [2]}, "d": 4}') == [
+    'a.b was 1, now 3',
+    'd was None, now 4',
+  ]
+
+
+def test_the_package_needs_neither_torch_nor_tensorflow():
+  """In a process of its own, in which importing them fails."""
+  code = 'import sys; sys.modules |= dict.fromkeys(("torch", "tensorflow", "mmseg")); import main'
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_initial_values_are_the_original_s():
+  """Standard deviations of the kernels, zeros where a block starts closed (mmseg's init_weights)."""
+  architecture = Architecture((1, 1, 1, 1), width=16, num_classes=19)
+  build = jax.jit(lambda: nnx.state(architecture.build(rngs=nnx.Rngs(0))))
+  arrays = to_state_dict(build())
+  for name, array in arrays.items():
+    if array.ndim == 4:
+      small = '.conv_seg.' in name or '.nl_block.' in name and '.conv_out.' not in name
+      fan_out = array.shape[0] * array.shape[2] * array.shape[3]
+      expected = 0.01 if small else np.sqrt(2 / fan_out)
+      assert abs(array.std() / expected - 1) < 6 / np.sqrt(2 * array.size), name
+      assert abs(array.mean()) < 6 * expected / np.sqrt(array.size), name
+    elif name.endswith(('.running_mean', '.bias')):
+      assert not array.any(), name
+    else:
+      closed = name.endswith('bn3.weight') or name == 'decode_head.nl_block.conv_out.bn.weight'
+      assert np.all(array == (0 if closed else 1)), name
