@@ -1,6 +1,7 @@
 """Four fake devices, full precision, and what several tests share."""
 
 import os
+import tempfile
 
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -14,6 +15,10 @@ from nonlocal_jax.data.synthetic import write_demo_set
 from tests import peer
 
 jax.config.update('jax_default_matmul_precision', 'highest')
+# Many tests compile the same program again.
+_compilation_cache = tempfile.TemporaryDirectory()
+jax.config.update('jax_compilation_cache_dir', _compilation_cache.name)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 torch.set_num_threads(os.cpu_count() or 1)
 
 

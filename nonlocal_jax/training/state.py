@@ -104,7 +104,7 @@ def make_train_step(
 
     grads, (batch_stats, metrics) = jax.grad(loss_of, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    metrics['update_norm'] = optax.global_norm(updates)
+    metrics['update_norm'] = optax.tree.norm(updates)
     next_state = TrainState(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),

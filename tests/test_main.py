@@ -1,0 +1,208 @@
+"""The program from the command line: evaluation of a .pth file, and one sentence for each mistake."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from absl import flags
+
+import main
+from tests import peer
+
+ROOT = Path(main.__file__).parent
+
+
+@pytest.fixture
+def program(monkeypatch, tmp_path):
+  """Runs main.py in this process; returns exit status and what it says on exit."""
+  monkeypatch.chdir(tmp_path)
+
+  def run(*arguments: str) -> tuple[object, str]:
+    flags.FLAGS.unparse_flags()
+    monkeypatch.setattr(sys, 'argv', ['main.py', *arguments])
+    with pytest.raises(SystemExit) as exit_:
+      main.run()
+    code = exit_.value.code
+    return (1, code) if isinstance(code, str) else (code, '')
+
+  yield run
+  flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+  """A folder with a val split of three images of different sizes and labels 0..18, 20 and 255."""
+  rng = np.random.default_rng(3)
+  root = tmp_path_factory.mktemp('photos')
+  for kind in ('images', 'labels'):
+    (root / kind / 'val').mkdir(parents=True)
+  for index, size in enumerate([(60, 80), (72, 64), (80, 60)]):
+    coarse = rng.integers(0, 256, size=(6, 8, 3), dtype=np.uint8)
+    image = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
+    cv2.imwrite(str(root / f'images/val/{index}.png'), image)
+    label = rng.choice([*range(19), 20, 255], size=size).astype(np.uint8)
+    cv2.imwrite(str(root / f'labels/val/{index}.png'), label)
+  return root
+
+
+def custom(source: Path, **settings: object) -> list[str]:
+  """Flags of the custom config."""
+  values = {'data.source_dir': source, 'data.data_dir': source.parent / 'prepared', **settings}
+  config = f'--config={ROOT}/configs/custom.py'
+  return [config, *(f'--config.{key}={value}' for key, value in values.items())]
+
+
+MATCHING = {'data.num_classes': 19, 'data.ignore_labels': '(20,)', 'model.width': 8}
+
+
+def test_evaluation_of_a_file_equals_the_original(
+  program, photos, peer_checkpoint, peer_model, tmp_path, capsys
+):
+  scale = {'eval.scale': '(96,72)'}
+  arguments = custom(photos, **MATCHING, **scale)
+  status, message = program(*arguments, '--mode=eval', f'--checkpoint={peer_checkpoint}')
+  assert (status, message) == (None, '') or status == 0
+  metrics = json.loads((tmp_path / 'runs/custom/metrics.json').read_text())
+
+  predictions, labels = [], []
+  for index in range(3):
+    image = cv2.imread(str(photos / f'images/val/{index}.png'))
+    label = cv2.imread(str(photos / f'labels/val/{index}.png'), cv2.IMREAD_UNCHANGED)
+    label[label == 20] = 255
+    factor = min(96 / max(label.shape), 72 / min(label.shape))
+    height, width = (int(side * factor + 0.5) for side in label.shape)
+    resized = cv2.resize(image, (width, height))[..., ::-1].astype(np.float32)
+    normalized = (resized - (123.675, 116.28, 103.53)) / (58.395, 57.12, 57.375)
+    logits = peer.final_logits(peer_model, normalized.astype(np.float32), label.shape)
+    predictions.append(logits.argmax(-1))
+    labels.append(label)
+  expected = peer.confusion_scores(predictions, labels, num_classes=19)
+  assert metrics['aAcc'] == pytest.approx(100 * expected['aAcc'], abs=0.01)
+  assert metrics['mIoU'] == pytest.approx(100 * np.nanmean(expected['IoU']), abs=0.01)
+  assert metrics['mAcc'] == pytest.approx(100 * np.nanmean(expected['Acc']), abs=0.01)
+  assert f'mIoU {metrics["mIoU"]:.2f}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['stray'], "'stray' is no flag; options start with --"),
+    (['--mode=fly'], 'mode'),
+    (['--nonsense=1'], 'nonsense'),
+    (['--config=configs/none.py'], 'none.py'),
+    (['--mode=eval'], '--mode=eval needs --checkpoint'),
+    (['--checkpoint=x.pth'], '--checkpoint is for --mode=eval'),
+    ([f'--config={ROOT}/configs/ade20k_r50.py:20k'], "no variant '20k' was published"),
+    ([f'--config={ROOT}/configs/ade20k_r50.py'], 'config.data.source_dir is not set'),
+    ([f'--config={ROOT}/configs/demo.py', '--config.model.dept=50'], 'dept'),
+    ([f'--config={ROOT}/configs/demo.py', '--config.model.depth=deep'], 'depth'),
+    ([f'--config={ROOT}/configs/demo.py', '--config.model.depth=51'], 'depth is 51; it must be'),
+    ([f'--config={ROOT}/configs/demo.py', '--config.data.num_classes=9'], 'demo has 8 classes'),
+    ([f'--config={ROOT}/configs/custom.py'], 'config.data.num_classes is not set'),
+    (
+      [f'--config={ROOT}/configs/custom.py', '--config.data.dataset=coco'],
+      'config.data.num_classes is not set',
+    ),
+    (
+      custom(Path('/nowhere'), **MATCHING),
+      'no folder /nowhere',
+    ),
+  ],
+)
+def test_mistakes_on_the_command_line(program, tmp_path, arguments, message):
+  status, said = program(*arguments)
+  assert status not in (0, None)
+  assert message in said
+  assert len(said.splitlines()) == 1
+  assert not list(tmp_path.iterdir())
+
+
+def bad_sets(photos: Path, root: Path):
+  """Folders with one thing wrong each, and what is said of it."""
+  images, labels = sorted((photos / 'images/val').iterdir()), photos / 'labels/val'
+  for name, message in (
+    ('no_val', r'There is no folder .*images/val'),
+    ('empty', r'images/val holds no images'),
+    ('no_label', r'1\.png has no label map: expected .*labels/val/1\.png'),
+    ('broken_label', r'labels/val/1\.png is not a readable image'),
+    ('small_label', r'labels/val/1\.png is 5x4 pixels but its image .*1\.png is 64x72'),
+  ):
+    folder = root / name
+    for kind in ('images', 'labels'):
+      (folder / kind / ('val' if name != 'no_val' else 'train')).mkdir(parents=True)
+    if name not in ('no_val', 'empty'):
+      for image in images:
+        (folder / 'images/val' / image.name).write_bytes(image.read_bytes())
+        data = (labels / image.name).read_bytes()
+        (folder / 'labels/val' / image.name).write_bytes(data)
+    label = folder / 'labels/val/1.png'
+    if name == 'no_label':
+      label.unlink()
+    elif name == 'broken_label':
+      label.write_bytes(label.read_bytes()[:60])
+    elif name == 'small_label':
+      cv2.imwrite(str(label), np.zeros((4, 5), np.uint8))
+    yield folder, message
+
+
+def test_bad_folders(program, photos, peer_checkpoint, tmp_path_factory, tmp_path):
+  for folder, message in bad_sets(photos, tmp_path_factory.mktemp('bad')):
+    status, said = program(
+      *custom(folder, **MATCHING), '--mode=eval', f'--checkpoint={peer_checkpoint}'
+    )
+    assert status == 1
+    assert re.search(message, said), said
+    assert len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_label_outside_the_classes(program, photos, peer_checkpoint, tmp_path):
+  arguments = custom(photos, **{**MATCHING, 'data.ignore_labels': '()'})
+  status, said = program(*arguments, '--mode=eval', f'--checkpoint={peer_checkpoint}')
+  assert status == 1
+  assert re.search(r'Label value 20 .*labels/val/0\.png\) is not one of the 19 classes 0\.\.18', said)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'model.depth': 101}, 'holds R-50, width 8, 19 classes, but the config describes R-101, width 8'),
+    ({'data.num_classes': 21}, 'but the config describes R-50, width 8, 21 classes'),
+    ({'model.width': 16}, 'but the config describes R-50, width 16, 19 classes'),
+  ],
+)
+def test_checkpoint_of_another_network(program, photos, peer_checkpoint, settings, message, tmp_path):
+  arguments = custom(photos, **{**MATCHING, **settings})
+  status, said = program(*arguments, '--mode=eval', f'--checkpoint={peer_checkpoint}')
+  assert status == 1
+  assert message in said
+  assert not list(tmp_path.iterdir())
+
+
+def test_files_that_are_no_checkpoints(program, photos, tmp_path_factory, tmp_path):
+  folder = tmp_path_factory.mktemp('files')
+  (folder / 'text.pth').write_text('hello')
+  torch.save({'state_dict': {}}, folder / 'empty.pth')
+  for path in (folder / 'none.pth', folder / 'text.pth', folder / 'empty.pth', folder):
+    status, said = program(*custom(photos, **MATCHING), '--mode=eval', f'--checkpoint={path}')
+    assert status == 1
+    assert str(path) in said
+    assert len(said.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_is_one_line_and_exit_status_1(tmp_path):
+  """From outside: no traceback, nothing on the other stream, nothing left."""
+  result = subprocess.run(
+    [sys.executable, ROOT / 'main.py', '--mode=eval'], capture_output=True, text=True, cwd=tmp_path
+  )
+  assert result.returncode == 1
+  assert re.fullmatch(r'error: --mode=eval needs --checkpoint: .*\n', result.stderr)
+  assert not list(tmp_path.iterdir())

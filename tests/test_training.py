@@ -1,0 +1,165 @@
+"""Training: devices, resumption, what a run leaves behind."""
+
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numpy.testing import assert_allclose
+
+import nonlocal_jax
+from configs import custom
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.parallel import data_mesh, over_batch, replicated, shard_batch
+from nonlocal_jax.training.loop import train_and_evaluate
+from nonlocal_jax.training.optimizer import sgd
+from nonlocal_jax.training.state import TrainState, make_train_step
+from nonlocal_jax.weights.checkpoints import to_arrays
+from nonlocal_jax.weights.loading import read_weights
+from nonlocal_jax.weights.torch_names import Architecture
+
+
+@pytest.fixture(scope='module')
+def config(demo_set, tmp_path_factory):
+  """The custom config, shrunk: four steps of a tiny network on the demo set as a user's folder."""
+  config = custom.get_config()
+  config.data.source_dir = str(demo_set)
+  config.data.data_dir = str(tmp_path_factory.mktemp('prepared'))
+  config.data.num_classes = 8
+  config.model.depth = 14
+  config.model.width = 4
+  config.train.steps = 4
+  config.train.batch_size = 4
+  config.train.scale = config.eval.scale = (96, 96)
+  config.train.crop = (64, 64)
+  config.train.log_every = 1
+  config.eval.every = config.checkpoint.every = 2
+  return config
+
+
+@pytest.fixture(scope='module')
+def run(config, tmp_path_factory):
+  """A finished run: its workdir and last evaluation."""
+  workdir = tmp_path_factory.mktemp('run') / 'workdir'
+  return workdir, train_and_evaluate(config, workdir)
+
+
+def read_log(workdir: Path) -> list[dict]:
+  return [json.loads(line) for line in (workdir / 'log.jsonl').read_text().splitlines()]
+
+
+def test_a_run_leaves_all_that_is_promised(run):
+  workdir, evaluation = run
+  names = {path.name for path in workdir.iterdir()}
+  (events,) = (name for name in names if name.startswith('events.out.tfevents'))
+  assert names - {events} == {
+    'checkpoints',
+    'config.json',
+    'log.jsonl',
+    'metrics.json',
+    'model.json',
+    'predictions.png',
+  }
+  assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'2', '4'}
+  assert (workdir / events).stat().st_size > 500
+  assert (workdir / 'predictions.png').read_bytes().startswith(b'\x89PNG')
+
+  metrics = json.loads((workdir / 'metrics.json').read_text())
+  assert (metrics['step'], metrics['images'], metrics['config']) == (4, 5, 'custom')
+  assert metrics['mIoU'] == pytest.approx(100 * evaluation.scores.mean_iou, abs=1e-4)
+  assert set(metrics['classes']['class 0']) == {'IoU', 'Acc'}
+  assert evaluation.confusion.sum() == 5 * 192 * 192
+
+  log = read_log(workdir)
+  assert [entry['step'] for entry in log if 'loss' in entry] == [1, 2, 3, 4]
+  assert [entry['step'] for entry in log if 'mIoU' in entry] == [2, 4]
+  assert [entry['lr'] for entry in log if 'lr' in entry] == pytest.approx(
+    [0.01, 0.1e-3 + 9.9e-3 * (2 / 3) ** 0.9, 0.1e-3 + 9.9e-3 * (1 / 3) ** 0.9, 1e-4]
+  )
+  for entry in log:
+    assert all(np.isfinite(value) for value in entry.values())
+
+
+def test_a_continued_run_ends_bit_by_bit_as_one_that_never_stopped(config, run, tmp_path):
+  workdir, evaluation = run
+  killed = tmp_path / 'workdir'
+  shutil.copytree(workdir, killed)
+  shutil.rmtree(killed / 'checkpoints/4')  # killed after step 3
+  with (killed / 'log.jsonl').open('a') as log:
+    log.write('{"step": 3, "los')
+  continued = train_and_evaluate(config, killed)
+  np.testing.assert_array_equal(continued.confusion, evaluation.confusion)
+  expected, actual = (to_arrays(read_weights(path)[1]) for path in (workdir, killed))
+  for name, array in expected.items():
+    np.testing.assert_array_equal(actual[name], array, err_msg=name)
+  losses = [[(e['step'], e['loss']) for e in read_log(p) if 'loss' in e] for p in (workdir, killed)]
+  assert losses[0] == losses[1]
+
+
+def test_a_workdir_is_loaded_as_a_model(run, demo_set):
+  workdir, _ = run
+  model = nonlocal_jax.load(workdir)
+  assert model.description.architecture == Architecture((1, 1, 1, 1), 4, 8)
+  assert model.description.test_scale == (96, 96)
+  assert model.predict(np.zeros((50, 70, 3), np.uint8)).shape == (50, 70)
+
+
+def test_another_config_may_not_go_on_in_the_same_workdir(config, run):
+  workdir, _ = run
+  other = config.copy_and_resolve_references()
+  other.model.non_local = False
+  other.eval.every = 1  # this may change
+  with pytest.raises(UserError, match=r'another config \(model.non_local was True, now False\);'):
+    train_and_evaluate(other, workdir)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_an_error(config, tmp_path):
+  other = config.copy_and_resolve_references()
+  other.train.batch_size = 6
+  with pytest.raises(UserError, match='batch_size is 6, which 4 devices cannot share'):
+    train_and_evaluate(other, tmp_path / 'workdir')
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
+  other = config.copy_and_resolve_references()
+  other.optimizer.learning_rate = float('nan')
+  with pytest.raises(UserError, match='the loss is .* and its update nan at step 1; lower config'):
+    train_and_evaluate(other, tmp_path / 'workdir')
+  assert not list((tmp_path / 'workdir/checkpoints').iterdir())
+
+
+def test_four_devices_take_the_step_of_one(rng):
+  """In float64, batch statistics included: the mean over the sharded batch is the global one."""
+  assert jax.device_count() == 4
+  architecture = Architecture((1, 1, 1, 1), width=4, num_classes=3)
+  batch = {
+    'image': rng.integers(0, 256, size=(8, 40, 48, 3), dtype=np.uint8),
+    'label': rng.integers(0, 3, size=(8, 40, 48), dtype=np.uint8),
+    'size': np.full((8, 2), 40, np.int32),
+  }
+  tx = sgd(lambda step: jnp.asarray(0.01), momentum=0.9, weight_decay=5e-4)
+  graphdef = nnx.graphdef(architecture.abstract(dropout=0.5))
+  variables = jax.jit(lambda: nnx.state(architecture.build(rngs=nnx.Rngs(0))))()
+  results = []
+  with jax.enable_x64(True):
+    variables = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
+    for devices in (jax.devices()[:1], jax.devices()):
+      mesh = data_mesh(devices)
+      step = jax.jit(
+        make_train_step(graphdef, tx, auxiliary_weight=0.4),
+        in_shardings=(replicated(mesh), over_batch(mesh)),
+        out_shardings=replicated(mesh),
+      )
+      state = jax.device_put(TrainState.create(variables, tx, seed=0), replicated(mesh))
+      state, metrics = step(state, shard_batch(batch, mesh))
+      assert len(metrics['loss'].sharding.device_set) == len(devices)
+      results.append((metrics['loss'], to_arrays(state.variables)))
+  (loss, arrays), (sharded_loss, sharded_arrays) = results
+  assert_allclose(sharded_loss, loss, rtol=1e-12)
+  for name, array in arrays.items():
+    assert_allclose(sharded_arrays[name], array, rtol=1e-9, atol=1e-12, err_msg=name)
