@@ -10,7 +10,9 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.evaluator import evaluate_checkpoint
 from nonlocal_jax.training.loop import train_and_evaluate
 
-_CONFIG = config_flags.DEFINE_config_file('config', 'configs/demo.py', 'What to do, with what.')
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', str(Path(__file__).parent / 'configs/demo.py'), 'What to do, with what.'
+)
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'Train, or evaluate --checkpoint.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go. Default: runs/NAME.')
 _CHECKPOINT = flags.DEFINE_string(

@@ -23,6 +23,7 @@ def base_config() -> ConfigDict:
   config.model.depth = 50  # layers of the backbone: 14, 26, 50 or 101
   config.model.width = 64  # base channels
   config.model.non_local = True  # False leaves out the non-local block
+  config.model.zero_init = True  # the block starts as the identity
   config.model.align_corners = False  # corner convention of every resize of logits
   config.model.dropout = 0.1
 
@@ -95,6 +96,7 @@ def published_config(dataset: str, depth: int, variant: str) -> ConfigDict:
   config = base_config()
   config.name = model.name
   config.model.depth = depth
+  config.model.zero_init = True  # the block starts as the identity
   config.model.align_corners = model.align_corners
   config.data.dataset = dataset
   config.data.num_classes = PUBLISHED[dataset].num_classes

@@ -17,9 +17,10 @@ def get_config() -> ConfigDict:
   config.name = 'demo'
   config.model.depth = 14
   config.model.width = 8
+  config.model.zero_init = False  # from scratch and in few steps: the block starts open
   config.data.dataset = 'demo'
   config.data.num_classes = 8
-  config.train.steps = 200
+  config.train.steps = 400
   config.train.batch_size = 8
   config.train.scale = config.eval.scale = (192, 192)
   config.train.ratio_range = (1.0, 1.0)
@@ -28,6 +29,5 @@ def get_config() -> ConfigDict:
   config.train.photometric_distortion = False
   config.train.log_every = 10
   config.optimizer.learning_rate = 0.05
-  config.eval.every = 100
-  config.checkpoint.every = 100
+  config.eval.every = config.checkpoint.every = 200
   return config

@@ -45,9 +45,7 @@ def peer_name(model) -> str:
   """E.g. 'nonlocal_r50-d8_4xb2-40k_cityscapes-512x1024'."""
   gpus = 'xb2' if model.dataset == 'cityscapes' else 'xb4'
   crop = 'x'.join(map(str, model.crop))
-  return (
-    f'nonlocal_r{model.depth}-d8_4{gpus}-{model.steps // 1000}k_{model.dataset}-{crop}'
-  )
+  return f'nonlocal_r{model.depth}-d8_4{gpus}-{model.steps // 1000}k_{model.dataset}-{crop}'
 
 
 @pytest.fixture(scope='session')

@@ -31,7 +31,8 @@ def test_resize_bilinear_is_interpolate(rng, size, align_corners):
 
 
 @pytest.mark.parametrize(
-  ('kernel', 'stride', 'dilation', 'height'), [(3, 2, 1, 8), (3, 2, 1, 9), (3, 1, 4, 8), (1, 2, 1, 7)]
+  ('kernel', 'stride', 'dilation', 'height'),
+  [(3, 2, 1, 8), (3, 2, 1, 9), (3, 1, 4, 8), (1, 2, 1, 7)],
 )
 def test_conv_pads_as_torch(rng, kernel, stride, dilation, height):
   layer = conv(3, 5, kernel, stride=stride, dilation=dilation, use_bias=True, rngs=nnx.Rngs(0))

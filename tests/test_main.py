@@ -24,7 +24,7 @@ def program(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
 
   def run(*arguments: str) -> tuple[object, str]:
-    flags.FLAGS.unparse_flags()
+    forget_flags()
     monkeypatch.setattr(sys, 'argv', ['main.py', *arguments])
     with pytest.raises(SystemExit) as exit_:
       main.run()
@@ -32,6 +32,13 @@ def program(monkeypatch, tmp_path):
     return (1, code) if isinstance(code, str) else (code, '')
 
   yield run
+  forget_flags()
+
+
+def forget_flags() -> None:
+  """Takes back what parsing did; ml_collections defines a flag for each field that is set."""
+  for name in [name for name in flags.FLAGS if name.startswith('config.')]:
+    delattr(flags.FLAGS, name)
   flags.FLAGS.unparse_flags()
 
 
@@ -166,19 +173,26 @@ def test_label_outside_the_classes(program, photos, peer_checkpoint, tmp_path):
   arguments = custom(photos, **{**MATCHING, 'data.ignore_labels': '()'})
   status, said = program(*arguments, '--mode=eval', f'--checkpoint={peer_checkpoint}')
   assert status == 1
-  assert re.search(r'Label value 20 .*labels/val/0\.png\) is not one of the 19 classes 0\.\.18', said)
+  assert re.search(
+    r'Label value 20 .*labels/val/0\.png\) is not one of the 19 classes 0\.\.18', said
+  )
   assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
   ('settings', 'message'),
   [
-    ({'model.depth': 101}, 'holds R-50, width 8, 19 classes, but the config describes R-101, width 8'),
+    (
+      {'model.depth': 101},
+      'holds R-50, width 8, 19 classes, but the config describes R-101, width 8',
+    ),
     ({'data.num_classes': 21}, 'but the config describes R-50, width 8, 21 classes'),
     ({'model.width': 16}, 'but the config describes R-50, width 16, 19 classes'),
   ],
 )
-def test_checkpoint_of_another_network(program, photos, peer_checkpoint, settings, message, tmp_path):
+def test_checkpoint_of_another_network(
+  program, photos, peer_checkpoint, settings, message, tmp_path
+):
   arguments = custom(photos, **{**MATCHING, **settings})
   status, said = program(*arguments, '--mode=eval', f'--checkpoint={peer_checkpoint}')
   assert status == 1

@@ -92,9 +92,7 @@ def test_training_steps_equal_the_original_in_float64(rng):
     train_step = jax.jit(make_train_step(graphdef, tx, auxiliary_weight=0.4))
     losses = peer.train(
       model,
-      (
-        (np.asarray(normalize(b['image'], b['size']), np.float64), b['label']) for b in batches
-      ),
+      ((np.asarray(normalize(b['image'], b['size']), np.float64), b['label']) for b in batches),
       learning_rates=[float(schedule(step)) for step in range(10)],
     )
     for batch, loss in zip(batches, losses, strict=True):

@@ -75,6 +75,13 @@ def test_starts_as_the_identity(rng, mode):
     assert_allclose(block(x), x)
 
 
+@pytest.mark.parametrize('norm', [True, False])
+def test_starts_open_if_asked(rng, norm):
+  x = jnp.asarray(rng.normal(size=(1, 4, 4, 4)), jnp.float32)
+  block = NonLocalBlock(4, norm=norm, zero_init=False, rngs=nnx.Rngs(0))
+  assert np.abs(block(x) - x).max() > 0
+
+
 @pytest.mark.parametrize('mode', ['embedded_gaussian', 'concatenation'])
 def test_blocks_change_neither_result_nor_gradient(rng, mode):
   x = jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)

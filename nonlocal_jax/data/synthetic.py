@@ -32,8 +32,8 @@ DEMO = Dataset('demo', _CLASSES, _PALETTE, layout='custom')
 IMAGE_SIZE = 192
 
 _DISC_COLOURS = ((220, 40, 40), (40, 190, 60), (50, 80, 230))
-_DISC_RADIUS = 25
-_SHAPE_RADIUS = 17
+_DISC_RADIUS = 22
+_SHAPE_RADIUS = 20
 # The backbone with one block per stage and the head's convolutions see 63 pixels to each side of a
 # feature; bilinear upsampling reaches one feature further.
 _SIGHT = 76
@@ -53,7 +53,7 @@ def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
   image = rng.normal(100, 8, (IMAGE_SIZE, IMAGE_SIZE, 3))
   label = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
   corner = rng.integers(2, size=2) * (IMAGE_SIZE - 1)
-  disc = np.abs(corner - rng.integers(_DISC_RADIUS + 2, _DISC_RADIUS + 12, size=2))
+  disc = np.abs(corner - rng.integers(_DISC_RADIUS + 2, _DISC_RADIUS + 8, size=2))
   colour = int(rng.integers(len(_DISC_COLOURS)))
   _paint(image, label, _disc_mask(disc), _DISC_COLOURS[colour], 1, rng)
 

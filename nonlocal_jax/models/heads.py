@@ -18,17 +18,28 @@ class NonLocalHead(nnx.Module):
     num_classes: int,
     *,
     non_local: bool = True,
+    zero_init: bool = True,
     dropout: float = 0.1,
     rngs: nnx.Rngs,
   ):
-    """Makes the head; `non_local=False` leaves out the block, which gives mmseg's `FCNHead` with two convolutions."""
+    """Makes the head.
+
+    Args:
+      in_channels: Channels of the features.
+      channels: Channels inside the head.
+      num_classes: Number of classes.
+      non_local: Whether it has the block; without it this is mmseg's `FCNHead` with two convolutions.
+      zero_init: Whether the block starts as the identity.
+      dropout: Share of channels dropped before the classifier.
+      rngs: Source of the initial values.
+    """
     self.convs = nnx.List(
       [
         ConvNorm(in_channels, channels, 3, rngs=rngs),
         ConvNorm(channels, channels, 3, rngs=rngs),
       ]
     )
-    self.nl_block = NonLocalBlock(channels, rngs=rngs) if non_local else None
+    self.nl_block = NonLocalBlock(channels, zero_init=zero_init, rngs=rngs) if non_local else None
     self.conv_cat = ConvNorm(in_channels + channels, channels, 3, rngs=rngs)
     self.dropout = dropout_channels(dropout)
     self.conv_seg = classifier(channels, num_classes, rngs=rngs)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nonlocal_jax.models.layers import BatchNorm, conv
+from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv
 
 Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
 
@@ -28,7 +28,7 @@ class NonLocalBlock(nnx.Module):
   - concatenation: `relu(w . [theta_i, phi_j]) / keys`.
 
   Queries are processed in blocks, each recomputed in the backward pass, so that memory grows with the number of positions,
-  not with its square. The block starts as the identity: the last normalisation (or convolution) is zero.
+  not with its square.
   """
 
   def __init__(
@@ -40,6 +40,7 @@ class NonLocalBlock(nnx.Module):
     use_scale: bool = True,
     sub_sample: bool = False,
     norm: bool = True,
+    zero_init: bool = True,
     query_block: int | None = None,
     rngs: nnx.Rngs,
   ):
@@ -52,6 +53,9 @@ class NonLocalBlock(nnx.Module):
       use_scale: Whether the embedded Gaussian divides by the root of the inner channels.
       sub_sample: Whether keys and values are max-pooled 2x2 first, which quarters their number.
       norm: Whether `conv_out` is followed by batch normalisation (then it has no bias).
+      zero_init: Whether the last normalisation, or without it `conv_out`, starts at zero and so the block as the
+        identity, which a pretrained network keeps working around (section 4.1 of the paper). Training from scratch
+        on little data, the block opens sooner when off.
       query_block: Queries processed at a time; None chooses so that `MAX_PAIRWISE_WEIGHTS` are held.
       rngs: Source of the initial values.
 
@@ -74,13 +78,17 @@ class NonLocalBlock(nnx.Module):
     self.phi = embedding() if mode != 'gaussian' else None
     self.concat_project = conv(2 * inner, 1, 1, rngs=rngs) if mode == 'concatenation' else None
     self.bn = BatchNorm(channels) if norm else None
-    if self.bn is not None:
+    if self.bn is not None and zero_init:
       self.bn.scale[...] = jnp.zeros_like(self.bn.scale[...])
-      self.conv_out = conv(inner, channels, 1, rngs=rngs)
-    else:
-      self.conv_out = conv(
-        inner, channels, 1, use_bias=True, kernel_init=nnx.initializers.zeros, rngs=rngs
-      )
+    last_is_zero = zero_init and not norm
+    self.conv_out = conv(
+      inner,
+      channels,
+      1,
+      use_bias=not norm,
+      kernel_init=nnx.initializers.zeros if last_is_zero else KAIMING_FAN_OUT,
+      rngs=rngs,
+    )
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """(n, h, w, channels) float32 -> the same shape."""

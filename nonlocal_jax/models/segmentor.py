@@ -32,6 +32,7 @@ class NonLocalNet(nnx.Module):
     stage_blocks: tuple[int, ...] | None = None,
     width: int = 64,
     non_local: bool = True,
+    zero_init: bool = True,
     align_corners: bool = False,
     dropout: float = 0.1,
     rngs: nnx.Rngs,
@@ -44,6 +45,7 @@ class NonLocalNet(nnx.Module):
       stage_blocks: Bottlenecks per stage, in place of those of `depth`.
       width: Base channels; 64 in the released models.
       non_local: Whether the decode head has the non-local block.
+      zero_init: Whether that block starts as the identity, as in the original.
       align_corners: See the class.
       dropout: Share of channels dropped before the classifiers, in [0, 1).
       rngs: Source of the initial values.
@@ -58,7 +60,13 @@ class NonLocalNet(nnx.Module):
     self.align_corners = align_corners
     self.backbone = ResNet(stage_blocks=stage_blocks, width=width, rngs=rngs)
     self.decode_head = NonLocalHead(
-      32 * width, 8 * width, num_classes, non_local=non_local, dropout=dropout, rngs=rngs
+      32 * width,
+      8 * width,
+      num_classes,
+      non_local=non_local,
+      zero_init=zero_init,
+      dropout=dropout,
+      rngs=rngs,
     )
     self.auxiliary_head = AuxiliaryHead(
       16 * width, 4 * width, num_classes, dropout=dropout, rngs=rngs

@@ -87,7 +87,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Evaluation:
   network = {'align_corners': config.model.align_corners, 'dropout': config.model.dropout}
 
   def initial_state() -> TrainState:
-    model = architecture.build(**network, rngs=nnx.Rngs(config.seed))
+    model = architecture.build(
+      **network, zero_init=config.model.zero_init, rngs=nnx.Rngs(config.seed)
+    )
     return TrainState.create(nnx.state(model), tx, seed=config.seed)
 
   everywhere = replicated(mesh)

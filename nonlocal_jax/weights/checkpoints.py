@@ -24,7 +24,9 @@ Arrays = dict[str, Any]
 
 def to_arrays(state: nnx.State) -> Arrays:
   """A network's state as a flat dictionary, e.g. 'backbone.layer1.0.conv1.kernel'."""
-  return {'.'.join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+  return {
+    '.'.join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)
+  }
 
 
 def from_arrays(arrays: Arrays, like: nnx.State) -> nnx.State:

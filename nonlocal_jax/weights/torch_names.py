@@ -75,9 +75,14 @@ class Architecture:
     return f'R-{self.depth}, width {self.width}, {self.num_classes} classes{without}'
 
   def build(
-    self, *, align_corners: bool = False, dropout: float = 0.1, rngs: nnx.Rngs
+    self,
+    *,
+    align_corners: bool = False,
+    dropout: float = 0.1,
+    zero_init: bool = True,
+    rngs: nnx.Rngs,
   ) -> NonLocalNet:
-    """Makes the network, with initial weights."""
+    """Makes the network with initial weights; see `NonLocalNet` for the arguments."""
     return NonLocalNet(
       self.num_classes,
       stage_blocks=self.stage_blocks,
@@ -85,6 +90,7 @@ class Architecture:
       non_local=self.non_local,
       align_corners=align_corners,
       dropout=dropout,
+      zero_init=zero_init,
       rngs=rngs,
     )
 
