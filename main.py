@@ -42,8 +42,13 @@ def main(argv: list[str]) -> None:
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; what is wrong with a config becomes a `UserError`."""
   try:
-    return flags.FLAGS(argv)
-  except (AttributeError, KeyError, TypeError, ValueError, OSError, flags.Error) as error:
+    remaining = flags.FLAGS(argv)
+    _ = _CONFIG.value.name  # raises where the file could not be loaded
+    return remaining
+  except OSError as error:
+    path = config_flags.get_config_filename(flags.FLAGS['config'])
+    raise UserError(f'there is no config file {path}; configs/ holds those to choose from.') from error
+  except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
     raise UserError(' '.join(str(error).split())) from error
 
 

@@ -136,7 +136,7 @@ def test_without_a_variant_the_best_published_is_taken():
 
 
 def test_unknown_variant_is_an_error():
-  with pytest.raises(UserError, match="no variant '20k' .* give one of 512x512_80k, 512x512_160k"):
+  with pytest.raises(UserError, match=r"no variant '20k' .* give one of 512x512_80k, 512x512_160k"):
     read('ade20k_r50', '20k')
 
 

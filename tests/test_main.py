@@ -102,7 +102,7 @@ def test_evaluation_of_a_file_equals_the_original(
     (['stray'], "'stray' is no flag; options start with --"),
     (['--mode=fly'], 'mode'),
     (['--nonsense=1'], 'nonsense'),
-    (['--config=configs/none.py'], 'none.py'),
+    (['--config=configs/none.py'], 'there is no config file configs/none.py'),
     (['--mode=eval'], '--mode=eval needs --checkpoint'),
     (['--checkpoint=x.pth'], '--checkpoint is for --mode=eval'),
     ([f'--config={ROOT}/configs/ade20k_r50.py:20k'], "no variant '20k' was published"),
@@ -137,7 +137,7 @@ def bad_sets(photos: Path, root: Path):
     ('no_val', r'There is no folder .*images/val'),
     ('empty', r'images/val holds no images'),
     ('no_label', r'1\.png has no label map: expected .*labels/val/1\.png'),
-    ('broken_label', r'labels/val/1\.png is not a readable image'),
+    ('broken_label', r'labels/val/1\.png is not an image, or broken'),
     ('small_label', r'labels/val/1\.png is 5x4 pixels but its image .*1\.png is 64x72'),
   ):
     folder = root / name
@@ -174,7 +174,7 @@ def test_label_outside_the_classes(program, photos, peer_checkpoint, tmp_path):
   status, said = program(*arguments, '--mode=eval', f'--checkpoint={peer_checkpoint}')
   assert status == 1
   assert re.search(
-    r'Label value 20 .*labels/val/0\.png\) is not one of the 19 classes 0\.\.18', said
+    r'Label value 20 .*labels/val/0\.png\) is none of the 19 classes 0', said
   )
   assert not list(tmp_path.iterdir())
 

@@ -128,7 +128,7 @@ def test_a_batch_that_the_devices_cannot_share_is_an_error(config, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(config, tmp_path):
   other = config.copy_and_resolve_references()
   other.optimizer.learning_rate = float('nan')
-  with pytest.raises(UserError, match='the loss is .* and its update nan at step 1; lower config'):
+  with pytest.raises(UserError, match=r'the loss is .* and its update nan at step 1; lower config'):
     train_and_evaluate(other, tmp_path / 'workdir')
   assert not list((tmp_path / 'workdir/checkpoints').iterdir())
 

@@ -144,7 +144,7 @@ def test_directories_without_weights(tmp_path, loaded):
   assert [path.name for path in tmp_path.iterdir()] == ['model.json']
   loaded.save(tmp_path / 'broken')
   shutil.rmtree(tmp_path / 'broken/weights/d')
-  with pytest.raises(UserError, match='the weights in .*broken cannot be read'):
+  with pytest.raises(UserError, match=r'the weights in .*broken cannot be read'):
     nonlocal_jax.load(tmp_path / 'broken')
 
 
@@ -171,7 +171,7 @@ def test_initial_values_are_the_original_s():
   arrays = to_state_dict(build())
   for name, array in arrays.items():
     if array.ndim == 4:
-      small = '.conv_seg.' in name or '.nl_block.' in name and '.conv_out.' not in name
+      small = '.conv_seg.' in name or ('.nl_block.' in name and '.conv_out.' not in name)
       fan_out = array.shape[0] * array.shape[2] * array.shape[3]
       expected = 0.01 if small else np.sqrt(2 / fan_out)
       assert abs(array.std() / expected - 1) < 6 / np.sqrt(2 * array.size), name
