@@ -1,4 +1,7 @@
-"""Trains or evaluates NonLocalNet: python main.py --config=configs/ade20k_r101.py --config.data.source_dir=DIR."""
+"""Trains or evaluates NonLocalNet.
+
+python main.py --config=configs/ade20k_r101.py --config.data.source_dir=DIR
+"""
 
 import sys
 from pathlib import Path
@@ -47,7 +50,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     return remaining
   except OSError as error:
     path = config_flags.get_config_filename(flags.FLAGS['config'])
-    raise UserError(f'there is no config file {path}; configs/ holds those to choose from.') from error
+    raise UserError(
+      f'there is no config file {path}; configs/ holds those to choose from.'
+    ) from error
   except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
     raise UserError(' '.join(str(error).split())) from error
 

@@ -2,7 +2,8 @@ r"""NonLocalNet R-101-D8 on ADE20K.
 
     python main.py --config=configs/ade20k_r101.py --config.data.source_dir=DIR
 
-DIR is ADEChallengeData2016, with images/ and annotations/. Variants, after a colon (`configs/ade20k_r101.py:512x512_80k`): 512x512_80k, 512x512_160k.
+DIR is ADEChallengeData2016, with images/ and annotations/. Variants, after a colon
+(`configs/ade20k_r101.py:512x512_80k`): 512x512_80k, 512x512_160k.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,8 @@ r"""NonLocalNet R-101-D8 on Cityscapes.
 
     python main.py --config=configs/cityscapes_r101.py --config.data.source_dir=DIR
 
-DIR holds leftImg8bit/ and gtFine/ with *_gtFine_labelTrainIds.png. Variants, after a colon (`configs/cityscapes_r101.py:512x1024_40k`): 512x1024_40k, 512x1024_80k, 769x769_40k, 769x769_80k.
+DIR holds leftImg8bit/ and gtFine/ with *_gtFine_labelTrainIds.png. Variants, after a colon
+(`configs/cityscapes_r101.py:512x1024_40k`): 512x1024_40k, 512x1024_80k, 769x769_40k, 769x769_80k.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,8 @@
 """The recipe that all configs share, and the 16 published models on top of it.
 
-Sizes: scales are (width, height) boxes that an image is resized into with its aspect kept, long edge to long edge; crops are
-(height, width). The names and numbers of the recipe are those of mmsegmentation's `configs/nonlocal_net` and `configs/_base_`.
+Sizes: scales are (width, height) boxes that an image is resized into with its aspect kept, long
+edge to long edge; crops are (height, width). The numbers of the recipe are those of
+mmsegmentation's `configs/nonlocal_net` and `configs/_base_`.
 """
 
 from ml_collections import ConfigDict, config_dict

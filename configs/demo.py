@@ -2,8 +2,9 @@
 
     python main.py
 
-In each image the class of every grey square and triangle is its shape and the colour of the one disc far away, farther than the
-backbone sees. `--config.model.non_local=False` shows what is lost without the block.
+In each image the class of every grey square and triangle is its shape and the colour of the one
+disc far away, farther than the backbone sees. `--config.model.non_local=False` shows what is lost
+without the block.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,8 @@ r"""NonLocalNet R-101-D8 on Pascal VOC 2012 + Aug.
 
     python main.py --config=configs/voc12aug_r101.py --config.data.source_dir=DIR
 
-DIR is VOCdevkit/VOC2012, with SegmentationClassAug/ beside SegmentationClass/. Variants, after a colon (`configs/voc12aug_r101.py:512x512_20k`): 512x512_20k, 512x512_40k.
+DIR is VOCdevkit/VOC2012, with SegmentationClassAug/ beside SegmentationClass/. Variants, after a
+colon (`configs/voc12aug_r101.py:512x512_20k`): 512x512_20k, 512x512_40k.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Trained networks for use in Python: `model = nonlocal_jax.load(PATH)`, then `model.predict(image)`."""
+"""Trained networks in Python: `model = nonlocal_jax.load(PATH)`, `model.predict(image)`."""
 
 import functools
 import os
@@ -19,9 +19,10 @@ def load(path: str | os.PathLike[str], *, align_corners: bool | None = None) -> 
   """Loads a trained network; depth, width and classes are read off the weights.
 
   Args:
-    path: A .pth file of mmsegmentation, a converted directory, or the workdir of a training run (its newest checkpoint).
-    align_corners: The corner convention. By default that of the directory, or what the name of a released file says, or
-      else False, mmsegmentation's own default.
+    path: A .pth file of mmsegmentation, a converted directory, or the workdir of a training run
+      (its newest checkpoint).
+    align_corners: The corner convention. By default that of the directory, or what the name of a
+      released file says, or else False, mmsegmentation's own default.
 
   Returns:
     The network, ready to predict.
@@ -80,7 +81,7 @@ class PretrainedModel:
     return self.description.palette
 
   def predict(self, image: np.ndarray) -> np.ndarray:
-    """Predicts the class of each pixel, as the model was tested: resized to its test scale, whole or in windows.
+    """Predicts the class of each pixel as the model was tested: its scale, whole or windows.
 
     Args:
       image: (h, w, 3) uint8 RGB.

@@ -1,4 +1,4 @@
-"""mmsegmentation's own NonLocalNet, small and on the CPU: what the network and the recipe are held against."""
+"""mmsegmentation's own NonLocalNet, small and on the CPU: the reference."""
 
 import warnings
 from collections.abc import Iterable, Iterator
@@ -29,7 +29,7 @@ def read_config(name: str) -> Any:
 
 
 def build(name: str, *, width: int, num_classes: int | None = None) -> torch.nn.Module:
-  """The network of a config with fewer channels, every array random and non-trivial, dropout off."""
+  """The network of a config with fewer channels, every array random, dropout off."""
   model = read_config(name).model
   model.pretrained = None
   for part in (model.backbone, model.decode_head, model.auxiliary_head):
@@ -44,7 +44,7 @@ def build(name: str, *, width: int, num_classes: int | None = None) -> torch.nn.
 
 @torch.no_grad()
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-  """Fills every array so that a swapped or forgotten one shows, and activations keep their scale."""
+  """Fills every array so that a swapped one shows, and activations keep their scale."""
   generator = torch.Generator().manual_seed(seed)
   for name, array in module.state_dict().items():
     if array.ndim > 1:
@@ -72,7 +72,7 @@ def logits(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def final_logits(model: torch.nn.Module, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-  """Logits (*size, c) of one normalised image (h, w, 3) by the model's own inference mode, whole or slide."""
+  """Logits (*size, c) of one normalised image (h, w, 3) by the model's own inference mode."""
   model.eval()
   tensor = torch.as_tensor(image.transpose(2, 0, 1))[None]
   shape = tuple(tensor.shape[2:])
@@ -93,7 +93,7 @@ def train(
   *,
   learning_rates: Iterable[float],
 ) -> Iterator[float]:
-  """Takes a step of the published SGD for each batch (normalised images, labels); yields the losses."""
+  """Takes a step of SGD for each batch (normalised images, labels); yields the losses."""
   model.train()
   optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
   for (images, labels), learning_rate in zip(batches, learning_rates, strict=False):

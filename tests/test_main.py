@@ -1,4 +1,4 @@
-"""The program from the command line: evaluation of a .pth file, and one sentence for each mistake."""
+"""The program from the command line: evaluation, and one sentence for each mistake."""
 
 import json
 import re
@@ -173,9 +173,7 @@ def test_label_outside_the_classes(program, photos, peer_checkpoint, tmp_path):
   arguments = custom(photos, **{**MATCHING, 'data.ignore_labels': '()'})
   status, said = program(*arguments, '--mode=eval', f'--checkpoint={peer_checkpoint}')
   assert status == 1
-  assert re.search(
-    r'Label value 20 .*labels/val/0\.png\) is none of the 19 classes 0', said
-  )
+  assert re.search(r'Label value 20 .*labels/val/0\.png\) is none of the 19 classes 0', said)
   assert not list(tmp_path.iterdir())
 
 

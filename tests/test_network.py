@@ -62,11 +62,12 @@ def test_a_missing_block_is_the_original_without_it(rng, peer_model):
 def test_training_steps_equal_the_original_in_float64(rng):
   """Ten whole steps in double precision, where rounding cannot hide a difference nor make one.
 
-  The biases of g and phi have gradients that are zero but for rounding: a constant added to all values is taken
-  out by the normalisation behind them, one added to all keys by the softmax.
+  The biases of g and phi have gradients that are zero but for rounding: a constant added to all
+  values is taken out by the normalisation behind them, one added to all keys by the softmax.
   """
   model = peer.build('nonlocal_r50-d8_4xb4-20k_voc12aug-512x512', width=4, num_classes=5)
-  # The original's initial values are better conditioned than random ones; the block must not stay closed.
+  # The original's initial values are better conditioned than random ones; the block must not stay
+  # closed.
   model.init_weights()
   model.decode_head.nl_block.conv_out.bn.weight.data.fill_(0.5)
   model.double()

@@ -121,7 +121,7 @@ def test_embedded_gaussian_equals_the_paper_in_float64(rng):
 
 @pytest.mark.parametrize('backward', [False, True])
 def test_memory_grows_with_positions_not_with_their_square(backward):
-  """Four times the positions: four times the temporary memory, where the whole matrix would take sixteen."""
+  """Four times the positions take four times the memory; the whole matrix would take sixteen."""
   graphdef, state = nnx.split(NonLocalBlock(16, query_block=64, rngs=nnx.Rngs(0)))
 
   def loss(state: nnx.State, x: jax.Array) -> jax.Array:

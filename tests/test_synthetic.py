@@ -58,7 +58,7 @@ def test_the_folder_appears_whole_and_is_kept(tmp_path):
 
 @pytest.mark.parametrize('non_local', [False, True])
 def test_only_the_block_sees_the_disc_from_the_shapes(non_local):
-  """The gradient of the shapes' logits with respect to the disc's pixels is zero without the block."""
+  """Without the block the shapes' logits have no gradient in the disc's pixels."""
   architecture = Architecture((1, 1, 1, 1), width=2, num_classes=8, non_local=non_local)
   abstract = nnx.state(architecture.abstract())
   averaging = {  # every layer the mean of what it sees, so that nothing it sees can cancel

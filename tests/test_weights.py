@@ -165,7 +165,7 @@ def test_the_package_needs_neither_torch_nor_tensorflow():
 
 
 def test_initial_values_are_the_original_s():
-  """Standard deviations of the kernels, zeros where a block starts closed (mmseg's init_weights)."""
+  """Deviations of the kernels, zeros where a block starts closed (mmseg `init_weights`)."""
   architecture = Architecture((1, 1, 1, 1), width=16, num_classes=19)
   build = jax.jit(lambda: nnx.state(architecture.build(rngs=nnx.Rngs(0))))
   arrays = to_state_dict(build())

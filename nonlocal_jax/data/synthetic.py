@@ -1,4 +1,4 @@
-"""The demo set: images in which the class of a shape depends on a disc that lies beyond the backbone's sight."""
+"""The demo set: the class of a shape is decided by a disc beyond the backbone's sight."""
 
 import shutil
 from pathlib import Path

@@ -66,7 +66,8 @@ class Evaluator:
       graphdef: Static part of the network.
       split: The prepared images and labels.
       num_classes: Number of classes.
-      scale: (width, height) of the box that images are resized into; None leaves them at their own size.
+      scale: (width, height) of the box that images are resized into; None leaves them at their own
+        size.
       windows: How to slide; None for whole images.
       reduce_zero_label: Whether label 0 has no class and the others move down by one.
       ignore_labels: Labels without a class, beside 255.
@@ -182,7 +183,8 @@ def open_splits(
     synthetic.write_demo_set(source_dir)
   if not source_dir:
     raise UserError(
-      f'config.data.source_dir is not set; give the folder of {dataset.name} as --config.data.source_dir=DIR.'
+      f'config.data.source_dir is not set; give the folder of {dataset.name} as '
+      '--config.data.source_dir=DIR.'
     )
   opened = prepare(dataset, source_dir, splits=splits, data_dir=config.data.data_dir or None)
   for split in opened.values():
@@ -204,14 +206,15 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     workdir: Gets `metrics.json` and `predictions.png`.
 
   Raises:
-    UserError: If the weights are of another network than the config's, or the data is not as it should be.
+    UserError: If the weights are of another network than the config's, or the data is not as it
+      should be.
   """
   architecture = architecture_of(config)
   description, state = read_weights(checkpoint, align_corners=config.model.align_corners)
   if description.architecture != architecture:
     raise UserError(
       f'{checkpoint} holds {description.architecture}, but the config describes {architecture}; '
-      'give the config of this checkpoint, or set config.model and config.data.num_classes to match.'
+      'give its own config, or set config.model and config.data.num_classes to match.'
     )
   dataset = dataset_of(config)
   split = open_splits(config, dataset, workdir, ['val'])['val']

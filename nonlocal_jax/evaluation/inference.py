@@ -1,4 +1,4 @@
-"""From images to class labels at any size: the whole image at once, or sliding windows (mmseg `EncoderDecoder`)."""
+"""From images to class labels: whole or in sliding windows (mmseg `EncoderDecoder`)."""
 
 import dataclasses
 
@@ -48,8 +48,9 @@ def logits_at_size(
 ) -> jax.Array:
   """Logits resized first to the image and then to `size`; where windows overlap, their mean.
 
-  All that happens after the network, placing, averaging and both resizes, is linear and acts on rows and columns by
-  themselves: one matrix for each axis does it all, and logits at the size of the image are never held.
+  All that happens after the network, placing, averaging and both resizes, is linear and acts on
+  rows and columns by themselves: one matrix for each axis does it all, and logits at the size of
+  the image are never held.
 
   Args:
     model: The network.
@@ -82,7 +83,7 @@ def logits_at_size(
 
 
 def window_starts(size: int, crop: int, stride: int) -> list[int]:
-  """First pixels of the windows along an axis of `size` pixels; the last window is shifted back inside."""
+  """First pixels of the windows along an axis; the last window is shifted back inside."""
   count = max(size - crop + stride - 1, 0) // stride + 1
   return [max(min(i * stride, size - crop), 0) for i in range(count)]
 
@@ -90,7 +91,7 @@ def window_starts(size: int, crop: int, stride: int) -> list[int]:
 def _axis(
   size: int, out_size: int, crop: int, stride: int, align_corners: bool
 ) -> tuple[list[int], np.ndarray]:
-  """Window starts along one axis, and the matrix from their logits, end to end, to the resized axis."""
+  """Window starts along one axis, and the matrix from their logits to the resized axis."""
   crop = min(crop, size)
   starts = window_starts(size, crop, stride)
   features = -(-crop // OUTPUT_STRIDE)

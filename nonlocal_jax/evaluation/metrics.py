@@ -16,7 +16,8 @@ def confusion_matrix(
 
   Args:
     predictions: Integers in [0, num_classes), any shape.
-    labels: Integers in [0, num_classes) or `ignore_index`, the same shape; at most 2**31 - 1 pixels.
+    labels: Integers in [0, num_classes) or `ignore_index`, the same shape; at most 2**31 - 1
+      pixels.
     num_classes: Number of classes.
     ignore_index: Label of the pixels to leave out.
 
@@ -35,8 +36,10 @@ class Scores:
   """Scores in [0, 1]; NaN where 0 / 0.
 
   Attributes:
-    iou: (num_classes,) float64: intersection over union; NaN for a class neither labelled nor predicted.
-    accuracy: (num_classes,) float64: share of a class's pixels that are found; NaN for a class not labelled.
+    iou: (num_classes,) float64: intersection over union; NaN for a class neither labelled nor
+      predicted.
+    accuracy: (num_classes,) float64: share of a class's pixels that are found; NaN for a class not
+      labelled.
     all_accuracy: Share of all labelled pixels that are right (aAcc).
   """
 

@@ -35,11 +35,12 @@ def write_comparison(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> None:
-  """Writes a PNG with a row for each example: image, truth, prediction; below, the classes that occur.
+  """Writes a PNG with a row for each example, and the classes that occur below.
 
   Args:
     path: The PNG file.
-    examples: Image (h, w, 3) uint8 RGB, truth (h', w') and prediction (h', w'), integers, 255 for ignored truth.
+    examples: Image (h, w, 3) uint8 RGB, truth (h', w') and prediction (h', w'), integers, 255 for
+      ignored truth.
     classes: Name of each class.
     palette: RGB colour of each class.
   """

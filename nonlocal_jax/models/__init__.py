@@ -1,4 +1,4 @@
-"""The network: dilated ResNet, non-local head, auxiliary FCN head, and the non-local block on its own."""
+"""The network: dilated ResNet, non-local and auxiliary heads; the non-local block on its own."""
 
 from nonlocal_jax.models.non_local import NonLocalBlock
 from nonlocal_jax.models.segmentor import NonLocalNet, normalize

@@ -1,4 +1,4 @@
-"""The decode head with the non-local block, and the auxiliary head (mmseg `NLHead` and `FCNHead`)."""
+"""The decode head with the non-local block, the auxiliary head (mmseg `NLHead`, `FCNHead`)."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from nonlocal_jax.models.non_local import NonLocalBlock
 
 
 class NonLocalHead(nnx.Module):
-  """conv, non-local block, conv, then a convolution over [features, result], then the classifier."""
+  """Convolution, non-local block, convolution, one over [features, result], classifier."""
 
   def __init__(
     self,
@@ -28,7 +28,8 @@ class NonLocalHead(nnx.Module):
       in_channels: Channels of the features.
       channels: Channels inside the head.
       num_classes: Number of classes.
-      non_local: Whether it has the block; without it this is mmseg's `FCNHead` with two convolutions.
+      non_local: Whether it has the block; without it this is mmseg's `FCNHead` with two
+        convolutions.
       zero_init: Whether the block starts as the identity.
       dropout: Share of channels dropped before the classifier.
       rngs: Source of the initial values.
@@ -47,7 +48,7 @@ class NonLocalHead(nnx.Module):
   def __call__(
     self, features: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
   ) -> jax.Array:
-    """(n, h, w, in_channels) -> logits (n, h, w, num_classes); `rngs` draws the dropped channels in training."""
+    """(n, h, w, in_channels) -> (n, h, w, num_classes); in training `rngs` drops channels."""
     x = self.convs[0](features, train=train)
     if self.nl_block is not None:
       x = self.nl_block(x, train=train)
@@ -76,7 +77,7 @@ class AuxiliaryHead(nnx.Module):
   def __call__(
     self, features: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
   ) -> jax.Array:
-    """(n, h, w, in_channels) -> logits (n, h, w, num_classes); `rngs` draws the dropped channels in training."""
+    """(n, h, w, in_channels) -> (n, h, w, num_classes); in training `rngs` drops channels."""
     x = self.convs[0](features, train=train)
     return self.conv_seg(self.dropout(x, deterministic=not train, rngs=rngs))
 

@@ -1,4 +1,4 @@
-"""The layers that every part of the network is made of, with PyTorch's conventions where the checkpoints need them."""
+"""The layers that the network is made of, with the conventions of the released checkpoints."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ def conv(
 ) -> nnx.Conv:
   """A square 2-D convolution padded as in the released checkpoints.
 
-  The padding is `dilation * (kernel - 1) / 2` zeros on each side: at stride 2 this differs from 'SAME'.
+  The padding is `dilation * (kernel - 1) / 2` zeros on each side: at stride 2 this differs from
+  'SAME'.
 
   Args:
     in_channels: Channels of the input.
@@ -34,7 +35,8 @@ def conv(
     rngs: Source of the initial values.
 
   Returns:
-    A convolution from (n, h, w, in_channels) to (n, ceil(h / stride), ceil(w / stride), out_channels).
+    A convolution from (n, h, w, in_channels) to (n, ceil(h / stride), ceil(w / stride),
+    out_channels).
   """
   pad = dilation * (kernel // 2)
   return nnx.Conv(
@@ -53,9 +55,9 @@ def conv(
 class BatchNorm(nnx.Module):
   """Batch normalisation over (n, h, w) with PyTorch's running statistics.
 
-  In training the batch is normalised with its biased variance, and the running variance takes the unbiased one
-  (`n / (n - 1)` larger), as `torch.nn.BatchNorm2d` does and `flax.nnx.BatchNorm` does not. Over a batch that is sharded
-  under `jax.jit` the mean is that of the global batch: SyncBN.
+  In training the batch is normalised with its biased variance, and the running variance takes the
+  unbiased one (`n / (n - 1)` larger), as `torch.nn.BatchNorm2d` does and `flax.nnx.BatchNorm` does
+  not. Over a batch that is sharded under `jax.jit` the mean is that of the global batch: SyncBN.
 
   Attributes:
     scale: (channels,) float32.
@@ -80,7 +82,7 @@ class BatchNorm(nnx.Module):
     self.epsilon = epsilon
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """Normalises `x` (n, h, w, channels); in training with the batch's statistics, which it then folds in."""
+    """(n, h, w, channels) -> the same; in training by the batch's statistics, which are kept."""
     if train:
       mean = jnp.mean(x, axis=(0, 1, 2))
       var = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2))
@@ -94,7 +96,7 @@ class BatchNorm(nnx.Module):
 
 
 class ConvNorm(nnx.Module):
-  """Convolution without bias, then batch normalisation, then ReLU if asked for (mmcv `ConvModule`)."""
+  """Convolution without bias, batch normalisation, ReLU if asked for (mmcv `ConvModule`)."""
 
   def __init__(
     self,
@@ -120,8 +122,8 @@ class ConvNorm(nnx.Module):
 def bilinear_matrix(in_size: int, out_size: int, *, align_corners: bool) -> np.ndarray:
   """The matrix that resizes one axis bilinearly, without antialiasing.
 
-  Source coordinates are computed in float32, as in `torch.nn.functional.interpolate`: half-pixel centres clamped at 0, or
-  corner on corner with `align_corners`.
+  Source coordinates are computed in float32, as in `torch.nn.functional.interpolate`: half-pixel
+  centres clamped at 0, or corner on corner with `align_corners`.
 
   Args:
     in_size: Length of the axis before.

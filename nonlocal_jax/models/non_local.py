@@ -1,4 +1,4 @@
-"""The non-local block (Wang et al., 2018, https://arxiv.org/abs/1711.07971), usable on its own in any NNX model."""
+"""The non-local block (https://arxiv.org/abs/1711.07971), usable on its own in any NNX model."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -18,17 +18,19 @@ _SMALL_NORMAL = nnx.initializers.normal(0.01)
 
 
 class NonLocalBlock(nnx.Module):
-  """`x + norm(conv_out(y))`, where y at each position is a weighted mean of `g(x)` over all positions.
+  """`x + norm(conv_out(y))`, where y is at each position a weighted mean of `g(x)` over all.
 
-  The weights of position i over positions j come from a pairwise function (section 3.2 of the paper; mmcv `NonLocal2d`):
+  The weights of position i over positions j come from a pairwise function (section 3.2 of the
+  paper; mmcv `NonLocal2d`):
 
-  - embedded_gaussian: `softmax_j(theta_i . phi_j / sqrt(d))`, without the root if `use_scale` is off;
+  - embedded_gaussian: `softmax_j(theta_i . phi_j / sqrt(d))`, without the root if `use_scale` is
+    off;
   - gaussian: `softmax_j(x_i . x_j)`;
   - dot_product: `theta_i . phi_j / keys`;
   - concatenation: `relu(w . [theta_i, phi_j]) / keys`.
 
-  Queries are processed in blocks, each recomputed in the backward pass, so that memory grows with the number of positions,
-  not with its square.
+  Queries are processed in blocks, each recomputed in the backward pass, so that memory grows with
+  the number of positions, not with its square.
   """
 
   def __init__(
@@ -53,10 +55,11 @@ class NonLocalBlock(nnx.Module):
       use_scale: Whether the embedded Gaussian divides by the root of the inner channels.
       sub_sample: Whether keys and values are max-pooled 2x2 first, which quarters their number.
       norm: Whether `conv_out` is followed by batch normalisation (then it has no bias).
-      zero_init: Whether the last normalisation, or without it `conv_out`, starts at zero and so the block as the
-        identity, which a pretrained network keeps working around (section 4.1 of the paper). Training from scratch
-        on little data, the block opens sooner when off.
-      query_block: Queries processed at a time; None chooses so that `MAX_PAIRWISE_WEIGHTS` are held.
+      zero_init: Whether the last normalisation, or without it `conv_out`, starts at zero and so the
+        block as the identity, which a pretrained network keeps working around (section 4.1 of the
+        paper). Training from scratch on little data, the block opens sooner when off.
+      query_block: Queries processed at a time; None chooses so that `MAX_PAIRWISE_WEIGHTS` are
+        held.
       rngs: Source of the initial values.
 
     Raises:

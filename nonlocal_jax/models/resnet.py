@@ -12,12 +12,12 @@ EXPANSION = 4
 
 
 class Bottleneck(nnx.Module):
-  """1x1, 3x3 (with the stride and the dilation) and 1x1 convolutions around a shortcut (style 'pytorch')."""
+  """1x1, 3x3 (stride and dilation here) and 1x1 convolutions beside a shortcut."""
 
   def __init__(
     self, in_channels: int, planes: int, *, stride: int = 1, dilation: int = 1, rngs: nnx.Rngs
   ):
-    """Makes a block from `in_channels` to `4 * planes`; a projection replaces the shortcut where sizes differ."""
+    """Makes a block from `in_channels` to `4 * planes`; where sizes differ, it projects."""
     out_channels = EXPANSION * planes
     self.conv1 = conv(in_channels, planes, 1, rngs=rngs)
     self.bn1 = BatchNorm(planes)
@@ -42,7 +42,7 @@ class Bottleneck(nnx.Module):
 
 
 class ResNet(nnx.Module):
-  """Deep-stem ResNet whose last two stages are dilated; both feature maps that the heads use have stride 8."""
+  """Deep-stem ResNet whose last two stages are dilated instead of strided."""
 
   def __init__(self, *, stage_blocks: tuple[int, ...], width: int = 64, rngs: nnx.Rngs):
     """Makes the backbone.
@@ -86,7 +86,8 @@ class ResNet(nnx.Module):
       train: Whether batch normalisation uses and folds in the batch's statistics.
 
     Returns:
-      Features of stages 3 and 4: (n, ceil(h / 8), ceil(w / 8), 16 * width) and the same with 32 * width channels.
+      Features of stages 3 and 4: (n, ceil(h / 8), ceil(w / 8), 16 * width) and the same with 32 *
+      width channels.
     """
     x = images
     for layer in self.stem:

@@ -17,11 +17,12 @@ STD = (58.395, 57.12, 57.375)
 class NonLocalNet(nnx.Module):
   """Dilated ResNet with a non-local decode head and an auxiliary FCN head.
 
-  The paths of its arrays are those of the released checkpoints (`backbone.layer3.5.conv2`, `decode_head.nl_block.theta`),
+  The paths of its arrays are those of the released checkpoints (`backbone.layer3.5.conv2`),
   but for the stem and the shortcuts; `nonlocal_jax.weights.torch_names` holds the map.
 
   Attributes:
-    align_corners: Whether logits are upsampled corner on corner (the 769x769 models) or with half-pixel centres.
+    align_corners: Whether logits are upsampled corner on corner (the 769x769 models) or with
+      half-pixel centres.
   """
 
   def __init__(
@@ -96,14 +97,15 @@ class NonLocalNet(nnx.Module):
       rngs: Source of the dropped channels, stream 'dropout'.
 
     Returns:
-      Logits of the decode head and of the auxiliary head, each (n, ceil(h / 8), ceil(w / 8), num_classes) float32.
+      Logits of the decode head and of the auxiliary head, each (n, ceil(h / 8), ceil(w / 8),
+      num_classes) float32.
     """
     auxiliary_features, features = self.backbone(images, train=True)
     logits = self.decode_head(features, train=True, rngs=rngs)
     return logits, self.auxiliary_head(auxiliary_features, train=True, rngs=rngs)
 
   def upsample(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Resizes logits (n, h, w, c) to `size` (height, width) with the corner convention of this network."""
+    """Resizes logits (n, h, w, c) to `size` (height, width) by the network's corner convention."""
     return resize_bilinear(logits, size, align_corners=self.align_corners)
 
 
@@ -112,7 +114,8 @@ def normalize(images: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
 
   Args:
     images: (n, h, w, 3), RGB in [0, 255], any real dtype.
-    sizes: (n, 2) integers, height and width of each image without the padding at its bottom and right; None for no padding.
+    sizes: (n, 2) integers, height and width of each image without the padding at its bottom and
+      right; None for no padding.
 
   Returns:
     (n, h, w, 3) float32.

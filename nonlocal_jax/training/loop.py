@@ -51,23 +51,25 @@ _FREE = (
 
 
 def train_and_evaluate(config: ConfigDict, workdir: Path) -> Evaluation:
-  """Trains as a config says, or goes on where `workdir` stands, and evaluates at intervals and at the end.
+  """Trains as a config says, from where `workdir` stands; evaluates at intervals and at the end.
 
   Args:
     config: See `configs/common.py`.
-    workdir: Gets checkpoints, `config.json`, `model.json`, `log.jsonl`, TensorBoard events, `metrics.json` and
-      `predictions.png`.
+    workdir: Gets checkpoints, `config.json`, `model.json`, `log.jsonl`, TensorBoard events,
+      `metrics.json` and `predictions.png`.
 
   Returns:
     The last evaluation.
 
   Raises:
-    UserError: If config or data are not as they should be, `workdir` holds another run, or the loss is not finite.
+    UserError: If config or data are not as they should be, `workdir` holds another run, or the loss
+      is not finite.
   """
   mesh = data_mesh()
   if config.train.batch_size % mesh.size:
     raise UserError(
-      f'config.train.batch_size is {config.train.batch_size}, which {mesh.size} devices cannot share; '
+      f'config.train.batch_size is {config.train.batch_size}, which {mesh.size} devices cannot '
+      'share; '
       'make it a multiple.'
     )
   _check_same_run(config, workdir)
@@ -141,7 +143,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Evaluation:
 
 
 class _TrainingLog:
-  """Metrics of a run: a line of `log.jsonl` and a point of each TensorBoard curve every so many steps."""
+  """Metrics of a run: lines of `log.jsonl` and points of TensorBoard curves."""
 
   def __init__(self, workdir: Path, writer: SummaryWriter, *, batch_size: int, start: int):
     self._writer = writer
@@ -169,8 +171,9 @@ class _TrainingLog:
     values = {name: float(value) for name, value in metrics.items()}
     if not math.isfinite(values['loss'] + values['update_norm']):
       raise UserError(
-        f'the loss is {values["loss"]} and its update {values["update_norm"]} at step {step}; lower config.optimizer.learning_rate, or look at the labels, '
-        'and start again from the last checkpoint.'
+        f'the loss is {values["loss"]} and its update {values["update_norm"]} at step {step}; '
+        'lower config.optimizer.learning_rate, or look at the labels, and start again in a new '
+        '--workdir.'
       )
     now = time.perf_counter()
     rate = (step - self._step) * self._batch_size / (now - self._time)
@@ -220,7 +223,7 @@ def _save(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterator
 
 
 def _restore(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterator) -> TrainState:
-  """The state of the newest checkpoint, in the structure of `state`; sets `batches` to its place."""
+  """The newest checkpoint in the structure of `state`; sets `batches` to its place."""
   variables, training = checkpoints.restore(
     model=state.variables, training=_beside_model(state), iterator=batches
   )
@@ -246,7 +249,8 @@ def _check_same_run(config: ConfigDict, workdir: Path) -> None:
   ]
   if differences:
     raise UserError(
-      f'{workdir} holds a run of another config ({"; ".join(differences)}); choose another --workdir.'
+      f'{workdir} holds a run of another config ({"; ".join(differences)}); '
+      'choose another --workdir.'
     )
 
 

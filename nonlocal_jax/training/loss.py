@@ -1,4 +1,4 @@
-"""Cross-entropy over the pixels of upsampled logits, as the released models were trained (mmseg `CrossEntropyLoss`)."""
+"""Cross-entropy over the pixels of upsampled logits (mmseg `CrossEntropyLoss`)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""SGD with momentum, decay on every parameter and the poly schedule: the recipe of the released models."""
+"""SGD with momentum, weight decay on everything and the poly schedule: the published recipe."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import optax
 def poly_schedule(
   *, learning_rate: float, min_learning_rate: float, power: float, steps: int
 ) -> optax.Schedule:
-  """`min + (lr - min) * (1 - t / (steps - 1)) ** power`, which reaches `min` at the last step (mmengine `PolyLR`).
+  """`min + (lr - min) * (1 - t / (steps - 1)) ** power` (mmengine `PolyLR`).
 
   Args:
     learning_rate: Value at step 0.
@@ -22,7 +22,8 @@ def poly_schedule(
   last = max(steps - 1, 1)
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-    # The difference is taken in integers: `1 - step / last` can end below zero, and its power is NaN.
+    # The difference is taken in integers: `1 - step / last` can end below zero, and its power is
+    # NaN.
     remaining = jnp.maximum(last - jnp.asarray(step), 0) / last
     return min_learning_rate + (learning_rate - min_learning_rate) * remaining**power
 
@@ -37,7 +38,8 @@ def sgd(
   Args:
     schedule: Learning rate by step.
     momentum: Factor of the running sum, in [0, 1).
-    weight_decay: Factor of the parameters added to their gradients, before the momentum; biases and norms included.
+    weight_decay: Factor of the parameters added to their gradients, before the momentum; biases and
+      norms included.
   """
   return optax.chain(
     optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum)

@@ -76,9 +76,10 @@ def make_train_step(
     ignore_index: Label of the pixels without a class.
 
   Returns:
-    A function of the state and a batch `image` (n, h, w, 3) uint8 RGB, `label` (n, h, w) uint8, `size` (n, 2) int32 (see
-    `normalize`), which returns the next state and the metrics `loss`, `loss_decode`, `loss_auxiliary`, `accuracy` (share
-    of the labelled pixels) and `update_norm` (of the change to the parameters), scalars.
+    A function of the state and a batch `image` (n, h, w, 3) uint8 RGB, `label` (n, h, w) uint8,
+    `size` (n, 2) int32 (see `normalize`), which returns the next state and the metrics `loss`,
+    `loss_decode`, `loss_auxiliary`, `accuracy` (share of the labelled pixels) and `update_norm` (of
+    the change to the parameters), scalars.
   """
 
   def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

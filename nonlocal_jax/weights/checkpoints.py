@@ -77,7 +77,8 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
   path = directory / DESCRIPTION
   if not path.is_file():
     raise UserError(
-      f'{directory} has no {DESCRIPTION}: give a .pth file, a converted directory or the workdir of a training run.'
+      f'{directory} has no {DESCRIPTION}: give a .pth file, a converted directory or the workdir '
+      'of a training run.'
     )
   description = ModelDescription.from_json(path.read_text(), source=str(path))
   like = nnx.state(description.architecture.abstract())

@@ -18,7 +18,8 @@ class ModelDescription:
     align_corners: Whether logits are resized corner on corner.
     classes: Name of each class.
     palette: RGB colour of each class, in [0, 255].
-    test_scale: (width, height) of the box that test images are resized into; None leaves them at their own size.
+    test_scale: (width, height) of the box that test images are resized into; None leaves them at
+      their own size.
     window_crop: (height, width) of the sliding windows at test time; None for the whole image.
     window_stride: (vertical, horizontal) step of the windows; None for the whole image.
     source: Where the weights come from.

@@ -22,8 +22,8 @@ def read_weights(
 
   Args:
     path: A .pth file, a converted directory or the workdir of a training run.
-    align_corners: The corner convention, in place of what the directory or the name of a released file says; for other
-      files the default is False, mmsegmentation's own.
+    align_corners: The corner convention, in place of what the directory or the name of a released
+      file says; for other files the default is False, mmsegmentation's own.
 
   Returns:
     The description, and parameters and running statistics as float32 host arrays.

@@ -1,4 +1,4 @@
-"""The 16 released NonLocalNet checkpoints: what each file is and what was published about it (mmseg `nonlocal_net/README.md`)."""
+"""The 16 released checkpoints and what was published of them (mmseg `nonlocal_net/README`)."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ class ReleasedModel:
     name: Name of the model, e.g. 'nonlocal_r50-d8_512x512_80k_ade20k'.
     file: Name of the released file; its last eight digits begin the file's sha256.
     miou: Published mIoU in percent, single scale.
-    miou_ms_flip: Published mIoU in percent with multi-scale and flip, None where none was published.
+    miou_ms_flip: Published mIoU in percent with multi-scale and flip, None if there is none.
     replaced: Whether a later file under the same name took this one's place.
   """
 
@@ -49,7 +49,7 @@ class ReleasedModel:
 
   @property
   def test_scale(self) -> tuple[int, int]:
-    """(width, height) of the box that test images are resized into; training scales are ratios of it."""
+    """(width, height) of the box that images are resized into, in training at ratio 1."""
     if self.dataset == 'cityscapes':
       return (2049, 1025) if self.align_corners else (2048, 1024)
     return (2048, 512)
@@ -71,7 +71,10 @@ class ReleasedModel:
 
   @property
   def _parts(self) -> dict[str, str]:
-    pattern = r'nonlocal_r(?P<depth>\d+)-d8_(?P<height>\d+)x(?P<width>\d+)_(?P<thousands>\d+)k_(?P<dataset>\w+)'
+    pattern = (
+      r'nonlocal_r(?P<depth>\d+)-d8_(?P<height>\d+)x(?P<width>\d+)'
+      r'_(?P<thousands>\d+)k_(?P<dataset>\w+)'
+    )
     match = re.fullmatch(pattern, self.name)
     assert match is not None, self.name
     return match.groupdict()

@@ -1,4 +1,4 @@
-"""The map between the names of a PyTorch state dict and the arrays of `NonLocalNet`, strict in both directions."""
+"""The map between the names in a PyTorch state dict and the arrays of `NonLocalNet`, strict."""
 
 import dataclasses
 import re
@@ -66,7 +66,7 @@ class Architecture:
 
   @property
   def depth(self) -> int:
-    """Layers of the backbone, as in its name: three a bottleneck, one for the stem, one for a classifier."""
+    """Layers of the backbone, as in its name: three a bottleneck, stem and classifier."""
     return 3 * sum(self.stage_blocks) + 2
 
   def __str__(self) -> str:
@@ -127,7 +127,8 @@ def infer_architecture(state_dict: Mapping[str, np.ndarray], *, source: str) -> 
   missing = [name for name in needed if name not in state_dict]
   if missing:
     raise UserError(
-      f'{source} holds no NonLocalNet: {" and ".join(missing)} not among its {len(state_dict)} arrays; '
+      f'{source} holds no NonLocalNet: {" and ".join(missing)} not among its '
+      f'{len(state_dict)} arrays; '
       'give a checkpoint of a whole segmentation model.'
     )
   blocks = []
@@ -186,7 +187,7 @@ def from_state_dict(
 
 
 def to_state_dict(state: nnx.State) -> dict[str, np.ndarray]:
-  """The inverse of `from_state_dict`, without the batch counters: names to arrays, kernels as (out, in, h, w)."""
+  """The inverse of `from_state_dict`, but for the batch counters: arrays by name."""
   state_dict = {}
   for path, variable in nnx.to_flat_state(state):
     array = np.asarray(variable.get_value())
