@@ -37,7 +37,7 @@ class Evaluation:
   Attributes:
     confusion: (classes, classes) int64, rows by label, columns by prediction.
     scores: The scores read off it.
-    examples: Image, truth and prediction of the first few images.
+    examples: Image, truth and prediction of a few images, evenly spread over the split.
   """
 
   confusion: np.ndarray
@@ -93,12 +93,13 @@ class Evaluator:
     """Evaluates parameters and running statistics on the whole split, with a progress bar."""
     confusion = np.zeros((self._num_classes, self._num_classes), np.int64)
     examples = []
+    shown = set(np.linspace(0, len(self._split) - 1, _EXAMPLES, dtype=int).tolist())
     samples = eval_samples(self._split, **self._samples)
     with progress_bar(len(self._split), 'Evaluating', unit='img', leave=False) as bar:
-      for sample in samples:
+      for index, sample in enumerate(samples):
         image, label = sample['image'], sample['label']
         prediction, counts = self._predict_and_count(state, image, label)
-        if len(examples) < _EXAMPLES:
+        if index in shown:
           examples.append((image, label, np.asarray(prediction)))
         confusion += np.asarray(counts)
         bar.update()
