@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,8 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
     name: ocp.utils.to_shape_dtype_struct(np.empty(array.shape, array.dtype))
     for name, array in to_arrays(like).items()
   }
+  unraisable_hook = sys.unraisablehook
+  sys.unraisablehook = _unless_abandoned_read(unraisable_hook)
   try:
     if (directory / WEIGHTS).is_dir():
       with ocp.StandardCheckpointer() as checkpointer:
@@ -95,7 +99,9 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
       with RunCheckpoints(directory, keep=None) as checkpoints:
         arrays = checkpoints.restore_model(target)
   except (ValueError, KeyError, OSError) as error:
-    raise UserError(f'the weights in {directory} cannot be read: {error}') from error
+    reason = str(error).strip().splitlines()[0]
+    raise UserError(f'the weights in {directory} cannot be read: {reason}') from error
+  sys.unraisablehook = unraisable_hook
   return description, from_arrays(arrays, like)
 
 
@@ -185,6 +191,16 @@ class RunCheckpoints:
       raise UserError(f'{self._workdir} holds no checkpoint yet; train longer or give another.')
     args = ocp.args.Composite(model=ocp.args.StandardRestore(target))
     return self._manager.restore(step, args=args).model
+
+
+def _unless_abandoned_read(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+  """`hook`, but silent about reads still under way when Orbax gave up at a first one."""
+
+  def filtered(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      hook(unraisable)
+
+  return filtered
 
 
 def config_differences(saved: str, current: str) -> list[str]:
