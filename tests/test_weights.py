@@ -1,6 +1,7 @@
 """Loading networks from files and directories, and the errors of what cannot be loaded."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -142,8 +143,17 @@ def test_directories_without_weights(tmp_path, loaded):
   with pytest.raises(UserError, match='holds no checkpoint yet'):
     nonlocal_jax.load(tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ['model.json']
+
+
+@pytest.mark.parametrize('damage', ['missing', 'cut'])
+def test_damaged_weights(tmp_path, loaded, damage):
   loaded.save(tmp_path / 'broken')
-  shutil.rmtree(tmp_path / 'broken/weights/d')
+  data = tmp_path / 'broken/weights/d'
+  if damage == 'missing':
+    shutil.rmtree(data)
+  else:
+    largest = max(data.iterdir(), key=lambda path: path.stat().st_size)
+    os.truncate(largest, 1000)
   with pytest.raises(UserError, match=r'the weights in .*broken cannot be read: [^\n]*$'):
     nonlocal_jax.load(tmp_path / 'broken')
 

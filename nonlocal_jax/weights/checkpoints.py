@@ -98,7 +98,9 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
     else:
       with RunCheckpoints(directory, keep=None) as checkpoints:
         arrays = checkpoints.restore_model(target)
-  except (ValueError, KeyError, OSError) as error:
+  except UserError:
+    raise
+  except Exception as error:  # what Orbax raises for damaged files has no narrower type
     reason = str(error).strip().splitlines()[0]
     raise UserError(f'the weights in {directory} cannot be read: {reason}') from error
   sys.unraisablehook = unraisable_hook
