@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from configs.common import check_values
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.evaluator import evaluate_checkpoint
 from nonlocal_jax.training.loop import train_and_evaluate
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise UserError(f'{argv[1]!r} is no flag; options start with --, see --help.')
   config = _CONFIG.value
+  check_values(config)
   workdir = Path(_WORKDIR.value or f'runs/{config.name}')
   if _MODE.value == 'train':
     if _CHECKPOINT.value:
@@ -53,7 +55,10 @@ def parse_flags(argv: list[str]) -> list[str]:
     raise UserError(
       f'there is no config file {path}; configs/ holds those to choose from.'
     ) from error
-  except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+  except (AttributeError, KeyError) as error:
+    said = str(error).replace('\\n', '. ').replace('\\', '').replace("'", '')  # quoted twice
+    raise UserError(f'the config has no such field: {said}') from error
+  except (TypeError, ValueError, flags.Error) as error:
     raise UserError(' '.join(str(error).split())) from error
 
 

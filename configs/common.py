@@ -5,6 +5,8 @@ edge to long edge; crops are (height, width). The numbers of the recipe are thos
 mmsegmentation's `configs/nonlocal_net` and `configs/_base_`.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict, config_dict
 
 from nonlocal_jax.data.datasets import PUBLISHED
@@ -121,3 +123,35 @@ def variant_name(model: ReleasedModel) -> str:
   """E.g. '769x769_80k'."""
   height, width = model.crop
   return f'{height}x{width}_{model.steps // 1000}k'
+
+
+def check_values(config: ConfigDict) -> None:
+  """Checks what no type can: numbers that must be positive, pairs, and labels of eight bits.
+
+  Raises:
+    UserError: If a value is out of its range; the message names its key.
+  """
+  counts = ('train.steps', 'train.batch_size', 'train.log_every', 'eval.every', 'checkpoint.every')
+  pairs = ('train.scale', 'train.crop', 'train.ratio_range', 'eval.scale')
+  windows = ('eval.window_crop', 'eval.window_stride')
+  for key in (*counts, 'checkpoint.keep', 'model.width'):
+    _expect(_value(config, key) >= 1, config, key, 'a number of at least 1')
+  for key in (*pairs, *(key for key in windows if _value(config, key))):
+    value = _value(config, key)
+    _expect(len(value) == 2 and min(value) > 0, config, key, 'two positive numbers')
+  both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
+  _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
+  if config.data.num_classes is not None:
+    _expect(2 <= config.data.num_classes <= 255, config, 'data.num_classes', 'from 2 to 255')
+  ignored = config.data.ignore_labels
+  _expect(all(0 <= x <= 255 for x in ignored), config, 'data.ignore_labels', 'from 0 to 255 each')
+
+
+def _value(config: ConfigDict, key: str) -> Any:
+  section, name = key.split('.')
+  return config[section][name]
+
+
+def _expect(holds: bool, config: ConfigDict, key: str, expected: str) -> None:
+  if not holds:
+    raise UserError(f'config.{key} is {_value(config, key)}; it must be {expected}.')

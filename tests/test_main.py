@@ -188,10 +188,28 @@ def test_published_configs_evaluate_as_the_original(
     (['--checkpoint=x.pth'], '--checkpoint is for --mode=eval'),
     ([f'--config={ROOT}/configs/ade20k_r50.py:20k'], "no variant '20k' was published"),
     ([f'--config={ROOT}/configs/ade20k_r50.py'], 'config.data.source_dir is not set'),
-    ([f'--config={ROOT}/configs/demo.py', '--config.model.dept=50'], 'dept'),
+    (
+      [f'--config={ROOT}/configs/demo.py', '--config.model.dept=50'],
+      'has no such field: dept. Did you mean "depth"',
+    ),
     ([f'--config={ROOT}/configs/demo.py', '--config.model.depth=deep'], 'depth'),
     ([f'--config={ROOT}/configs/demo.py', '--config.model.depth=51'], 'depth is 51; it must be'),
     ([f'--config={ROOT}/configs/demo.py', '--config.data.num_classes=9'], 'demo has 8 classes'),
+    ([f'--config={ROOT}/configs/demo.py', '--config.train.steps=0'], 'train.steps is 0; it must'),
+    ([f'--config={ROOT}/configs/demo.py', '--config.train.crop=(0,9)'], 'train.crop is (0, 9); it'),
+    ([f'--config={ROOT}/configs/demo.py', '--config.eval.scale=(9,)'], 'eval.scale is (9,); it'),
+    (
+      [f'--config={ROOT}/configs/demo.py', '--config.eval.window_crop=(9,9)'],
+      'eval.window_stride is (); it must be given together with config.eval.window_crop',
+    ),
+    (
+      custom(Path('/nowhere'), **{'data.num_classes': 300}),
+      'data.num_classes is 300; it must be from 2 to 255',
+    ),
+    (
+      custom(Path('/nowhere'), **{'data.num_classes': 3, 'data.ignore_labels': '(256,)'}),
+      'data.ignore_labels is (256,); it must be from 0 to 255 each',
+    ),
     ([f'--config={ROOT}/configs/custom.py'], 'config.data.num_classes is not set'),
     (
       [f'--config={ROOT}/configs/custom.py', '--config.data.dataset=coco'],
