@@ -3,13 +3,13 @@
 python main.py --config=configs/ade20k_r101.py --config.data.source_dir=DIR
 """
 
-import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from configs.common import check_values
+from nonlocal_jax.command_line import run_program
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.evaluator import evaluate_checkpoint
 from nonlocal_jax.training.loop import train_and_evaluate
@@ -63,12 +63,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def run() -> None:
-  """The program: one line and exit status 1 for what the user can mend."""
-  logging.set_verbosity(logging.ERROR)
-  try:
-    app.run(main, flags_parser=parse_flags)
-  except UserError as error:
-    sys.exit(f'error: {error}')
+  """The program from the command line."""
+  run_program(lambda: app.run(main, flags_parser=parse_flags))
 
 
 if __name__ == '__main__':

@@ -21,6 +21,7 @@ def base_config() -> ConfigDict:
   config = ConfigDict()
   config.name = ''  # printed, and the name of the default workdir
   config.seed = 0
+  config.init_backbone = ''  # .pth file with the backbone's initial weights; empty: random
 
   config.model = ConfigDict()
   config.model.depth = 50  # layers of the backbone: 14, 26, 50 or 101

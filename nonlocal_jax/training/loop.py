@@ -1,5 +1,6 @@
 """Training from a config: one linear function from the data to the last evaluation."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -36,6 +37,7 @@ from nonlocal_jax.weights.checkpoints import (
   to_arrays,
 )
 from nonlocal_jax.weights.description import ModelDescription
+from nonlocal_jax.weights.loading import read_backbone
 
 CONFIG = 'config.json'
 LOG = 'log.jsonl'
@@ -75,6 +77,9 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Evaluation:
   _check_same_run(config, workdir)
   architecture = architecture_of(config)
   dataset = dataset_of(config)
+  backbone = None
+  if config.init_backbone and not _has_checkpoint(workdir):
+    backbone = read_backbone(Path(config.init_backbone), architecture)
   splits = open_splits(config, dataset, workdir, ['train', 'val'])
   batches = _batches(config, splits['train'], dataset)
   _write_run_files(config, workdir, dataset)
@@ -110,8 +115,12 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Evaluation:
     SummaryWriter(str(workdir)) as writer,
   ):
     if checkpoints.latest_step() is None:
+      start_from = 'scratch'
+      if backbone is not None:
+        state = jax.device_put(_with_backbone(state, backbone), everywhere)
+        start_from = f'the backbone in {config.init_backbone}'
       size = parameter_overview.count_parameters(to_arrays(state.params))
-      print(f'{config.name}: {size:,} parameters, from scratch, on {mesh.size} device(s)')
+      print(f'{config.name}: {size:,} parameters, from {start_from}, on {mesh.size} device(s)')
     else:
       state = _restore(checkpoints, state, batches)
       print(f'{config.name}: goes on at step {int(state.step)} of {workdir}')
@@ -216,6 +225,21 @@ def _batches(config: ConfigDict, split: PreparedSplit, dataset: Dataset) -> Trai
   )
 
 
+def _has_checkpoint(workdir: Path) -> bool:
+  with RunCheckpoints(workdir, keep=None) as checkpoints:
+    return checkpoints.latest_step() is not None
+
+
+def _with_backbone(state: TrainState, backbone: nnx.State) -> TrainState:
+  """`state` with the parameters and running statistics of another backbone."""
+  params, batch_stats = nnx.split_state(backbone, nnx.Param, nnx.BatchStat)
+  return dataclasses.replace(
+    state,
+    params=nnx.merge_state(state.params, params),
+    batch_stats=nnx.merge_state(state.batch_stats, batch_stats),
+  )
+
+
 def _save(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterator) -> None:
   checkpoints.save(
     int(state.step), model=state.variables, training=_beside_model(state), iterator=batches
@@ -258,12 +282,15 @@ def _write_run_files(config: ConfigDict, workdir: Path, dataset: Dataset) -> Non
   description = ModelDescription(
     architecture=architecture_of(config),
     align_corners=config.model.align_corners,
+    dataset=dataset.name,
     classes=dataset.classes,
     palette=dataset.palette,
     test_scale=tuple(config.eval.scale),
     window_crop=tuple(config.eval.window_crop) or None,
     window_stride=tuple(config.eval.window_stride) or None,
     source=f'trained with config {config.name}',
+    sha256=None,
+    num_batches_tracked=dict.fromkeys(('backbone', 'decode_head', 'auxiliary_head'), 0),
   )
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / DESCRIPTION).write_text(description.to_json())

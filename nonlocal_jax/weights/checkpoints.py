@@ -1,5 +1,6 @@
 """Orbax checkpoints: weights alone with their description, and the state of a training run."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -56,12 +57,25 @@ def save_weights(directory: Path, state: nnx.State, description: ModelDescriptio
     raise UserError(f'{directory} exists; remove it or choose another directory.')
   partial = directory.absolute().with_name(f'.{directory.name}.{os.getpid()}.partial')
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(partial / WEIGHTS, to_arrays(state))
+    with ocp.Checkpointer(_array_handler()) as checkpointer:
+      checkpointer.save(partial / WEIGHTS, ocp.args.PyTreeSave(to_arrays(state)))
     (partial / DESCRIPTION).write_text(description.to_json())
     partial.rename(directory)
+  except Exception as error:  # what Orbax raises for a full disk has no narrower type
+    reason = str(error).strip().splitlines()[0]
+    raise UserError(f'{directory} cannot be written: {reason}') from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
+
+
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+  """Orbax's own, but host arrays are not copied before they are written: nobody changes them."""
+  handlers = ocp.type_handlers
+  registry = handlers.create_type_handler_registry(
+    (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    (jax.Array, handlers.ArrayHandler()),
+  )
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
@@ -76,13 +90,7 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
   Raises:
     UserError: If there are none.
   """
-  path = directory / DESCRIPTION
-  if not path.is_file():
-    raise UserError(
-      f'{directory} has no {DESCRIPTION}: give a .pth file, a converted directory or the workdir '
-      'of a training run.'
-    )
-  description = ModelDescription.from_json(path.read_text(), source=str(path))
+  description = read_description(directory)
   like = nnx.state(description.architecture.abstract())
   # Host arrays: the run may have had other devices.
   target = {
@@ -98,6 +106,8 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
     else:
       with RunCheckpoints(directory, keep=None) as checkpoints:
         arrays = checkpoints.restore_model(target)
+        steps = dict.fromkeys(description.num_batches_tracked, checkpoints.latest_step())
+        description = dataclasses.replace(description, num_batches_tracked=steps)
   except UserError:
     raise
   except Exception as error:  # what Orbax raises for damaged files has no narrower type
@@ -105,6 +115,21 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
     raise UserError(f'the weights in {directory} cannot be read: {reason}') from error
   sys.unraisablehook = unraisable_hook
   return description, from_arrays(arrays, like)
+
+
+def read_description(directory: Path) -> ModelDescription:
+  """Reads what stands beside the weights in a converted directory or a workdir.
+
+  Raises:
+    UserError: If it is neither.
+  """
+  path = directory / DESCRIPTION
+  if not path.is_file():
+    raise UserError(
+      f'{directory} has no {DESCRIPTION}: give a .pth file, a converted directory or the workdir '
+      'of a training run.'
+    )
+  return ModelDescription.from_json(path.read_text(), source=str(path))
 
 
 class RunCheckpoints:

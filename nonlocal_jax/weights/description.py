@@ -16,23 +16,30 @@ class ModelDescription:
   Attributes:
     architecture: Shape of the network.
     align_corners: Whether logits are resized corner on corner.
+    dataset: 'cityscapes', 'ade20k', 'voc12aug', 'demo' or 'custom'.
     classes: Name of each class.
     palette: RGB colour of each class, in [0, 255].
     test_scale: (width, height) of the box that test images are resized into; None leaves them at
       their own size.
     window_crop: (height, width) of the sliding windows at test time; None for the whole image.
     window_stride: (vertical, horizontal) step of the windows; None for the whole image.
-    source: Where the weights come from.
+    source: Where the weights come from: a file, or the training run.
+    sha256: The file's sha256 in hex digits, None if there was none.
+    num_batches_tracked: Training batches that the batch normalisations of each part of the network
+      have seen, by PyTorch's counters; nothing computes with them.
   """
 
   architecture: Architecture
   align_corners: bool
+  dataset: str
   classes: tuple[str, ...]
   palette: tuple[tuple[int, int, int], ...]
   test_scale: tuple[int, int] | None
   window_crop: tuple[int, int] | None
   window_stride: tuple[int, int] | None
   source: str
+  sha256: str | None
+  num_batches_tracked: Mapping[str, int]
 
   def to_json(self) -> str:
     """The description as indented JSON."""

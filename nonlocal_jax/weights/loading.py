@@ -1,18 +1,52 @@
-"""Weights from wherever they are: a released .pth file, a converted directory, a training run."""
+"""Weights from wherever they are: a .pth file, a converted directory, a training run."""
 
+import collections
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
 from nonlocal_jax.data.datasets import PUBLISHED, custom_dataset
+from nonlocal_jax.errors import UserError
 from nonlocal_jax.weights.checkpoints import load_weights
 from nonlocal_jax.weights.description import ModelDescription
-from nonlocal_jax.weights.released import released_model_of_file
+from nonlocal_jax.weights.recorded_config import RecordedConfig
+from nonlocal_jax.weights.released import (
+  ReleasedModel,
+  released_model_of_file,
+  released_model_of_sha256,
+)
 from nonlocal_jax.weights.torch_file import read_torch_checkpoint
-from nonlocal_jax.weights.torch_names import Architecture, from_state_dict, infer_architecture
+from nonlocal_jax.weights.torch_names import (
+  Architecture,
+  from_state_dict,
+  infer_architecture,
+  skipped,
+  tracked_batches,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchWeights:
+  """The network in a .pth file.
+
+  Attributes:
+    description: What is known about it.
+    state: Parameters and running statistics as float32 host arrays.
+    released: The release that the file is, recognised by its sha256; None for any other file.
+    skipped: How many of the file's arrays no network needs, by reason.
+    notes: What its reader should know: each a sentence.
+  """
+
+  description: ModelDescription
+  state: nnx.State
+  released: ReleasedModel | None
+  skipped: Mapping[str, int]
+  notes: tuple[str, ...]
 
 
 def read_weights(
@@ -22,42 +56,159 @@ def read_weights(
 
   Args:
     path: A .pth file, a converted directory or the workdir of a training run.
-    align_corners: The corner convention, in place of what the directory or the name of a released
-      file says; for other files the default is False, mmsegmentation's own.
+    align_corners: The corner convention, in place of what is known of the directory or file.
 
   Returns:
     The description, and parameters and running statistics as float32 host arrays.
 
   Raises:
-    UserError: If there are no weights of a NonLocalNet.
+    UserError: If there are no weights of a NonLocalNet, or a released file is not what its name
+      says.
   """
-  if path.is_dir():
-    description, state = load_weights(path)
-  else:
-    checkpoint = read_torch_checkpoint(path)
-    architecture = infer_architecture(checkpoint.state_dict, source=str(path))
-    state = from_state_dict(checkpoint.state_dict, architecture, source=str(path))
-    description = _describe(path, architecture, checkpoint.meta)
+  if not path.is_dir():
+    weights = read_torch_weights(path, align_corners=align_corners)
+    return weights.description, weights.state
+  description, state = load_weights(path)
   if align_corners is not None:
     description = dataclasses.replace(description, align_corners=align_corners)
   return description, state
 
 
-def _describe(path: Path, architecture: Architecture, meta: Mapping[str, Any]) -> ModelDescription:
-  """What a .pth file's name, shapes and meta tell."""
-  released = released_model_of_file(path.name)
-  dataset = PUBLISHED[released.dataset] if released else custom_dataset(architecture.num_classes)
-  dataset_meta = meta.get('dataset_meta') or {}
-  classes = meta.get('CLASSES') or dataset_meta.get('classes') or dataset.classes
-  palette = meta.get('PALETTE') or dataset_meta.get('palette') or dataset.palette
-  align_corners = released is not None and released.align_corners
-  return ModelDescription(
+def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> TorchWeights:
+  """Reads the .pth file of a segmentation network, and finds out what it is.
+
+  A released file is recognised by its sha256, whatever its name. Of another file, the config that
+  mmsegmentation saved in it tells how to test; what it does not tell is mmsegmentation's default:
+  half-pixel corners, whole images at their own size.
+
+  Args:
+    path: The file.
+    align_corners: The corner convention, in place of what is known of the file.
+
+  Raises:
+    UserError: If there are no weights of a NonLocalNet, or a released file is not what its name
+      says.
+  """
+  sha256 = _sha256(path)
+  released = released_model_of_sha256(sha256)
+  notes = _check_name(path, sha256, released)
+  checkpoint = read_torch_checkpoint(path)
+  arrays = checkpoint.state_dict
+  architecture = infer_architecture(arrays, source=str(path))
+  state = from_state_dict(arrays, architecture, source=str(path))
+  skips = skipped(arrays)
+  rounded = sum(array.dtype == np.float64 for name, array in arrays.items() if name not in skips)
+  if rounded:
+    notes.append(f'{rounded} float64 arrays were rounded to float32.')
+
+  recorded = released or RecordedConfig.of_meta(checkpoint.meta)
+  corners = recorded.align_corners if align_corners is None else align_corners
+  if corners is None:
+    notes.append(
+      'The file does not tell the corner convention: half-pixel corners (align_corners=False) are '
+      'assumed.'
+    )
+  dataset, classes, palette = _classes(architecture, released, checkpoint.meta)
+  description = ModelDescription(
     architecture=architecture,
-    align_corners=align_corners,
-    classes=tuple(map(str, classes)),
-    palette=tuple((int(r), int(g), int(b)) for r, g, b in palette),
-    test_scale=released.test_scale if released else None,
-    window_crop=released.window_crop if released else None,
-    window_stride=released.window_stride if released else None,
-    source=str(path),
+    align_corners=bool(corners),
+    dataset=dataset,
+    classes=classes,
+    palette=palette,
+    test_scale=recorded.test_scale,
+    window_crop=recorded.window_crop,
+    window_stride=recorded.window_stride,
+    source=path.name,
+    sha256=sha256,
+    num_batches_tracked=tracked_batches(arrays),
   )
+  reasons = collections.Counter(skips.values())
+  return TorchWeights(description, state, released, reasons, tuple(notes))
+
+
+def read_backbone(path: Path, architecture: Architecture) -> nnx.State:
+  """Reads the backbone alone, from a file of its own or of a whole segmentation network.
+
+  Args:
+    path: A .pth file with the names of a ResNetV1c (`stem.0.weight`, a classifier `fc.*` is left),
+      or with the same names below `backbone.`.
+    architecture: The network that it is for.
+
+  Returns:
+    The part of the network's state below 'backbone', as float32 host arrays.
+
+  Raises:
+    UserError: If the file does not hold that backbone.
+  """
+  arrays = read_torch_checkpoint(path).state_dict
+  prefix = 'backbone.'
+  inside = {name: array for name, array in arrays.items() if name.startswith(prefix)}
+  if not inside:
+    inside = {f'{prefix}{name}': array for name, array in arrays.items()}
+  return from_state_dict(inside, architecture, source=str(path), part='backbone')
+
+
+def _sha256(path: Path) -> str:
+  """In hex digits; '' if it cannot be read, about which the reader has more to say."""
+  try:
+    with open(path, 'rb') as file:
+      return hashlib.file_digest(file, 'sha256').hexdigest()
+  except OSError:
+    return ''
+
+
+def _check_name(path: Path, sha256: str, released: ReleasedModel | None) -> list[str]:
+  """Notes on what name and sha256 tell.
+
+  Raises:
+    UserError: If a file with the name of a released one has other contents.
+  """
+  named = released_model_of_file(path.name)
+  if named and sha256 and named != released:
+    raise UserError(
+      f'{path} has the name of a released file, but its sha256 begins with {sha256[:8]}, not '
+      f'{named.sha256_prefix}: download it again, or rename it if it is another file.'
+    )
+  if released is None:
+    return ['It is not among the released files: there is no sha256 to compare.']
+  if released.replaced:
+    return ['It was replaced later by another file of the same model.']
+  return []
+
+
+def _classes(
+  architecture: Architecture, released: ReleasedModel | None, meta: Mapping[str, Any]
+) -> tuple[str, tuple[str, ...], tuple[tuple[int, int, int], ...]]:
+  """Dataset, names and colours of the classes; the file's meta may be anything."""
+  count = architecture.num_classes
+  if released:
+    dataset = PUBLISHED[released.dataset]
+    return dataset.name, dataset.classes, dataset.palette
+  later = meta.get('dataset_meta')
+  names = {'classes': meta.get('CLASSES'), 'palette': meta.get('PALETTE')}  # of 0.x
+  if type(later) is dict:
+    names |= {key: later[key] for key in names if key in later}
+  classes, palette = _names(names['classes'], count), _colours(names['palette'], count)
+  known = (dataset for dataset in PUBLISHED.values() if dataset.classes == classes)
+  dataset = next(known, custom_dataset(count))
+  return dataset.name, classes or dataset.classes, palette or dataset.palette
+
+
+def _names(value: Any, count: int) -> tuple[str, ...] | None:
+  if not isinstance(value, list | tuple) or len(value) != count:
+    return None
+  fits = all(type(name) is str and name.isprintable() and len(name) <= 100 for name in value)
+  return tuple(value) if fits else None
+
+
+def _colours(value: Any, count: int) -> tuple[tuple[int, int, int], ...] | None:
+  if isinstance(value, np.ndarray) and value.shape == (count, 3):
+    value = value.tolist()
+  if not isinstance(value, list | tuple) or len(value) != count:
+    return None
+  for row in value:
+    if not isinstance(row, list | tuple) or len(row) != 3:
+      return None
+    if not all(type(channel) is int and 0 <= channel <= 255 for channel in row):
+      return None
+  return tuple((r, g, b) for r, g, b in value)

@@ -122,11 +122,10 @@ def released_model(name: str) -> ReleasedModel:
 
 
 def released_model_of_file(file_name: str) -> ReleasedModel | None:
-  """The release whose file, or else whose model, has the name `file_name` (no folders), or None."""
-  for model in RELEASED:
-    if file_name == model.file:
-      return model
-  for model in RELEASED:
-    if not model.replaced and file_name.startswith(model.name):
-      return model
-  return None
+  """The release whose file has the name `file_name` (no folders), or None."""
+  return next((model for model in RELEASED if model.file == file_name), None)
+
+
+def released_model_of_sha256(sha256: str) -> ReleasedModel | None:
+  """The release whose file has this sha256 (hex digits), or None."""
+  return next((model for model in RELEASED if model.sha256_prefix == sha256[:8]), None)
