@@ -57,9 +57,7 @@ def main() -> None:
     save_weights(out, weights.state, weights.description)
     print(summary(weights, out))
   elif (source / DESCRIPTION).exists():
-    raise UserError(
-      f'{source} needs no conversion to be used here; see --to-pth for the other way.'
-    )
+    raise UserError(f'{source} needs no conversion; --to-pth writes a .pth file of it.')
   else:
     convert_folder(source, out, align_corners=arguments.align_corners)
 

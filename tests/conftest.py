@@ -1,17 +1,24 @@
 """Four fake devices, full precision, and what several tests share."""
 
+import functools
 import os
+import sys
 import tempfile
 
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
+import cv2
 import jax
 import numpy as np
 import pytest
 import torch
+from absl import flags
 
+import main
+from nonlocal_jax.command_line import run_program
 from nonlocal_jax.data.synthetic import write_demo_set
+from scripts import convert_checkpoint
 from tests import peer
 
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -43,6 +50,59 @@ def demo_set(tmp_path_factory):
   directory = tmp_path_factory.mktemp('data') / 'demo_set'
   write_demo_set(directory, train=24, val=5)
   return directory
+
+
+@pytest.fixture
+def program(monkeypatch, tmp_path):
+  """Runs main.py in this process; returns exit status and what it says on exit."""
+  monkeypatch.chdir(tmp_path)
+
+  def run(*arguments: str) -> tuple[object, str]:
+    forget_flags()
+    return run_in_process(monkeypatch, main.run, *arguments)
+
+  yield run
+  forget_flags()
+
+
+def forget_flags() -> None:
+  """Takes back what parsing did; ml_collections defines a flag for each field that is set."""
+  for name in [name for name in flags.FLAGS if name.startswith('config.')]:
+    delattr(flags.FLAGS, name)
+  flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def converter(monkeypatch):
+  """Runs scripts/convert_checkpoint.py in this process; returns as `program`."""
+  run = functools.partial(run_program, convert_checkpoint.main)
+  return functools.partial(run_in_process, monkeypatch, run)
+
+
+def run_in_process(monkeypatch, run, *arguments: object) -> tuple[object, str]:
+  """Exit status (None: came to its end), and what a failed program says on exit."""
+  monkeypatch.setattr(sys, 'argv', ['program', *map(str, arguments)])
+  try:
+    run()
+  except SystemExit as exit_:
+    return (1, exit_.code) if isinstance(exit_.code, str) else (exit_.code, '')
+  return None, ''
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory):
+  """A folder with a val split of three images of different sizes and labels 0..18, 20 and 255."""
+  rng = np.random.default_rng(3)
+  root = tmp_path_factory.mktemp('photos')
+  for kind in ('images', 'labels'):
+    (root / kind / 'val').mkdir(parents=True)
+  for index, size in enumerate([(60, 80), (72, 64), (80, 60)]):
+    coarse = rng.integers(0, 256, size=(6, 8, 3), dtype=np.uint8)
+    image = cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
+    cv2.imwrite(str(root / f'images/val/{index}.png'), image)
+    label = rng.choice([*range(19), 20, 255], size=size).astype(np.uint8)
+    cv2.imwrite(str(root / f'labels/val/{index}.png'), label)
+  return root
 
 
 @pytest.fixture

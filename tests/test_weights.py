@@ -1,5 +1,7 @@
 """Loading networks from files and directories, and the errors of what cannot be loaded."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +20,9 @@ import nonlocal_jax
 from nonlocal_jax.data.transforms import resize_image
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.segmentor import normalize
+from nonlocal_jax.weights import released
 from nonlocal_jax.weights.checkpoints import config_differences
+from nonlocal_jax.weights.loading import read_torch_weights
 from nonlocal_jax.weights.torch_names import (
   Architecture,
   from_state_dict,
@@ -55,15 +59,46 @@ def test_load_tells_what_the_file_holds(loaded, peer_checkpoint):
   assert nonlocal_jax.load(peer_checkpoint, align_corners=True).description.align_corners
 
 
-def test_a_released_name_tells_corners_sizes_and_classes(peer_model, tmp_path):
-  path = tmp_path / 'nonlocal_r50-d8_769x769_80k_cityscapes_20200607_193506-1f9792f6.pth'
-  torch.save({'meta': {}, 'state_dict': peer_model.state_dict()}, path)
-  description = nonlocal_jax.load(path).description
-  assert description.align_corners
-  assert description.test_scale == (2049, 1025)
-  assert (description.window_crop, description.window_stride) == ((769, 769), (513, 513))
-  assert description.classes[0] == 'road'
-  assert description.palette[0] == (128, 64, 128)
+def test_a_released_file_is_known_by_its_sha256_whatever_its_name(
+  peer_checkpoint, tmp_path, monkeypatch
+):
+  prefix = hashlib.sha256(peer_checkpoint.read_bytes()).hexdigest()[:8]
+  model = released.released_model('nonlocal_r50-d8_769x769_80k_cityscapes')
+  model = dataclasses.replace(model, file=f'{model.name}_20200607_193506-{prefix}.pth')
+  monkeypatch.setattr(released, 'RELEASED', (model,))
+  for name in (model.file, 'best (1).pth'):
+    shutil.copy(peer_checkpoint, tmp_path / name)
+    weights = read_torch_weights(tmp_path / name)
+    assert (weights.released, weights.notes) == (model, ())
+    description = weights.description
+    assert description.align_corners
+    assert description.test_scale == (2049, 1025)
+    assert (description.window_crop, description.window_stride) == ((769, 769), (513, 513))
+    assert (description.dataset, description.classes[0]) == ('cityscapes', 'road')
+    assert description.palette[0] == (128, 64, 128)
+    assert (description.source, description.sha256[:8]) == (name, prefix)
+  replaced = dataclasses.replace(model, replaced=True)
+  monkeypatch.setattr(released, 'RELEASED', (replaced,))
+  (note,) = read_torch_weights(tmp_path / model.file).notes
+  assert note == 'It was replaced later by another file of the same model.'
+
+
+def test_a_released_name_on_other_contents_is_an_error(peer_checkpoint, tmp_path):
+  for model in released.RELEASED:
+    path = tmp_path / model.file
+    shutil.copy(peer_checkpoint, path)
+    with pytest.raises(UserError, match=rf'has the name .* not {model.sha256_prefix}: download it'):
+      nonlocal_jax.load(path)
+    path.unlink()
+
+
+def test_a_replaced_release_is_told_from_the_current_one():
+  old, new = (
+    released.released_model_of_sha256(f'{prefix}{56 * "0"}') for prefix in ('affd0f8d', '7881aa1a')
+  )
+  assert old.name == new.name == 'nonlocal_r101-d8_512x512_160k_ade20k'
+  assert ((old.miou, old.replaced), (new.miou, new.replaced)) == ((43.36, True), (44.63, False))
+  assert released.released_model_of_sha256(64 * '0') is None
 
 
 def test_logits_equal_the_original(rng, loaded, peer_model):
@@ -114,15 +149,20 @@ def test_predict_refuses_what_is_no_image(loaded):
 def test_missing_unknown_and_misshapen_arrays_are_named_together(peer_model):
   arrays = peer.state_dict(peer_model)
   architecture = infer_architecture(arrays, source='x.pth')
-  del arrays['backbone.stem.0.weight']
+  arrays['backbone.stem.0.conv.weight'] = arrays.pop('backbone.stem.0.weight')
+  arrays['backbone.stem.1.bias'] = arrays['backbone.stem.1.bias'].astype(np.int32)
+  arrays['auxiliary_head.convs.0.bn.running_var'][1] = np.inf
   arrays['decode_head.conv_seg.bias'] = np.zeros(3, np.float32)
   arrays['neck.weight'] = np.zeros(3, np.float32)
   with pytest.raises(UserError) as caught:
     from_state_dict(arrays, architecture, source='x.pth')
   assert str(caught.value) == (
     'x.pth does not fit NonLocalNet (R-50, width 8, 19 classes): '
-    'backbone.stem.0.weight is missing; '
-    'decode_head.conv_seg.bias gives (3,), expected (19,); neck.weight is unknown.'
+    'backbone.stem.0.weight is missing (nearest: backbone.stem.0.conv.weight); '
+    'auxiliary_head.convs.0.bn.running_var has values that are not finite; '
+    'backbone.stem.1.bias gives int32, expected floating-point numbers; '
+    'decode_head.conv_seg.bias gives (3,), expected (19,); '
+    'backbone.stem.0.conv.weight is unknown; neck.weight is unknown.'
   )
 
 

@@ -91,7 +91,7 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
     UserError: If there are none.
   """
   description = read_description(directory)
-  like = nnx.state(description.architecture.abstract())
+  like = description.architecture.state_shapes()
   # Host arrays: the run may have had other devices.
   target = {
     name: ocp.utils.to_shape_dtype_struct(np.empty(array.shape, array.dtype))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -103,6 +104,11 @@ class Architecture:
       zero_init=zero_init,
       rngs=rngs,
     )
+
+  @functools.cache  # noqa: B019 architectures are small, and few
+  def state_shapes(self) -> nnx.State:
+    """Parameters and running statistics with shapes in place of arrays; not to be changed."""
+    return nnx.state(self.abstract())
 
   def abstract(self, *, align_corners: bool = False, dropout: float = 0.1) -> NonLocalNet:
     """The network with shapes in place of arrays; costs no memory."""
@@ -213,7 +219,7 @@ def from_state_dict(
   """
   variables = {
     torch_name(path): (path, variable)
-    for path, variable in nnx.to_flat_state(nnx.state(architecture.abstract()))
+    for path, variable in nnx.to_flat_state(architecture.state_shapes())
     if part in (None, path[0])
   }
   unknown = state_dict.keys() - variables.keys() - skipped(state_dict).keys()

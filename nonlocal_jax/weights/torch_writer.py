@@ -75,7 +75,7 @@ def _tensor(key: str, array: np.ndarray) -> bytes:
   strides = [1]
   for size in reversed(array.shape[1:]):
     strides.insert(0, strides[0] * size)
-  storage_class = _global('torch', _STORAGE_CLASSES[array.dtype])
+  storage_class = _global('torch', _STORAGE_CLASSES[array.dtype.newbyteorder('=')])
   storage = (
     _tuple(_plain('storage'), storage_class, _plain(key), _plain('cpu'), _plain(array.size))
     + pickle.BINPERSID
