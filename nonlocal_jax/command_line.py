@@ -1,10 +1,11 @@
 """How the programs end: one line instead of a traceback, and an exit status that tells."""
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
 
-from absl import logging
+import absl.logging
 
 from nonlocal_jax.errors import UserError
 
@@ -21,7 +22,9 @@ def run_program(program: Callable[[], object]) -> None:
   Raises:
     SystemExit: If it does not come to its own end.
   """
-  logging.set_verbosity(logging.ERROR)  # libraries' messages are not for the user
+  # What libraries say on their way to an error is not for the user.
+  absl.logging.set_verbosity(absl.logging.ERROR)
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
     program()

@@ -1,11 +1,14 @@
 """Orbax checkpoints: weights alone with their description, and the state of a training run."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import nnx
 
 from nonlocal_jax.errors import UserError
@@ -57,15 +61,29 @@ def save_weights(directory: Path, state: nnx.State, description: ModelDescriptio
     raise UserError(f'{directory} exists; remove it or choose another directory.')
   partial = directory.absolute().with_name(f'.{directory.name}.{os.getpid()}.partial')
   try:
-    with ocp.Checkpointer(_array_handler()) as checkpointer:
-      checkpointer.save(partial / WEIGHTS, ocp.args.PyTreeSave(to_arrays(state)))
-    (partial / DESCRIPTION).write_text(description.to_json())
-    partial.rename(directory)
-  except Exception as error:  # what Orbax raises for a full disk has no narrower type
-    reason = str(error).strip().splitlines()[0]
-    raise UserError(f'{directory} cannot be written: {reason}') from error
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
+    with _one_error(f'{directory} cannot be written'):
+      with ocp.Checkpointer(_array_handler()) as checkpointer:
+        checkpointer.save(partial / WEIGHTS, ocp.args.PyTreeSave(to_arrays(state)))
+      (partial / DESCRIPTION).write_text(description.to_json())
+      partial.rename(directory)
+  except BaseException:
+    _remove(partial)
+    raise
+
+
+def _remove(directory: Path, *, quiet_seconds: float = 1, patience: float = 10) -> None:
+  """Removes a directory that writes abandoned by Orbax may still make anew for a moment."""
+  gone_since = None
+  deadline = time.monotonic() + patience
+  while time.monotonic() < deadline:
+    if directory.exists():
+      shutil.rmtree(directory, ignore_errors=True)
+      gone_since = None
+    now = time.monotonic()
+    gone_since = now if gone_since is None else gone_since
+    if now - gone_since > quiet_seconds:
+      return
+    time.sleep(0.05)
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
@@ -97,9 +115,7 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
     name: ocp.utils.to_shape_dtype_struct(np.empty(array.shape, array.dtype))
     for name, array in to_arrays(like).items()
   }
-  unraisable_hook = sys.unraisablehook
-  sys.unraisablehook = _unless_abandoned_read(unraisable_hook)
-  try:
+  with _one_error(f'the weights in {directory} cannot be read'):
     if (directory / WEIGHTS).is_dir():
       with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore((directory / WEIGHTS).absolute(), target)
@@ -108,12 +124,6 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
         arrays = checkpoints.restore_model(target)
         steps = dict.fromkeys(description.num_batches_tracked, checkpoints.latest_step())
         description = dataclasses.replace(description, num_batches_tracked=steps)
-  except UserError:
-    raise
-  except Exception as error:  # what Orbax raises for damaged files has no narrower type
-    reason = str(error).strip().splitlines()[0]
-    raise UserError(f'the weights in {directory} cannot be read: {reason}') from error
-  sys.unraisablehook = unraisable_hook
   return description, from_arrays(arrays, like)
 
 
@@ -220,8 +230,31 @@ class RunCheckpoints:
     return self._manager.restore(step, args=args).model
 
 
-def _unless_abandoned_read(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-  """`hook`, but silent about reads still under way when Orbax gave up at a first one."""
+@contextlib.contextmanager
+def _one_error(what: str) -> Iterator[None]:
+  """Turns whatever Orbax raises into one error, without the lines that its threads add.
+
+  Raises:
+    UserError: `what` and the reason.
+  """
+  hook, verbosity = sys.unraisablehook, logging.get_verbosity()
+  sys.unraisablehook = _unless_abandoned(hook)
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+    sys.unraisablehook = hook  # after an error, threads that Orbax abandoned have more to say
+  except UserError:
+    raise
+  except Exception as error:  # damaged files, full disks: Orbax has no narrower type for them
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    system_error = re.search(r'([^:]*) \[os_error_code', lines[0])
+    raise UserError(f'{what}: {system_error[1].strip() if system_error else lines[0]}.') from error
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+def _unless_abandoned(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+  """`hook`, but silent about reads and writes still under way when Orbax gave up at a first one."""
 
   def filtered(unraisable: Any) -> None:
     if str(unraisable.exc_value) != 'Event loop is closed':
