@@ -7,6 +7,7 @@ import resource
 import shlex
 import shutil
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -400,3 +401,46 @@ def test_interrupted_programs_clean_up_and_exit(sent, status, capfd):
     run_program(program)
   assert (exit_.value.code, cleaned) == (status, [True])
   assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_mutated_files_become_networks_or_errors(models, tmp_path):
+  """Whole files with flipped bits, names among them: a network, or the project's own error."""
+  rng = np.random.default_rng(0)
+  path = tmp_path / 'x.pth'
+  arrays = models('nonlocal_r50-d8_4xb4-20k_voc12aug-512x512').state_dict()
+  meta = {'CLASSES': [f'class {i}' for i in range(21)], 'config': 'align_corners=True'}
+  torch.save({'meta': meta, 'state_dict': arrays}, path, _use_new_zipfile_serialization=False)
+  contents = path.read_bytes()
+  pickled = contents.index(b'_rebuild_tensor_v2'), contents.rindex(b'num_batches_tracked')
+  outcomes = set()
+  for _ in range(60):
+    mutated = bytearray(contents)
+    for position in rng.integers(*pickled, size=rng.integers(1, 4)):
+      mutated[position] ^= 1 << rng.integers(8)
+    path.write_bytes(mutated)
+    try:
+      read_torch_weights(path)
+      outcomes.add('read')
+    except UserError as error:
+      assert str(path) in str(error)
+      assert str(error).isprintable()
+      outcomes.add('fit' if 'does not fit' in str(error) else 'refused')
+  assert {'fit', 'refused'} <= outcomes
+
+
+def test_messages_about_names_by_the_thousand_come_soon(models, tmp_path):
+  arrays = models('nonlocal_r50-d8_4xb4-20k_voc12aug-512x512').state_dict()
+  kept = ('backbone.layer1.0.conv1.weight', 'decode_head.conv_seg.weight')
+  arrays = {name if name in kept else f'model.{name}': x for name, x in arrays.items()}
+  arrays |= {f'backbone.layer{stage}.0.x': torch.zeros(1) for stage in (2, 3, 4)}
+  arrays |= {f'other.{"weight" * 30}.{i}\n': torch.zeros(1) for i in range(5000)}
+  torch.save(arrays, tmp_path / 'x.pth')
+  start = time.perf_counter()
+  with pytest.raises(UserError) as caught:
+    read_torch_weights(tmp_path / 'x.pth')
+  assert time.perf_counter() - start < 5
+  message = str(caught.value)
+  assert message.isprintable()
+  name = 'auxiliary_head.conv_seg.bias'
+  assert f'{name} is missing (nearest: model.{name})' in message
+  assert re.search(r'; and 4\d\d\d more\.$', message)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from numpy.testing import assert_allclose
 
@@ -20,7 +21,8 @@ from nonlocal_jax.training.optimizer import sgd
 from nonlocal_jax.training.state import TrainState, make_train_step
 from nonlocal_jax.weights.checkpoints import to_arrays
 from nonlocal_jax.weights.loading import read_weights
-from nonlocal_jax.weights.torch_names import Architecture
+from nonlocal_jax.weights.torch_names import Architecture, to_state_dict
+from nonlocal_jax.weights.torch_writer import write_torch_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -163,3 +165,52 @@ def test_four_devices_take_the_step_of_one(rng):
   assert_allclose(sharded_loss, loss, rtol=1e-12)
   for name, array in arrays.items():
     assert_allclose(sharded_arrays[name], array, rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_a_run_starts_from_a_given_backbone_and_then_needs_it_no_more(
+  config, run, tmp_path, capsys
+):
+  """With a learning rate of zero its parameters stay, and its statistics move by a tenth."""
+  rng = np.random.default_rng(0)
+  arrays = {}
+  for name, array in to_state_dict(read_weights(run[0])[1]).items():
+    part, _, name_inside = name.partition('.')
+    if part == 'backbone':
+      fresh = rng.normal(size=array.shape).astype(np.float32)
+      arrays[name_inside] = np.full_like(array, 1e6) if '.running_' in name else fresh
+  backbone = tmp_path / 'resnet14_v1c.pth'
+  write_torch_checkpoint(backbone, {**arrays, 'fc.weight': np.ones((3, 3), np.float32)}, {})
+  other = config.copy_and_resolve_references()
+  other.init_backbone = str(backbone)
+  other.train.steps = other.checkpoint.every = 1
+  other.optimizer.learning_rate = other.optimizer.min_learning_rate = 0.0
+  train_and_evaluate(other, tmp_path / 'workdir')
+  assert f'from the backbone in {backbone}, on 4 device(s)' in capsys.readouterr().out
+  found = to_state_dict(read_weights(tmp_path / 'workdir')[1])
+  for name, array in arrays.items():
+    if '.running_' in name:
+      assert_allclose(found[f'backbone.{name}'], 0.9e6, rtol=1e-2, err_msg=name)
+    else:
+      np.testing.assert_array_equal(found[f'backbone.{name}'], array, err_msg=name)
+  backbone.unlink()
+  train_and_evaluate(other, tmp_path / 'workdir')
+  with pytest.raises(UserError, match=r'resnet14_v1c\.pth does not exist'):
+    train_and_evaluate(other, tmp_path / 'fresh')
+  assert not (tmp_path / 'fresh').exists()
+
+
+def test_a_trained_network_becomes_a_file_of_pytorch(run, converter, tmp_path):
+  workdir, _ = run
+  assert converter(workdir, '--to-pth', tmp_path / 'x.pth') == (None, '')
+  saved = torch.load(tmp_path / 'x.pth', weights_only=True)
+  expected = to_state_dict(read_weights(workdir)[1])
+  counters = {
+    f'{n.removesuffix("running_var")}num_batches_tracked' for n in expected if '_var' in n
+  }
+  assert saved['state_dict'].keys() == expected.keys() | counters
+  assert {int(saved['state_dict'][name]) for name in counters} == {4}  # steps of the run
+  for name, array in expected.items():
+    np.testing.assert_array_equal(saved['state_dict'][name].numpy(), array)
+  assert saved['meta']['CLASSES'][0] == 'class 0'
+  again, here = nonlocal_jax.load(tmp_path / 'x.pth'), nonlocal_jax.load(workdir)
+  assert again.description.test_scale == here.description.test_scale == (96, 96)
