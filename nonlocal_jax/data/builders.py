@@ -1,8 +1,8 @@
 """Turns image folders into TFDS datasets of ArrayRecord files, once, and opens them.
 
-A prepared split holds the image and label files byte for byte. It lies in a directory named after
-a fingerprint of the files it was made from: changed folders are prepared anew, old data is never
-read. TensorFlow is not needed.
+A prepared split holds the image and label files byte for byte (label files of Cityscapes' ids and
+of SBD as PNG files of classes). It lies in a directory named after a fingerprint of the files it
+was made from: changed folders are prepared anew, old data is never read. TensorFlow is not needed.
 """
 
 import contextlib
@@ -11,29 +11,27 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import absl.logging
+import filelock
 import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 
-from nonlocal_jax.data import transforms
-from nonlocal_jax.data.datasets import Dataset, Sample, Split, list_samples
+from nonlocal_jax.data.audit import AuditedSample, read_sample
+from nonlocal_jax.data.datasets import Dataset, Split
+from nonlocal_jax.data.label_values import LabelValue
+from nonlocal_jax.data.layouts import Sample, list_samples
+from nonlocal_jax.data.paths import as_path, is_remote, version_of
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.progress import progress_bar
 
 _SHARD_BYTES = 128 << 20  # a shard is in memory while TFDS writes it
-
-
-class LabelValue(NamedTuple):
-  """How often a raw value occurs in the label files of a split, and the first file that has it."""
-
-  pixels: int
-  first_file: Path
+_READERS = 32  # of a bucket, where waiting takes the time
 
 
 class PreparedSplit(Sequence):
@@ -44,26 +42,44 @@ class PreparedSplit(Sequence):
   Attributes:
     name: Name of dataset and split, for messages.
     directory: Where the record files are.
+    source: The folder that they were made from.
     label_values: For each raw label value that occurs, its `LabelValue`.
+    left_out: A sentence on each sample that was bad and left out.
   """
 
-  def __init__(self, name: str, directory: os.PathLike, samples: Sequence[Sample]):
-    """Opens a directory that `prepare` wrote from `samples`."""
+  def __init__(self, name: str, directory: str | os.PathLike[str]):
+    """Opens a directory that `prepare` wrote.
+
+    Args:
+      name: Name of dataset and split, for messages.
+      directory: The directory.
+
+    Raises:
+      UserError: If files of the directory are missing or broken.
+    """
     self.name = name
-    self.directory = directory
-    self.label_values = {
-      int(value): LabelValue(pixels, samples[first].label)
-      for value, (pixels, first) in _open(directory).info.metadata['label_values'].items()
-    }
-    self._indices = range(len(samples))
+    self.directory = Path(directory)
+    try:
+      info = _open(directory).info
+      self._size = info.splits.total_num_examples
+      metadata = info.metadata
+      self.source: str = metadata['source']
+      self.left_out: list[str] = metadata['left_out']
+      self.label_values = {
+        int(value): LabelValue(*found) for value, found in metadata['label_values'].items()
+      }
+    except Exception as error:  # TFDS raises all kinds
+      raise _damaged(name, directory, error) from error
+    if _record_files(self.directory) != metadata['record_files']:
+      raise _damaged(name, directory, 'record files are missing or of another size')
 
   def __len__(self) -> int:
     """Returns the number of samples."""
-    return len(self._indices)
+    return self._size
 
   def __getitem__(self, index: int) -> dict[str, str | bytes]:
     """Reads a sample; the order is that of `list_samples`."""
-    record = self._records[self._indices[index]]
+    record = self._records[range(self._size)[index]]
     return {**record, 'id': record['id'].decode()}
 
   def __getstate__(self) -> dict:
@@ -78,90 +94,119 @@ class PreparedSplit(Sequence):
 
 def prepare(
   dataset: Dataset,
-  source_dir: str | Path,
+  source_dir: str | os.PathLike[str],
   *,
   splits: Sequence[Split] = ('train', 'val'),
-  data_dir: str | Path | None = None,
+  data_dir: str | os.PathLike[str] | None = None,
+  skip_bad: bool = False,
 ) -> dict[Split, PreparedSplit]:
   """Prepares the splits that are not prepared yet, with a progress bar, and opens them all.
 
-  Every file is read and decoded once. An interrupted preparation leaves nothing that could be
-  opened; several processes may prepare the same split, the first to finish wins.
+  Every file is read and decoded once, by all cores. An interrupted preparation leaves nothing that
+  could be opened, and the next one clears away what it left. Of several processes one prepares and
+  the others wait.
 
   Args:
     dataset: What the folder holds.
-    source_dir: Folder of images and label maps, see `list_samples`.
+    source_dir: Folder or bucket of images and label maps, see `layouts.list_samples`.
     splits: Which splits; the files of the others need not exist.
     data_dir: Where prepared data is kept; None for `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+    skip_bad: Whether to leave out bad samples.
 
   Returns:
     The opened splits by name.
 
   Raises:
-    UserError: If files are missing, broken or do not fit together, or `data_dir` is not writable.
+    UserError: If files are missing, broken or do not fit together and are not to be left out, or
+      `data_dir` is not writable.
   """
-  return {split: _prepare_split(dataset, source_dir, split, data_dir) for split in splits}
+  return {split: _prepare_split(dataset, source_dir, split, data_dir, skip_bad) for split in splits}
 
 
-def check_label_values(
-  split: PreparedSplit,
+def open_prepared(
+  dataset: Dataset,
   *,
-  num_classes: int,
-  reduce_zero_label: bool = False,
-  ignore_labels: Sequence[int] = (),
-) -> None:
-  """Checks that every value in the label files of a split is a class or is ignored.
+  splits: Sequence[Split] = ('train', 'val'),
+  data_dir: str | os.PathLike[str] | None = None,
+) -> dict[Split, PreparedSplit]:
+  """Opens splits that were prepared before, where their source is not at hand.
 
   Args:
-    split: The prepared split.
-    num_classes: Number of classes.
-    reduce_zero_label: See `transforms.label_lookup`.
-    ignore_labels: See `transforms.label_lookup`.
+    dataset: Which dataset.
+    splits: Which splits.
+    data_dir: Where prepared data is kept, see `prepare`.
+
+  Returns:
+    The newest copy of each split.
 
   Raises:
-    UserError: If a value is neither; the message names it and a file that has it.
+    UserError: If a split was not prepared, or from several sources.
   """
-  lookup = transforms.label_lookup(reduce_zero_label=reduce_zero_label, ignore_labels=ignore_labels)
-  first_class = int(reduce_zero_label)
-  for value, (pixels, first_file) in sorted(split.label_values.items()):
-    if num_classes <= lookup[value] < transforms.IGNORE:
-      raise UserError(
-        f'Label value {value} ({pixels} pixels of {split.name}, first in {first_file}) is none of '
-        f'the {num_classes} classes {first_class}..{first_class + num_classes - 1}: add it to '
-        '--config.data.ignore_labels, correct --config.data.num_classes, or, where 0 means '
-        'unlabelled and classes start at 1, set --config.data.reduce_zero_label=True.'
-      )
+  return {split: _newest(f'{dataset.name}-{split}', data_dir) for split in splits}
+
+
+def _newest(name: str, data_dir: str | os.PathLike[str] | None) -> PreparedSplit:
+  root = Path(os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR))
+  found = sorted(
+    root.glob(f'{_Builder.name}/{name}-*/{_Builder.VERSION}/dataset_info.json'),
+    key=lambda path: path.stat().st_mtime_ns,
+  )
+  copies = [PreparedSplit(name, path.parent) for path in found]
+  sources = sorted({copy.source for copy in copies})
+  if not sources:
+    raise UserError(
+      f'{name} was not prepared in {root}: give its folder as --config.data.source_dir=DIR.'
+    )
+  if len(sources) > 1:
+    raise UserError(
+      f'{name} was prepared in {root} from {" and from ".join(sources)}: give one of them as '
+      '--config.data.source_dir=DIR.'
+    )
+  return copies[-1]
 
 
 def _prepare_split(
-  dataset: Dataset, source_dir: str | Path, split: Split, data_dir: str | Path | None
+  dataset: Dataset,
+  source_dir: str | os.PathLike[str],
+  split: Split,
+  data_dir: str | os.PathLike[str] | None,
+  skip_bad: bool,
 ) -> PreparedSplit:
-  samples = list_samples(dataset, source_dir, split)
   name = f'{dataset.name}-{split}'
-  config = tfds.core.BuilderConfig(name=f'{name}-{_fingerprint(samples)}')
-  data_dir = os.path.expanduser(data_dir) if data_dir else None
+  listing = list_samples(dataset, source_dir, split)
+  if listing.incomplete and not skip_bad:
+    raise _bad_samples(name, listing.incomplete)
+  config = tfds.core.BuilderConfig(name=f'{name}-{_fingerprint(listing.samples)}')
   with _quiet():
-    builder = _Builder(samples, split=split, config=config, data_dir=data_dir)
+    builder = _Builder(
+      name,
+      listing.samples,
+      split=split,
+      source=str(as_path(source_dir)),
+      left_out=listing.incomplete,
+      skip_bad=skip_bad,
+      config=config,
+      data_dir=os.path.expanduser(data_dir) if data_dir else None,
+    )
     if not builder.is_prepared():
-      with progress_bar(len(samples), f'Preparing {name}', unit='img') as bar:
-        builder.on_sample = bar.update
-        try:
-          builder.download_and_prepare()
-        except OSError as error:
-          if not builder.is_prepared():  # by another process, meanwhile
-            raise UserError(
-              f'{name} cannot be prepared in {builder.data_path}: {error}; see to it, or give '
-              'another folder as --config.data.data_dir.'
-            ) from error
-  return PreparedSplit(name, builder.data_path, samples)
+      try:
+        builder.prepare_alone()
+      except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter on a full disk
+        raise UserError(
+          f'{name} cannot be prepared in {builder.data_path}: {error}; see to it, or give '
+          'another folder as --config.data.data_dir.'
+        ) from error
+  return PreparedSplit(name, builder.data_path)
 
 
 def _fingerprint(samples: Sequence[Sample]) -> str:
-  digest = hashlib.sha256()
-  for sample in samples:
-    names = (sample.id, sample.image.name, *sample.label.parts[-2:])
-    stats = [path.stat() for path in (sample.image, sample.label)]
-    digest.update(repr((names, [(stat.st_size, stat.st_mtime_ns) for stat in stats])).encode())
+  paths = [path for sample in samples for path in (sample.image, sample.label)]
+  with ThreadPoolExecutor(_READERS) as pool:
+    versions = pool.map(version_of, paths) if is_remote(paths[0]) else map(version_of, paths)
+    digest = hashlib.sha256()
+    for sample, image, label in zip(samples, versions, versions, strict=True):
+      names = (sample.id, sample.image.name, *sample.label.parts[-2:])
+      digest.update(repr((names, [image, label])).encode())
   return digest.hexdigest()[:16]
 
 
@@ -169,14 +214,41 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
   """Writes one split of a folder; reading it back needs no builder of this class."""
 
   name = 'nonlocal_jax'
-  VERSION = tfds.core.Version('1.0.0')
+  VERSION = tfds.core.Version('1.1.0')
   url_infos = None  # nothing is downloaded, so there are no checksums to look for
 
-  def __init__(self, samples: Sequence[Sample], *, split: Split, **kwargs):
+  def __init__(
+    self,
+    title: str,
+    samples: Sequence[Sample],
+    *,
+    split: Split,
+    source: str,
+    left_out: Sequence[str],
+    skip_bad: bool,
+    **kwargs,
+  ):
+    self._title = title
     self._samples = samples
     self._split = split
-    self.on_sample = lambda: None
+    self._source = source
+    self._bad = list(left_out)
+    self._skip_bad = skip_bad
+    self._on_sample = lambda: None
     super().__init__(file_format='array_record', **kwargs)
+
+  def prepare_alone(self) -> None:
+    """Prepares unless another process does, then waits for it; clears away what was left over."""
+    parent = self.data_path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(parent / '.lock'):
+      if self.is_prepared():
+        return
+      for leftover in parent.glob(f'{tfds.core.constants.INCOMPLETE_PREFIX}*'):
+        shutil.rmtree(leftover)
+      with progress_bar(len(self._samples), f'Preparing {self._title}', unit='img') as bar:
+        self._on_sample = bar.update
+        self.download_and_prepare()
 
   def _info(self) -> tfds.core.DatasetInfo:
     return tfds.core.DatasetInfo(
@@ -189,7 +261,9 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
           'label': tfds.features.Image(shape=(None, None, 1)),
         }
       ),
-      metadata=tfds.core.MetadataDict(label_values={}),
+      metadata=tfds.core.MetadataDict(
+        source=self._source, left_out=[], label_values={}, record_files={}
+      ),
       disable_shuffling=True,
     )
 
@@ -199,53 +273,75 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
 
   def _generate(self, shard: range) -> Iterator[tuple[int, dict]]:
     label_values = self.info.metadata['label_values']
-    pool = ThreadPoolExecutor()
+    remote = is_remote(self._samples[0].image)
+    pool = ThreadPoolExecutor(_READERS if remote else os.cpu_count())
     try:
-      audits = pool.map(_read_and_audit, self._samples[shard.start : shard.stop])
-      for index, (example, counts) in zip(shard, audits, strict=True):
-        for value in np.flatnonzero(counts).tolist():
-          pixels, first = label_values.get(value, (0, index))
-          label_values[value] = (pixels + int(counts[value]), first)
-        self.on_sample()
-        yield index, example
+      audits = pool.map(_read_or_complain, self._samples[shard.start : shard.stop])
+      for index, audited in zip(shard, audits, strict=True):
+        self._on_sample()
+        if isinstance(audited, str):
+          self._bad.append(audited)
+          continue
+        sample = self._samples[index]
+        for value in np.flatnonzero(audited.pixels).tolist():
+          pixels, first_file = label_values.get(value, (0, str(sample.label)))
+          label_values[value] = (pixels + int(audited.pixels[value]), first_file)
+        yield (
+          index,
+          {
+            'id': sample.id,
+            'image': io.BytesIO(audited.image),
+            'label': io.BytesIO(audited.label),
+          },
+        )
     finally:
       pool.shutdown(cancel_futures=True)
 
+  def _download_and_prepare(self, *arguments, **options) -> None:
+    super()._download_and_prepare(*arguments, **options)
+    if self._bad and not (self._skip_bad and self.info.splits.total_num_examples):
+      raise _bad_samples(self._title, self._bad)  # while the directory can still be dropped
+    self.info.metadata['left_out'] = self._bad
+    self.info.metadata['record_files'] = _record_files(Path(self.data_dir))
+
 
 def _in_shards(samples: Sequence[Sample]) -> list[range]:
-  sizes = [sample.image.stat().st_size + sample.label.stat().st_size for sample in samples]
-  shard_of_sample = np.cumsum(sizes) // _SHARD_BYTES
+  sizes = [version_of(path)[0] for sample in samples for path in (sample.image, sample.label)]
+  shard_of_sample = np.cumsum(np.reshape(sizes, (-1, 2)).sum(1)) // _SHARD_BYTES
   starts = [0, *(np.flatnonzero(np.diff(shard_of_sample)) + 1).tolist(), len(samples)]
   return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
-def _read_and_audit(sample: Sample) -> tuple[dict, np.ndarray]:
-  """Reads both files and checks that they fit: (example, how often each label value occurs)."""
-  image_bytes, image = _read(sample.image, transforms.decode_image)
-  label_bytes, label = _read(sample.label, transforms.decode_label)
-  if image.shape[:2] != label.shape:
-    (image_h, image_w), (label_h, label_w) = image.shape[:2], label.shape
-    raise UserError(
-      f'Label map {sample.label} is {label_w}x{label_h} pixels but its image {sample.image} is '
-      f'{image_w}x{image_h}: replace one of them.'
-    )
-  example = {
-    'id': sample.id,
-    'image': io.BytesIO(image_bytes),
-    'label': io.BytesIO(label_bytes),
-  }
-  return example, np.bincount(label.ravel(), minlength=256)
+def _record_files(directory: Path) -> dict[str, int]:
+  return {path.name: path.stat().st_size for path in directory.glob('*.array_record*')}
 
 
-def _read(path: Path, decode: Callable[[bytes], np.ndarray]) -> tuple[bytes, np.ndarray]:
-  data = path.read_bytes()
+def _read_or_complain(sample: Sample) -> AuditedSample | str:
   try:
-    return data, decode(data)
-  except ValueError as error:
-    raise UserError(f'File {path} is {error}: replace it.') from error
+    return read_sample(sample)
+  except UserError as error:
+    return str(error)
 
 
-def _open(directory: os.PathLike) -> tfds.core.DatasetBuilder:
+def _bad_samples(name: str, complaints: Sequence[str]) -> UserError:
+  if len(complaints) == 1:
+    return UserError(f'{complaints[0]} Or leave it out with prepare_dataset.py --skip-bad.')
+  listed = '\n  '.join(complaints[:20])
+  more = f'\n  and {len(complaints) - 20} more' if len(complaints) > 20 else ''
+  return UserError(
+    f'{name} has {len(complaints)} bad samples; mend them, or leave them out with '
+    f'prepare_dataset.py --skip-bad:\n  {listed}{more}'
+  )
+
+
+def _damaged(name: str, directory: str | os.PathLike[str], reason: object) -> UserError:
+  return UserError(
+    f'The prepared copy of {name} in {directory} is damaged ({reason}): delete that directory, and '
+    'it will be prepared anew.'
+  )
+
+
+def _open(directory: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
   with _quiet():
     return tfds.builder_from_directory(directory)
 

@@ -1,29 +1,37 @@
-"""What each dataset is, and where its files lie in the folders people have."""
+"""What each dataset is: its classes, their colours, and how its label values are read."""
 
 import colorsys
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Literal
+
+import numpy as np
 
 from nonlocal_jax.data import classes as tables
+from nonlocal_jax.data import transforms
+from nonlocal_jax.data.paths import as_path
 from nonlocal_jax.errors import UserError
 
 Split = Literal['train', 'val']
 Colour = tuple[int, int, int]
+DESCRIPTION = 'dataset.json'
 
 
 @dataclass(frozen=True)
 class Dataset:
-  """A dataset: its classes, how its label files are read, and how its folders are laid out.
+  """A dataset: its classes, how its label values are read, and how its folders are laid out.
 
   Attributes:
     name: Short name, used in folder names and messages.
     classes: Name of each class.
     palette: RGB colour of each class, 0..255.
-    layout: Which of the folder layouts of `list_samples` it comes in.
-    reduce_zero_label: Whether value 0 in the label files has no class and value k is class k - 1.
+    layout: Which of the folder layouts of `layouts.list_samples` it comes in.
+    reduce_zero_label: See `transforms.label_lookup`.
+    ignore_labels: See `transforms.label_lookup`.
+    label_map: See `transforms.label_lookup`.
+    published_sizes: Images of each split as its authors published it; empty where unknown.
   """
 
   name: str
@@ -31,69 +39,170 @@ class Dataset:
   palette: tuple[Colour, ...]
   layout: Literal['cityscapes', 'ade20k', 'voc12aug', 'custom']
   reduce_zero_label: bool = False
+  ignore_labels: tuple[int, ...] = ()
+  label_map: tuple[int, ...] = ()
+  published_sizes: Mapping[Split, int] = field(default_factory=dict, hash=False)
 
   @property
   def num_classes(self) -> int:
     """Number of classes."""
     return len(self.classes)
 
-
-class Sample(NamedTuple):
-  """One image with its label map; `id` is the image's path below its folder, without suffix."""
-
-  id: str
-  image: Path
-  label: Path
+  @property
+  def label_lookup(self) -> np.ndarray:
+    """The table from values in label files to class indices, (256,) uint8; 255 has no class."""
+    return transforms.label_lookup(
+      reduce_zero_label=self.reduce_zero_label,
+      ignore_labels=self.ignore_labels,
+      label_map=self.label_map,
+    )
 
 
 def _published(
   name: Literal['cityscapes', 'ade20k', 'voc12aug'],
   table: Sequence[tuple[str, Colour]],
   *,
+  train: int,
+  val: int,
   reduce_zero_label: bool = False,
 ) -> Dataset:
   classes, palette = zip(*table, strict=True)
-  return Dataset(name, classes, palette, layout=name, reduce_zero_label=reduce_zero_label)
+  return Dataset(
+    name,
+    classes,
+    palette,
+    layout=name,
+    reduce_zero_label=reduce_zero_label,
+    published_sizes={'train': train, 'val': val},
+  )
 
 
 PUBLISHED = {
-  'cityscapes': _published('cityscapes', tables.CITYSCAPES),
-  'ade20k': _published('ade20k', tables.ADE20K, reduce_zero_label=True),
-  'voc12aug': _published('voc12aug', tables.VOC12AUG),
+  'cityscapes': _published('cityscapes', tables.CITYSCAPES, train=2975, val=500),
+  'ade20k': _published('ade20k', tables.ADE20K, train=20210, val=2000, reduce_zero_label=True),
+  'voc12aug': _published('voc12aug', tables.VOC12AUG, train=10582, val=1449),
 }
 
 
 def custom_dataset(
-  num_classes: int,
+  num_classes: int | None = None,
   *,
   name: str = 'custom',
-  classes: Sequence[str] | None = None,
-  palette: Sequence[Colour] | None = None,
+  classes: Sequence[str] = (),
+  palette: Sequence[Colour] = (),
   reduce_zero_label: bool = False,
+  ignore_labels: Sequence[int] = (),
+  label_map: Sequence[int] = (),
+  layout: Literal['cityscapes', 'ade20k', 'voc12aug', 'custom'] = 'custom',
 ) -> Dataset:
-  """Describes a dataset of one's own, in folders `images/{train,val}` and `labels/{train,val}`.
+  """Describes a dataset of one's own, or another set of classes for a published one.
 
   Args:
-    num_classes: Number of classes; label values are 0 .. num_classes - 1, and 255 to ignore.
+    num_classes: Number of classes; None for that of the names, or else what the label map leads to.
     name: Short name, used in folder names and messages.
-    classes: Name of each class; None for 'class 0', 'class 1', ...
-    palette: RGB colour of each class; None for `distinct_colours`.
-    reduce_zero_label: Whether value 0 has no class and the classes are 1 .. num_classes.
+    classes: Name of each class; none for 'class 0', 'class 1', ...
+    palette: RGB colour of each class; none for `distinct_colours`.
+    reduce_zero_label: See `transforms.label_lookup`.
+    ignore_labels: See `transforms.label_lookup`.
+    label_map: See `transforms.label_lookup`.
+    layout: The folder layout.
 
   Returns:
     The dataset.
 
   Raises:
-    UserError: If the number of names or colours is not `num_classes`.
+    UserError: If the number of classes is not given, out of range, or not that of the names,
+      colours and label map.
   """
-  classes = tuple(classes or (f'class {index}' for index in range(num_classes)))
-  palette = tuple(tuple(colour) for colour in palette or distinct_colours(num_classes))
+  mapped = [index for index in label_map if index != transforms.IGNORE]
+  num_classes = num_classes or len(classes) or max(mapped, default=-1) + 1
+  if not num_classes:
+    raise UserError(
+      f'The number of classes of dataset {name} is not known: set --config.data.num_classes=NUMBER,'
+      f' or "classes" in {DESCRIPTION} beside its images.'
+    )
+  if not 2 <= num_classes <= transforms.IGNORE:
+    raise UserError(f'Dataset {name} has {num_classes} classes; from 2 to 255 are possible.')
+  if mapped and max(mapped) >= num_classes:
+    raise UserError(
+      f'The label_map of dataset {name} leads to class {max(mapped)}, but there are '
+      f'{num_classes} classes: lead to 0..{num_classes - 1}, or to 255 for none.'
+    )
+  classes = tuple(classes) or tuple(f'class {index}' for index in range(num_classes))
+  palette = tuple(map(tuple, palette)) or distinct_colours(num_classes)
   for given, what in ((classes, 'class names'), (palette, 'colours')):
     if len(given) != num_classes:
       raise UserError(
         f'Dataset {name} has {num_classes} classes but {len(given)} {what}: give one for each.'
       )
-  return Dataset(name, classes, palette, layout='custom', reduce_zero_label=reduce_zero_label)
+  return Dataset(
+    name,
+    classes,
+    palette,
+    layout=layout,
+    reduce_zero_label=reduce_zero_label,
+    ignore_labels=tuple(ignore_labels),
+    label_map=tuple(label_map),
+  )
+
+
+def read_description(source_dir: str | PathLike[str]) -> dict[str, Any]:
+  """Reads `dataset.json`, which may lie beside the images of a custom dataset.
+
+  Args:
+    source_dir: The folder of the dataset.
+
+  Returns:
+    Some of the arguments of `custom_dataset`; none if there is no such file.
+
+  Raises:
+    UserError: If the file is not a JSON object, or a value is not of its type.
+  """
+  path = as_path(source_dir) / DESCRIPTION
+  if not path.exists():
+    return {}
+  try:
+    values = json.loads(path.read_text())
+  except ValueError as error:
+    raise UserError(f'File {path} is not JSON ({error}): mend it.') from error
+  if not isinstance(values, dict):
+    raise UserError(f'File {path} holds no JSON object: put {{"classes": [...]}} there.')
+  for key, value in values.items():
+    if key not in _FIELDS:
+      raise UserError(
+        f'File {path} has a field {key!r}, which means nothing: it may have {", ".join(_FIELDS)}.'
+      )
+    expected, holds = _FIELDS[key]
+    if not holds(value):
+      raise UserError(f'In {path}, {key!r} is {json.dumps(value)}; it must be {expected}.')
+  return values
+
+
+def _is_byte(value: Any) -> bool:
+  return type(value) is int and 0 <= value <= 255
+
+
+def _are_bytes(value: Any) -> bool:
+  return isinstance(value, list) and all(map(_is_byte, value))
+
+
+# Fields of the description: what each must be, in words and as a test.
+_FIELDS = {
+  'num_classes': ('a number from 2 to 255', lambda value: _is_byte(value) and value >= 2),
+  'classes': (
+    'a list of names',
+    lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+  ),
+  'palette': (
+    'a list of [red, green, blue] from 0 to 255',
+    lambda value: (
+      isinstance(value, list) and all(_are_bytes(colour) and len(colour) == 3 for colour in value)
+    ),
+  ),
+  'reduce_zero_label': ('true or false', lambda value: isinstance(value, bool)),
+  'ignore_labels': ('a list of numbers from 0 to 255', _are_bytes),
+  'label_map': ('a list of numbers from 0 to 255', _are_bytes),
+}
 
 
 def distinct_colours(count: int) -> tuple[Colour, ...]:
@@ -115,142 +224,3 @@ def distinct_colours(count: int) -> tuple[Colour, ...]:
   )
 
 
-def list_samples(dataset: Dataset, source_dir: str | Path, split: Split) -> list[Sample]:
-  """Lists the images of a split with their label maps; the other split need not exist.
-
-  The layouts are mmsegmentation's, and a custom one:
-
-      cityscapes  leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png
-                  gtFine/SPLIT/CITY/ID_gtFine_labelTrainIds.png
-      ade20k      images/{training,validation}/ID.jpg
-                  annotations/{training,validation}/ID.png
-      voc12aug    JPEGImages/ID.jpg
-                  SegmentationClass/ID.png, or SegmentationClassAug/ID.png for the IDs in aug.txt
-                  ImageSets/Segmentation/{train,aug,val}.txt; training takes train and aug
-      custom      images/SPLIT/**/ID.{jpg,jpeg,png,bmp,tif,tiff}
-                  labels/SPLIT/**/ID.png
-
-  Args:
-    dataset: Whose layout to expect.
-    source_dir: The folder that holds these, or the one it was unpacked in.
-    split: 'train' or 'val'.
-
-  Returns:
-    At least one sample; the order depends on the names alone.
-
-  Raises:
-    UserError: If a folder is missing or empty, or an image has no label map.
-  """
-  source_dir = Path(source_dir).expanduser()
-  if not source_dir.is_dir():
-    raise UserError(f'There is no folder {source_dir}: give the folder that holds {dataset.name}.')
-  lister = _list_voc if dataset.layout == 'voc12aug' else _list_tree
-  samples = lister(dataset, source_dir, split)
-  for sample in samples:
-    if not sample.label.is_file():
-      raise UserError(
-        f'Image {sample.image} has no label map: expected {sample.label}{_hint(sample.label)}.'
-      )
-  return samples
-
-
-class _Tree(NamedTuple):
-  parents: tuple[str, ...]  # where the tree may lie below the folder given
-  images: dict[Split, str]
-  labels: dict[Split, str]
-  image_suffixes: tuple[str, ...]
-  label_suffix: str
-
-
-_TREES = {
-  'cityscapes': _Tree(
-    parents=('.', 'cityscapes'),
-    images={'train': 'leftImg8bit/train', 'val': 'leftImg8bit/val'},
-    labels={'train': 'gtFine/train', 'val': 'gtFine/val'},
-    image_suffixes=('_leftImg8bit.png',),
-    label_suffix='_gtFine_labelTrainIds.png',
-  ),
-  'ade20k': _Tree(
-    parents=('.', 'ADEChallengeData2016', 'ade/ADEChallengeData2016'),
-    images={'train': 'images/training', 'val': 'images/validation'},
-    labels={'train': 'annotations/training', 'val': 'annotations/validation'},
-    image_suffixes=('.jpg',),
-    label_suffix='.png',
-  ),
-  'custom': _Tree(
-    parents=('.',),
-    images={'train': 'images/train', 'val': 'images/val'},
-    labels={'train': 'labels/train', 'val': 'labels/val'},
-    image_suffixes=('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff'),
-    label_suffix='.png',
-  ),
-}
-
-
-def _list_tree(dataset: Dataset, source_dir: Path, split: Split) -> list[Sample]:
-  tree = _TREES[dataset.layout]
-  root = _find_root(dataset, source_dir, tree.parents, tree.images[split])
-  images, labels = root / tree.images[split], root / tree.labels[split]
-  samples = {}
-  for image in _files_below(images):
-    suffix = next((s for s in tree.image_suffixes if image.name.lower().endswith(s.lower())), None)
-    if suffix is None:
-      continue
-    stem = image.relative_to(images).as_posix().removesuffix(image.name[-len(suffix) :])
-    if stem in samples:
-      raise UserError(
-        f'Images {samples[stem].image} and {image} would share one label map: rename one of them.'
-      )
-    samples[stem] = Sample(stem, image, labels / f'{stem}{tree.label_suffix}')
-  if not samples:
-    raise UserError(
-      f'Folder {images} holds no images: put the {split} images of {dataset.name} there, as '
-      f'{" or ".join(f"ID{suffix}" for suffix in tree.image_suffixes)}.'
-    )
-  return list(samples.values())
-
-
-def _list_voc(dataset: Dataset, source_dir: Path, split: Split) -> list[Sample]:
-  root = _find_root(dataset, source_dir, ('.', 'VOC2012', 'VOCdevkit/VOC2012'), 'JPEGImages')
-  label_folders = {
-    'train': {'train': 'SegmentationClass', 'aug': 'SegmentationClassAug'},
-    'val': {'val': 'SegmentationClass'},
-  }
-  samples = []
-  for name, label_folder in label_folders[split].items():
-    id_file = root / 'ImageSets/Segmentation' / f'{name}.txt'
-    ids = id_file.read_text().split() if id_file.is_file() else []
-    if not ids:
-      raise UserError(f'There are no image names in {id_file}: add them{_hint(id_file)}.')
-    for id_ in ids:
-      sample = Sample(id_, root / f'JPEGImages/{id_}.jpg', root / label_folder / f'{id_}.png')
-      if not sample.image.is_file():
-        raise UserError(f'There is no image {sample.image}: add it, or strike it out in {id_file}.')
-      samples.append(sample)
-  return samples
-
-
-def _find_root(dataset: Dataset, source_dir: Path, parents: Sequence[str], folder: str) -> Path:
-  for parent in parents:
-    if (source_dir / parent / folder).is_dir():
-      return source_dir / parent
-  raise UserError(
-    f'There is no folder {folder} in {source_dir}: give the folder of {dataset.name} that holds it.'
-  )
-
-
-def _files_below(folder: Path) -> list[Path]:
-  return sorted(
-    Path(parent, name)
-    for parent, _, names in os.walk(folder, followlinks=True)
-    for name in names
-    if not name.startswith('.')
-  )
-
-
-def _hint(missing: Path) -> str:
-  if missing.name.endswith('_labelTrainIds.png'):
-    return ' (made by csCreateTrainIdLabelImgs of the package cityscapesscripts)'
-  if missing.name == 'aug.txt' or missing.parent.name == 'SegmentationClassAug':
-    return ' (made by tools/dataset_converters/voc_aug.py of mmsegmentation)'
-  return ''

@@ -119,13 +119,18 @@ def decode_label(data: bytes) -> np.ndarray:
 
 
 def label_lookup(
-  *, reduce_zero_label: bool = False, ignore_labels: Sequence[int] = ()
+  *,
+  reduce_zero_label: bool = False,
+  ignore_labels: Sequence[int] = (),
+  label_map: Sequence[int] = (),
 ) -> np.ndarray:
   """Makes the table that turns the values in label files into class indices: `lookup[label]`.
 
   Args:
     reduce_zero_label: Whether 0 becomes 255 and k becomes k - 1 (mmseg `reduce_zero_label`).
     ignore_labels: Further values that become 255, as they stand in the files.
+    label_map: If not empty, class k of what the others make becomes `label_map[k]`, and classes
+      beyond its end become 255 (mmseg 1.x `label_map`): subsets, mergers and other orders.
 
   Returns:
     (256,) uint8. 255 stays 255.
@@ -135,6 +140,11 @@ def label_lookup(
     lookup[0] = IGNORE
     lookup[1:255] -= 1
   lookup[np.isin(np.arange(256), list(ignore_labels))] = IGNORE
+  if label_map:
+    renamed = np.full(256, IGNORE, np.uint8)
+    renamed[: len(label_map)] = label_map
+    renamed[IGNORE] = IGNORE
+    lookup = renamed[lookup]
   return lookup
 
 

@@ -1,0 +1,128 @@
+"""Reads the two files of a sample and checks that they are whole and fit together."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import scipy.io
+from PIL import Image
+
+from nonlocal_jax.data import transforms
+from nonlocal_jax.data.layouts import Sample
+from nonlocal_jax.errors import UserError
+
+# Cityscapes' label ids to the 19 classes of its benchmark; all others have none.
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
+_PNG_START, _PNG_END = b'\x89PNG', b'IEND\xaeB`\x82'
+
+
+class AuditedSample(NamedTuple):
+  """A sample that may be trained on.
+
+  Attributes:
+    image: The image file as it is.
+    label: A PNG file of label values: as it is, or made of another kind of label file.
+    pixels: How often each label value occurs, (256,) int64.
+  """
+
+  image: bytes
+  label: bytes
+  pixels: np.ndarray
+
+
+def read_sample(sample: Sample) -> AuditedSample:
+  """Reads and decodes both files of a sample.
+
+  Label maps in Cityscapes' ids (`*_labelIds.png`) become maps of its 19 classes, and those of SBD
+  (`.mat`) PNG files.
+
+  Args:
+    sample: What to read.
+
+  Returns:
+    The contents of the files.
+
+  Raises:
+    UserError: If a file is missing, broken, cut off or of a wrong kind, or their sizes differ.
+  """
+  image_bytes = _read(sample.image)
+  image = _decode(sample.image, image_bytes, _decode_whole)
+  label_bytes = _read(sample.label)
+  if sample.label.suffix == '.mat':
+    label = _decode(sample.label, label_bytes, _decode_sbd)
+    label_bytes = _as_png(label)
+  else:
+    label = _decode(sample.label, label_bytes, transforms.decode_label)
+    if sample.label.name.endswith('_labelIds.png'):
+      label = cv2.LUT(label, _from_cityscapes_ids())
+      label_bytes = _as_png(label)
+  if image.shape[:2] != label.shape:
+    (image_h, image_w), (label_h, label_w) = image.shape[:2], label.shape
+    turned = _is_turned(image_bytes) and (image_w, image_h) == label.shape
+    raise UserError(
+      f'Label map {sample.label} is {label_w}x{label_h} pixels but its image {sample.image} is '
+      f'{image_w}x{image_h}{" once turned as its EXIF orientation says" if turned else ""}: '
+      'replace one of them.'
+    )
+  return AuditedSample(image_bytes, label_bytes, np.bincount(label.ravel(), minlength=256))
+
+
+def _read(path: Path) -> bytes:
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    reason = error.strerror or str(error)
+    raise UserError(f'File {path} cannot be read ({reason}): replace it.') from error
+
+
+def _decode(path: Path, data: bytes, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+  try:
+    return decode(data)
+  except ValueError as error:
+    raise UserError(f'File {path} is {error}: replace it.') from error
+
+
+def _decode_whole(data: bytes) -> np.ndarray:
+  """Decodes an image, of which OpenCV would take a part for the whole."""
+  image = transforms.decode_image(data)
+  ends = {_JPEG_START: _JPEG_END, _PNG_START: _PNG_END}
+  end = next((end for start, end in ends.items() if data.startswith(start)), b'')
+  if not data.rstrip(b'\0').endswith(end):
+    try:
+      with Image.open(io.BytesIO(data)) as file:
+        file.load()
+    except (OSError, SyntaxError, ValueError) as error:
+      raise ValueError(f'cut off or broken ({error})') from error
+  return image
+
+
+def _decode_sbd(data: bytes) -> np.ndarray:
+  """Decodes a label map of SBD: field Segmentation of the struct GTcls in a MATLAB 5 file."""
+  try:
+    label = scipy.io.loadmat(io.BytesIO(data))['GTcls'][0]['Segmentation'][0]
+  except Exception as error:  # SciPy raises whatever a broken file leads to
+    raise ValueError('not a MATLAB file with GTcls.Segmentation, or broken') from error
+  if label.dtype != np.uint8 or label.ndim != 2:
+    raise ValueError(f'not a label map of 8 bits but {label.ndim} axes of {label.dtype}')
+  return label
+
+
+def _from_cityscapes_ids() -> np.ndarray:
+  lookup = np.full(256, transforms.IGNORE, np.uint8)
+  lookup[list(_CITYSCAPES_IDS)] = np.arange(len(_CITYSCAPES_IDS))
+  return lookup
+
+
+def _as_png(label: np.ndarray) -> bytes:
+  written, data = cv2.imencode('.png', label)
+  assert written
+  return data.tobytes()
+
+
+def _is_turned(data: bytes) -> bool:
+  with Image.open(io.BytesIO(data)) as file:
+    return file.getexif().get(0x0112, 1) > 4

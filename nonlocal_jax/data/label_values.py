@@ -1,0 +1,135 @@
+"""The values in a dataset's label files: what share each class has, and the usual mistakes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from nonlocal_jax.data.datasets import Dataset
+from nonlocal_jax.data.transforms import IGNORE
+from nonlocal_jax.errors import UserError
+
+_NAMES_OF_NONE = {'void', 'ignore', 'ignored', 'unlabeled', 'unlabelled', 'unknown', 'undefined'}
+
+
+class LabelValue(NamedTuple):
+  """How often a raw value occurs in the label files of a split.
+
+  Attributes:
+    pixels: In how many pixels.
+    first_file: The first label file that has it.
+  """
+
+  pixels: int
+  first_file: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassShares:
+  """How the pixels of a split are divided among the classes.
+
+  Attributes:
+    pixels: Number of pixels of each class, (classes,) int64.
+    ignored: Number of pixels without a class.
+  """
+
+  pixels: np.ndarray
+  ignored: int
+
+  def table(self, dataset: Dataset) -> str:
+    """Lists each class with its share of the labelled pixels, and the share of ignored ones."""
+    total = self.pixels.sum()
+    width = max(len('ignored'), *map(len, dataset.classes))
+    lines = [f'{"class":>{width}}  share of labelled pixels']
+    lines += [
+      f'{name:>{width}}  {_percent(pixels, total):>8}'
+      for name, pixels in zip(dataset.classes, self.pixels, strict=True)
+    ]
+    share = _percent(self.ignored, total + self.ignored)
+    return '\n'.join([*lines, f'{"ignored":>{width}}  {share:>8} of all pixels'])
+
+
+def class_shares(values: Mapping[int, LabelValue], dataset: Dataset) -> ClassShares:
+  """Adds up label values by class.
+
+  Args:
+    values: The raw values of a split that passed `check_label_values`.
+    dataset: What they mean.
+
+  Returns:
+    The shares.
+  """
+  lookup = dataset.label_lookup
+  pixels = np.zeros(IGNORE + 1, np.int64)
+  for value, found in values.items():
+    pixels[lookup[value]] += found.pixels
+  return ClassShares(pixels[: dataset.num_classes], int(pixels[IGNORE]))
+
+
+def check_label_values(values: Mapping[int, LabelValue], dataset: Dataset, *, split: str) -> None:
+  """Checks that every value in the label files of a split is a class or is ignored.
+
+  Args:
+    values: The raw values of the split.
+    dataset: What they mean.
+    split: Its name, for the message.
+
+  Raises:
+    UserError: If a value is neither; the message names it and a file that has it.
+  """
+  lookup, count = dataset.label_lookup, dataset.num_classes
+  first = int(dataset.reduce_zero_label)
+  for value, found in sorted(values.items()):
+    if count <= lookup[value] < IGNORE:
+      raise UserError(
+        f'Label value {value} ({found.pixels} pixels of {split}, first in {found.first_file}) is '
+        f'none of the {count} classes {first}..{first + count - 1}: add it to ignore_labels, '
+        'correct num_classes, or, where 0 means unlabelled and classes start at 1, set '
+        'reduce_zero_label=True (each as --config.data.NAME=VALUE, or in dataset.json).'
+      )
+
+
+def usual_mistakes(values: Mapping[int, LabelValue], dataset: Dataset, *, split: str) -> list[str]:
+  """Looks for what is allowed and yet is mostly a mistake.
+
+  Args:
+    values: The raw values of a split.
+    dataset: What they are taken to mean.
+    split: Its name, for the messages.
+
+  Returns:
+    A sentence on each.
+  """
+  found = []
+  shares = class_shares(values, dataset)
+  total = sum(value.pixels for value in values.values())
+  share = {value: _percent(entry.pixels, total) for value, entry in values.items()}
+  if not shares.pixels.any():
+    found.append(f'No pixel of {split} has a class.')
+  own = dataset.layout == 'custom' and not dataset.label_map
+  if own and dataset.reduce_zero_label and 0 in values and dataset.num_classes not in values:
+    found.append(
+      f'Label value 0 ({share[0]} of the pixels of {split}) is ignored and value '
+      f'{dataset.num_classes} does not occur: if 0 is a class, leave out reduce_zero_label.'
+    )
+  if own and IGNORE in values and set(values) <= {0, IGNORE}:
+    found.append(
+      f'The label files of {split} have the values 0 and 255 only, and 255 ({share[IGNORE]} of '
+      'the pixels) is ignored: if it is a class, write the files anew with 1 in its place.'
+    )
+  for index, name in enumerate(dataset.classes):
+    if name.strip().lower() in _NAMES_OF_NONE and shares.pixels[index]:
+      found.append(
+        f'Class {index} is called {name!r}, and yet counts in training and mIoU: add its value to '
+        'ignore_labels if it means that there is no class.'
+      )
+  absent = [name for name, pixels in zip(dataset.classes, shares.pixels, strict=True) if not pixels]
+  if absent and shares.pixels.any():
+    more = f' and {len(absent) - 5} more' if len(absent) > 5 else ''
+    found.append(f'No pixel of {split} is {", ".join(absent[:5])}{more}.')
+  return found
+
+
+def _percent(part: int, whole: int) -> str:
+  return f'{100 * part / whole:.2f} %' if whole else '-'

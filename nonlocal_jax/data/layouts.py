@@ -1,0 +1,229 @@
+"""Where the images and label maps of a dataset lie in the folders people have."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from nonlocal_jax.data.datasets import Dataset, Split
+from nonlocal_jax.data.paths import as_path, files_below
+from nonlocal_jax.errors import UserError
+
+
+class Sample(NamedTuple):
+  """One image with its label map; `id` is the image's path below its folder, without suffix."""
+
+  id: str
+  image: Path
+  label: Path
+
+
+class Listing(NamedTuple):
+  """What the folders hold.
+
+  Attributes:
+    samples: Images with a label map; the order depends on the names alone.
+    incomplete: A sentence on each image or label map that is missing.
+    unused_labels: Number of label maps without an image.
+  """
+
+  samples: list[Sample]
+  incomplete: list[str]
+  unused_labels: int = 0
+
+
+def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Split) -> Listing:
+  """Lists the images of a split with their label maps; the other split need not exist.
+
+  The layouts are mmsegmentation's, and a custom one:
+
+      cityscapes  leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png
+                  gtFine/SPLIT/CITY/ID_gtFine_labelTrainIds.png, or else ID_gtFine_labelIds.png
+      ade20k      images/{training,validation}/ID.jpg
+                  annotations/{training,validation}/ID.png
+      voc12aug    JPEGImages/ID.jpg
+                  SegmentationClass/ID.png
+                  ImageSets/Segmentation/{train,val}.txt
+                  for more training images, SegmentationClassAug/ID.png (those of aug.txt beside
+                  train.txt, if it is there), or SBD's cls/ID.mat and {train,val}.txt
+      custom      images/SPLIT/**/ID.{jpg,jpeg,png,bmp,tif,tiff}
+                  labels/SPLIT/**/ID.png
+
+  SBD is looked for in VOCaug/dataset, VOCaug, benchmark_RELEASE/dataset, SBD/dataset and SBD,
+  beside the folder of VOC or in it. Training on VOC takes its train images and SBD's, but none of
+  its val images.
+
+  Args:
+    dataset: Whose layout to expect.
+    source_dir: The folder or bucket that holds these, or the one it was unpacked in.
+    split: 'train' or 'val'.
+
+  Returns:
+    The samples, at least one, and what is missing.
+
+  Raises:
+    UserError: If a folder is missing, holds no images, or no image has a label map.
+  """
+  source = as_path(source_dir)
+  try:
+    if not source.is_dir():
+      raise UserError(f'There is no folder {source}: give the folder that holds {dataset.name}.')
+    lister = _list_voc if dataset.layout == 'voc12aug' else _list_tree
+    listing = lister(dataset, source, split)
+  except (OSError, ImportError, ValueError) as error:
+    raise UserError(f'Folder {source} cannot be read: {error}; see to it.') from error
+  if not listing.samples:
+    raise UserError(listing.incomplete[0])
+  for sample in listing.samples:
+    try:
+      sample.id.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(f'The name {str(sample.image)!r} is not UTF-8: rename the file.') from error
+  return listing
+
+
+class _Tree(NamedTuple):
+  parents: tuple[str, ...]  # where the tree may lie below the folder given
+  images: dict[Split, str]
+  labels: dict[Split, str]
+  image_suffixes: tuple[str, ...]
+  label_suffixes: tuple[str, ...]  # the first that is there counts
+
+
+_TREES = {
+  'cityscapes': _Tree(
+    parents=('.', 'cityscapes'),
+    images={'train': 'leftImg8bit/train', 'val': 'leftImg8bit/val'},
+    labels={'train': 'gtFine/train', 'val': 'gtFine/val'},
+    image_suffixes=('_leftImg8bit.png',),
+    label_suffixes=('_gtFine_labelTrainIds.png', '_gtFine_labelIds.png'),
+  ),
+  'ade20k': _Tree(
+    parents=('.', 'ADEChallengeData2016', 'ade/ADEChallengeData2016'),
+    images={'train': 'images/training', 'val': 'images/validation'},
+    labels={'train': 'annotations/training', 'val': 'annotations/validation'},
+    image_suffixes=('.jpg',),
+    label_suffixes=('.png',),
+  ),
+  'custom': _Tree(
+    parents=('.',),
+    images={'train': 'images/train', 'val': 'images/val'},
+    labels={'train': 'labels/train', 'val': 'labels/val'},
+    image_suffixes=('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff'),
+    label_suffixes=('.png',),
+  ),
+}
+
+
+def _list_tree(dataset: Dataset, source: Path, split: Split) -> Listing:
+  tree = _TREES[dataset.layout]
+  root = _find_root(dataset, source, tree.parents, tree.images[split])
+  images = _below(root / tree.images[split])
+  labels = _below(root / tree.labels[split])
+  image_of, samples, incomplete = {}, [], []
+  for name, image in images.items():
+    suffix = next((s for s in tree.image_suffixes if name.lower().endswith(s.lower())), None)
+    if suffix is None:
+      continue
+    stem = name[: -len(suffix)]
+    if stem in image_of:
+      raise UserError(
+        f'Images {image_of[stem]} and {image} would share one label map: rename one of them.'
+      )
+    image_of[stem] = image
+    label = next((f'{stem}{s}' for s in tree.label_suffixes if f'{stem}{s}' in labels), None)
+    if label:
+      samples.append(Sample(stem, image, labels[label]))
+    else:
+      expected = root / tree.labels[split] / f'{stem}{tree.label_suffixes[-1]}'
+      incomplete.append(f'Image {image} has no label map: expected {expected}.')
+  if not image_of:
+    raise UserError(
+      f'Folder {root / tree.images[split]} holds no images: put the {split} images of '
+      f'{dataset.name} there, as {" or ".join(f"ID{suffix}" for suffix in tree.image_suffixes)}.'
+    )
+  stems = {
+    name.removesuffix(suffix)
+    for suffix in tree.label_suffixes
+    for name in labels
+    if name.endswith(suffix)
+  }
+  return Listing(samples, incomplete, unused_labels=len(stems - image_of.keys()))
+
+
+def _below(folder: Path) -> dict[str, Path]:
+  """The files of a folder by their path in it."""
+  return {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
+
+
+_SBD_FOLDERS = ('VOCaug/dataset', 'VOCaug', 'benchmark_RELEASE/dataset', 'SBD/dataset', 'SBD')
+
+
+def _list_voc(dataset: Dataset, source: Path, split: Split) -> Listing:
+  root = _find_root(dataset, source, ('.', 'VOC2012', 'VOCdevkit/VOC2012'), 'JPEGImages')
+  lists = root / 'ImageSets/Segmentation'
+  ids = _read_ids(lists / f'{split}.txt')
+  if not ids:
+    raise UserError(f'There are no image names in {lists / f"{split}.txt"}: add them.')
+  labels = _below(root / 'SegmentationClass')
+  sources = {id_: (lists / f'{split}.txt', labels.get(f'{id_}.png')) for id_ in ids}
+  if split == 'train':
+    more = _augmented(root)
+    known = {*ids, *_read_ids(lists / 'val.txt')}
+    sources |= {id_: found for id_, found in more.items() if id_ not in known}
+  images = _below(root / 'JPEGImages')
+  samples, incomplete = [], []
+  for id_, (id_file, label) in sources.items():
+    image = root / f'JPEGImages/{id_}.jpg'
+    if f'{id_}.jpg' not in images:
+      incomplete.append(f'There is no image {image}: add it, or strike it out in {id_file}.')
+    elif label is None:
+      incomplete.append(f'Image {image}, named in {id_file}, has no label map: add it.')
+    else:
+      samples.append(Sample(id_, image, label))
+  return Listing(samples, incomplete)
+
+
+def _augmented(root: Path) -> dict[str, tuple[Path, Path | None]]:
+  """The images that SBD has labels of: where they are listed, and the label map, None if missing.
+
+  Raises:
+    UserError: If there are none.
+  """
+  pngs = _below(root / 'SegmentationClassAug')
+  candidates = (parent / name for parent in (root.parent, root) for name in _SBD_FOLDERS)
+  sbd = next((folder for folder in candidates if (folder / 'cls').is_dir()), None)
+  mats = _below(sbd / 'cls') if sbd else {}
+  aug_list = root / 'ImageSets/Segmentation/aug.txt'
+  if aug_list.is_file():
+    listed = dict.fromkeys(_read_ids(aug_list), aug_list)
+  elif sbd:
+    lists = [sbd / f'{split}.txt' for split in ('train', 'val')]
+    listed = {id_: id_file for id_file in lists for id_ in sorted(_read_ids(id_file))}
+  else:
+    listed = {name.removesuffix('.png'): path for name, path in pngs.items()}
+  if not listed:
+    raise UserError(
+      f'Nothing in or beside {root} is of SBD, the larger part of the training images: put '
+      f'{_SBD_FOLDERS[0]} with train.txt, val.txt and cls/*.mat beside it, or SegmentationClassAug '
+      'into it.'
+    )
+  return {
+    id_: (id_file, pngs.get(f'{id_}.png') or mats.get(f'{id_}.mat'))
+    for id_, id_file in listed.items()
+  }
+
+
+def _read_ids(path: Path) -> list[str]:
+  """The image names in a list, the first word of each line."""
+  lines = path.read_text().splitlines() if path.is_file() else []
+  return [line.split()[0] for line in lines if line.strip()]
+
+
+def _find_root(dataset: Dataset, source: Path, parents: Sequence[str], folder: str) -> Path:
+  for parent in parents:
+    if (source / parent / folder).is_dir():
+      return source if parent == '.' else source / parent
+  raise UserError(
+    f'There is no folder {folder} in {source}: give the folder of {dataset.name} that holds it.'
+  )

@@ -1,0 +1,56 @@
+"""Paths of sources: folders of this machine, and buckets."""
+
+import os
+from pathlib import Path
+
+from etils import epath
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+  """Makes a path of a folder's name or of a bucket's URL.
+
+  Args:
+    path: A folder, perhaps below ~, or gs://, s3://, az:// or hf:// with a path.
+
+  Returns:
+    A `pathlib.Path`, or an `epath.Path`, which has the same methods.
+  """
+  text = os.fspath(path)
+  return epath.Path(text) if '://' in text else Path(text).expanduser()
+
+
+def is_remote(path: Path) -> bool:
+  """Whether a path of `as_path` is in a bucket."""
+  return '://' in os.fspath(path)
+
+
+def files_below(folder: Path) -> list[Path]:
+  """Lists all files of a folder and the folders in it, but hidden ones, by name.
+
+  Args:
+    folder: A path of `as_path`; links are followed.
+
+  Returns:
+    The files' paths, sorted; none if there is no such folder.
+  """
+  walk = folder.walk() if is_remote(folder) else os.walk(folder, followlinks=True)
+  names = sorted(
+    os.path.join(parent, name)
+    for parent, _, names in walk
+    for name in names
+    if not name.startswith('.')
+  )
+  return [as_path(name) for name in names]
+
+
+def version_of(path: Path) -> tuple[int, int]:
+  """Size in bytes and time of the last change: what a file that was written anew differs in.
+
+  Args:
+    path: A path of `as_path`.
+
+  Returns:
+    The size, and the time in the finest unit that its file system keeps.
+  """
+  stat = path.stat()
+  return (stat.length, stat.mtime) if is_remote(path) else (stat.st_size, stat.st_mtime_ns)
