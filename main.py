@@ -9,7 +9,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from configs.common import check_values
-from nonlocal_jax.command_line import run_program
+from nonlocal_jax.command_line import config_errors, run_program
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.evaluator import evaluate_checkpoint
 from nonlocal_jax.training.loop import train_and_evaluate
@@ -46,20 +46,10 @@ def main(argv: list[str]) -> None:
 
 def parse_flags(argv: list[str]) -> list[str]:
   """Parses the command line; what is wrong with a config becomes a `UserError`."""
-  try:
+  with config_errors(flags.FLAGS):
     remaining = flags.FLAGS(argv)
     _ = _CONFIG.value.name  # raises where the file could not be loaded
     return remaining
-  except OSError as error:
-    path = config_flags.get_config_filename(flags.FLAGS['config'])
-    raise UserError(
-      f'there is no config file {path}; configs/ holds those to choose from.'
-    ) from error
-  except (AttributeError, KeyError) as error:
-    said = str(error).replace('\\n', '. ').replace('\\', '').replace("'", '')  # quoted twice
-    raise UserError(f'the config has no such field: {said}') from error
-  except (TypeError, ValueError, flags.Error) as error:
-    raise UserError(' '.join(str(error).split())) from error
 
 
 def run() -> None:

@@ -33,11 +33,18 @@ def base_config() -> ConfigDict:
 
   config.data = ConfigDict()
   config.data.dataset = 'custom'  # cityscapes, ade20k, voc12aug, custom or demo
-  config.data.source_dir = ''  # folder of images and labels, as the dataset's authors lay it out
+  # Folder or bucket of images and labels, as the dataset's authors lay it out; empty: open what was
+  # prepared before.
+  config.data.source_dir = ''
   config.data.data_dir = ''  # where the prepared copy goes; empty: ~/tensorflow_datasets
+  # Of a custom set; what is not given here may stand in dataset.json in its folder.
   config.data.num_classes = config_dict.placeholder(int)
+  config.data.classes = ()  # names; empty: 'class 0', 'class 1', ...
+  config.data.palette = ()  # (red, green, blue) of each class; empty: made up
   config.data.ignore_labels = ()  # label values that have no class, beside 255
-  config.data.reduce_zero_label = False  # label 0 has no class and k means class k - 1
+  config.data.reduce_zero_label = config_dict.placeholder(bool)  # 0 has no class, k is class k - 1
+  # Of any set: class k becomes label_map[k], 255 is none, and so are those beyond its end.
+  config.data.label_map = ()
   config.data.workers = 0  # processes that prepare batches; 0: threads of the main process
 
   config.train = ConfigDict()
@@ -144,8 +151,8 @@ def check_values(config: ConfigDict) -> None:
   _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
   if config.data.num_classes is not None:
     _expect(2 <= config.data.num_classes <= 255, config, 'data.num_classes', 'from 2 to 255')
-  ignored = config.data.ignore_labels
-  _expect(all(0 <= x <= 255 for x in ignored), config, 'data.ignore_labels', 'from 0 to 255 each')
+  for key in ('data.ignore_labels', 'data.label_map'):
+    _expect(all(0 <= x <= 255 for x in _value(config, key)), config, key, 'from 0 to 255 each')
 
 
 def _value(config: ConfigDict, key: str) -> Any:

@@ -1,11 +1,14 @@
-"""How the programs end: one line instead of a traceback, and an exit status that tells."""
+"""How the programs read configs, and how they end: one line instead of a traceback."""
 
+import contextlib
 import logging
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import absl.logging
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from nonlocal_jax.errors import UserError
 
@@ -35,3 +38,48 @@ def run_program(program: Callable[[], object]) -> None:
     sys.exit(130)
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+def read_config(arguments: Sequence[str]) -> ConfigDict:
+  """Reads a config file, and what the command line says in place of its values.
+
+  Args:
+    arguments: `--config=FILE` and any number of `--config.FIELD=VALUE`.
+
+  Returns:
+    The config.
+
+  Raises:
+    UserError: If there is no such file, no such field, or a value is of a wrong type.
+  """
+  values = flags.FlagValues()
+  config = config_flags.DEFINE_config_file('config', flag_values=values)
+  with config_errors(values):
+    values(['', *arguments])
+    if config.value is None:
+      raise UserError('--config=FILE is missing; configs/ holds those to choose from.')
+    return config.value
+
+
+@contextlib.contextmanager
+def config_errors(values: flags.FlagValues) -> Iterator[None]:
+  """Turns what is raised where a flag 'config' is read into a `UserError`.
+
+  Args:
+    values: The flags.
+
+  Raises:
+    UserError: If there is no such file, no such field, or a value is of a wrong type.
+  """
+  try:
+    yield
+  except OSError as error:
+    path = config_flags.get_config_filename(values['config'])
+    raise UserError(
+      f'there is no config file {path}; configs/ holds those to choose from.'
+    ) from error
+  except (AttributeError, KeyError) as error:
+    said = str(error).replace('\\n', '. ').replace('\\', '').replace("'", '')  # quoted twice
+    raise UserError(f'the config has no such field: {said}') from error
+  except (TypeError, ValueError, flags.Error) as error:
+    raise UserError(' '.join(str(error).split())) from error

@@ -1,17 +1,26 @@
-"""Writes tiny datasets in the folder layouts that `nonlocal_jax.data.datasets` knows."""
+"""Writes tiny datasets in the folder layouts that `nonlocal_jax.data.layouts` knows."""
 
+import io
 from pathlib import Path
 
 import cv2
 import numpy as np
+import scipy.io
+from PIL import Image
 
-from nonlocal_jax.data.datasets import Sample
+from nonlocal_jax.data.layouts import Sample
 
 CLASSES = 4  # of the custom layout
+VALUES = {  # in label files
+  'cityscapes': [*range(19), 255],
+  'ade20k': [*range(151)],
+  'voc12aug': [*range(21), 255],
+  'custom': [*range(CLASSES), 255],
+}
 
 
 def write_tree(layout: str, root: Path) -> dict[str, list[Sample]]:
-  """Writes a dataset of three training and two validation images.
+  """Writes a dataset of three training and two validation images, in its own file formats.
 
   Args:
     layout: One of the layouts of `Dataset`.
@@ -23,7 +32,7 @@ def write_tree(layout: str, root: Path) -> dict[str, list[Sample]]:
   splits = {split: _samples(layout, root, split) for split in ('train', 'val')}
   for split, samples in splits.items():
     for index, sample in enumerate(samples):
-      write_sample(sample, seed=len(split) + index)
+      write_sample(sample, seed=len(split) + index, layout=layout)
   if layout == 'voc12aug':
     ids = {'train': ['2007_000032', '2007_000039'], 'aug': ['2008_000002'], 'val': ['a', 'b']}
     (root / 'ImageSets/Segmentation').mkdir(parents=True)
@@ -32,22 +41,56 @@ def write_tree(layout: str, root: Path) -> dict[str, list[Sample]]:
   return splits
 
 
-def write_sample(sample: Sample, *, seed: int, size: tuple[int, int] | None = None) -> None:
-  """Writes a random image and a label map with the values 0 .. CLASSES - 1 and 255.
+def turn_into_sbd(root: Path) -> None:
+  """Puts in place of SegmentationClassAug and aug.txt what SBD's own archive has."""
+  sbd = root.parent / 'benchmark_RELEASE/dataset'
+  (sbd / 'cls').mkdir(parents=True)
+  for png in (root / 'SegmentationClassAug').iterdir():
+    write_sbd_label(sbd / f'cls/{png.stem}.mat', np.asarray(Image.open(png)))
+    png.unlink()
+  (root / 'SegmentationClassAug').rmdir()
+  (root / 'ImageSets/Segmentation/aug.txt').unlink()
+  # SBD's lists overlap with VOC's, its val images too.
+  (sbd / 'train.txt').write_text('2007_000032\n2008_000002\n')
+  (sbd / 'val.txt').write_text('a\n')
+
+
+def write_sbd_label(path: Path, label: np.ndarray) -> None:
+  """Writes a label map as SBD does: a struct with other fields beside Segmentation."""
+  fields = {'Segmentation': label, 'Boundaries': np.empty((20, 1), object), 'CategoriesPresent': 1}
+  scipy.io.savemat(path, {'GTcls': fields}, do_compression=True)
+
+
+def write_sample(
+  sample: Sample, *, seed: int, size: tuple[int, int] | None = None, layout: str = 'custom'
+) -> None:
+  """Writes a random image and a label map with all the values of a layout.
 
   Args:
     sample: Where to.
     seed: What of.
     size: (h, w) of the image; None for a random one. The label map's size does not depend on it.
+    layout: Which values, and whether the label map has a palette.
   """
   rng = np.random.default_rng(seed)
   h, w = rng.integers(30, 50, size=2)
   image = rng.integers(256, size=(*(size or (h, w)), 3), dtype=np.uint8)
-  values = np.array([*range(CLASSES), 255], np.uint8)
-  label = cv2.resize(rng.permuted(values)[None], (int(w), int(h)), interpolation=cv2.INTER_NEAREST)
-  for path, array in ((sample.image, image), (sample.label, label)):
+  values = np.array(VALUES[layout], np.uint8)
+  cells = np.resize(rng.permuted(values), (-(-len(values) // 5), 5))
+  label = cv2.resize(cells, (int(w), int(h)), interpolation=cv2.INTER_NEAREST)
+  for path in sample[1:]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(cv2.imencode(path.suffix, array)[1].tobytes())
+  sample.image.write_bytes(cv2.imencode(sample.image.suffix, image)[1].tobytes())
+  sample.label.write_bytes(png_of(label, palette=layout == 'voc12aug'))
+
+
+def png_of(label: np.ndarray, *, palette: bool = False) -> bytes:
+  """A label map as a PNG file, perhaps with a palette, in which only the indices count."""
+  file, image = io.BytesIO(), Image.fromarray(label)
+  if palette:
+    image.putpalette(np.random.default_rng(0).permutation(768) % 256)
+  image.save(file, 'PNG')
+  return file.getvalue()
 
 
 def _samples(layout: str, root: Path, split: str) -> list[Sample]:

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from nonlocal_jax.data import builders, datasets, transforms
+from nonlocal_jax.data import builders, datasets, layouts, transforms
 from nonlocal_jax.errors import UserError
 from tests.image_trees import CLASSES, write_sample, write_tree
 from tests.mmseg_import import mmseg_module
@@ -59,7 +59,7 @@ def test_custom_dataset():
 def test_every_layout_is_listed_and_prepared_byte_for_byte(layout, tmp_path, capfd):
   expected = write_tree(layout, tmp_path / 'source')
   for split, samples in expected.items():
-    assert datasets.list_samples(LAYOUTS[layout], tmp_path / 'source', split) == samples
+    assert layouts.list_samples(LAYOUTS[layout], tmp_path / 'source', split) == (samples, [], 0)
   opened = builders.prepare(LAYOUTS[layout], tmp_path / 'source', data_dir=tmp_path / 'tfds')
   for split, samples in expected.items():
     assert list(opened[split]) == files_of(samples)
@@ -85,14 +85,14 @@ def test_every_layout_is_listed_and_prepared_byte_for_byte(layout, tmp_path, cap
 )
 def test_the_folder_above_will_do(layout, inner, tmp_path):
   expected = write_tree(layout, tmp_path / inner)
-  assert datasets.list_samples(LAYOUTS[layout], tmp_path, 'val') == expected['val']
+  assert layouts.list_samples(LAYOUTS[layout], tmp_path, 'val').samples == expected['val']
 
 
 def test_files_that_are_no_images_are_passed_over(tree):
   source, samples = tree
   (source / 'images/val/.hidden.jpg').write_bytes(b'')
   (source / 'images/val/notes.txt').write_bytes(b'')
-  assert datasets.list_samples(CUSTOM, source, 'val') == samples['val']
+  assert layouts.list_samples(CUSTOM, source, 'val').samples == samples['val']
 
 
 def test_val_alone_then_train(tree, tmp_path):
@@ -136,7 +136,7 @@ def test_changed_folders_are_prepared_anew(change, tree, tmp_path):
   source, samples = tree
   before = builders.prepare(CUSTOM, source, splits=['val'], data_dir=tmp_path / 'tfds')['val']
   sample = samples['val'][0]
-  new = datasets.Sample('z', *(path.with_name(f'z{path.suffix}') for path in sample[1:]))
+  new = layouts.Sample('z', *(path.with_name(f'z{path.suffix}') for path in sample[1:]))
   if change == 'content':
     write_sample(sample, seed=99)
   elif change == 'time':
@@ -150,7 +150,7 @@ def test_changed_folders_are_prepared_anew(change, tree, tmp_path):
     sample.image.unlink()
   after = builders.prepare(CUSTOM, source, splits=['val'], data_dir=tmp_path / 'tfds')['val']
   assert after.directory != before.directory
-  assert list(after) == files_of(datasets.list_samples(CUSTOM, source, 'val'))
+  assert list(after) == files_of(layouts.list_samples(CUSTOM, source, 'val').samples)
 
 
 def test_interrupted_preparation_leaves_nothing_that_opens(tree, tmp_path, monkeypatch):

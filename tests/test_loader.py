@@ -7,7 +7,7 @@ import orbax.checkpoint as ocp
 import pytest
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
-from nonlocal_jax.data import builders, datasets, loader, transforms
+from nonlocal_jax.data import builders, datasets, layouts, loader, transforms
 from nonlocal_jax.errors import UserError
 from tests.image_trees import CLASSES, write_sample, write_tree
 
@@ -26,7 +26,7 @@ def prepared(tmp_path_factory):
   samples = write_tree('custom', root / 'source')['train']
   for index in range(9):
     image, label = (path.with_name(f'y{index}{path.suffix}') for path in samples[0][1:])
-    write_sample(datasets.Sample(f'y{index}', image, label), seed=100 + index)
+    write_sample(layouts.Sample(f'y{index}', image, label), seed=100 + index)
   return builders.prepare(datasets.custom_dataset(CLASSES), root / 'source', data_dir=root / 'tfds')
 
 
@@ -80,7 +80,8 @@ def test_seed_and_transforms_matter(prepared):
   assert len(set(map(tuple, indices))) == 3
   plain = {'ratio_range': None, 'flip_prob': 0.0, 'photometric': False, 'cat_max_ratio': 1.0}
   arguments = {**TRAINING, **plain, 'scale': None, 'crop_size': (50, 50)}
-  batch = next(loader.train_batches(prepared['train'], **arguments, ignore_labels=(1,)))
+  lookup = transforms.label_lookup(ignore_labels=(1,))
+  batch = next(loader.train_batches(prepared['train'], **arguments, label_lookup=lookup))
   for index, (h, w), image, label in zip(
     *(batch[key] for key in ('index', 'size', 'image', 'label')), strict=True
   ):
@@ -90,9 +91,10 @@ def test_seed_and_transforms_matter(prepared):
     np.testing.assert_array_equal(label[:h, :w], np.where(expected == 1, 255, expected))
 
 
-def test_batches_do_not_depend_on_workers(prepared):
+@pytest.mark.parametrize('num_workers', [1, 2, 4])
+def test_batches_do_not_depend_on_workers(num_workers, prepared):
   expected = take(loader.train_batches(prepared['train'], **TRAINING), 5)
-  batches = loader.train_batches(prepared['train'], **TRAINING, num_workers=2)
+  batches = loader.train_batches(prepared['train'], **TRAINING, num_workers=num_workers)
   assert_same_batches(take(batches, 5), expected)
   batches.set_state({'next_batch': 3})
   assert_same_batches(take(batches, 2), expected[3:])
@@ -140,15 +142,54 @@ def test_far_states_are_reached_at_once(prepared):
   assert batches.get_state() == {'next_batch': 10**9 + 1}
 
 
-def test_eval_samples_come_in_order_with_labels_of_their_own_size(prepared):
-  split = prepared['train']
-  samples = list(loader.eval_samples(split, scale=(20, 20), ignore_labels=(0,)))
-  assert [sample['id'] for sample in samples] == [record['id'] for record in split]
-  for sample, record in zip(samples, split, strict=True):
+def test_eval_batches_come_in_order_with_labels_of_their_own_size(prepared):
+  split, lookup = prepared['train'], transforms.label_lookup(ignore_labels=(0,))
+  batches = list(loader.eval_batches(split, scale=(20, 20), label_lookup=lookup))
+  assert [batch['id'].item() for batch in batches] == [record['id'] for record in split]
+  for batch, record in zip(batches, split, strict=True):
     image = transforms.decode_image(record['image'])
-    np.testing.assert_array_equal(sample['image'], transforms.resize_image(image, (20, 20)))
+    np.testing.assert_array_equal(batch['image'][0], transforms.resize_image(image, (20, 20)))
     label = transforms.decode_label(record['label'])
-    np.testing.assert_array_equal(sample['label'], np.where(label == 0, 255, label))
-  unscaled = list(loader.eval_samples(split, scale=None, process_index=1, process_count=5))
-  assert [sample['id'] for sample in unscaled] == [split[index]['id'] for index in (1, 6, 11)]
-  assert all(sample['image'].shape[:2] == sample['label'].shape for sample in unscaled)
+    np.testing.assert_array_equal(batch['label'][0], np.where(label == 0, 255, label))
+    assert batch['valid'].all()
+  (unscaled,) = loader.eval_batches(
+    split, scale=None, batch_size=3, process_index=1, process_count=5
+  )
+  np.testing.assert_array_equal(unscaled['size'], unscaled['label_size'])
+
+
+@pytest.mark.parametrize(('batch_size', 'process_count'), [(5, 1), (1, 5), (2, 4), (3, 2), (12, 3)])
+def test_final_eval_batches_are_padded_and_masked(batch_size, process_count, prepared):
+  split = prepared['train']
+  seen, lengths = [], set()
+  for process in range(process_count):
+    batches = list(
+      loader.eval_batches(
+        split,
+        scale=(30, 20),
+        batch_size=batch_size,
+        process_index=process,
+        process_count=process_count,
+      )
+    )
+    lengths.add(len(batches))
+    for batch in batches:
+      assert all(len(value) == batch_size for value in batch.values())
+      for index, valid in enumerate(batch['valid']):
+        image, label = batch['image'][index], batch['label'][index]
+        (h, w), (label_h, label_w) = batch['size'][index], batch['label_size'][index]
+        assert not image[h:].any()
+        assert not image[:, w:].any()
+        assert (label[label_h:] == 255).all()
+        assert (label[:, label_w:] == 255).all()
+        if not valid:
+          assert (label == 255).all()
+          continue
+        record = next(record for record in split if record['id'] == batch['id'][index])
+        seen.append(record['id'])
+        whole = transforms.resize_image(transforms.decode_image(record['image']), (30, 20))
+        np.testing.assert_array_equal(image[:h, :w], whole)
+        decoded = transforms.decode_label(record['label'])
+        np.testing.assert_array_equal(label[:label_h, :label_w], decoded)
+  assert lengths == {-(-12 // (batch_size * process_count))}
+  assert sorted(seen) == sorted(record['id'] for record in split)

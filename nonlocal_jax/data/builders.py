@@ -24,7 +24,7 @@ from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 
 from nonlocal_jax.data.audit import AuditedSample, read_sample
 from nonlocal_jax.data.datasets import Dataset, Split
-from nonlocal_jax.data.label_values import LabelValue
+from nonlocal_jax.data.label_values import LabelValue, check_label_values, usual_mistakes
 from nonlocal_jax.data.layouts import Sample, list_samples
 from nonlocal_jax.data.paths import as_path, is_remote, version_of
 from nonlocal_jax.errors import UserError
@@ -143,6 +143,29 @@ def open_prepared(
     UserError: If a split was not prepared, or from several sources.
   """
   return {split: _newest(f'{dataset.name}-{split}', data_dir) for split in splits}
+
+
+def check_split(split: PreparedSplit, dataset: Dataset) -> list[str]:
+  """Checks what is in a prepared split against what a dataset is taken to be.
+
+  Args:
+    split: The prepared split.
+    dataset: Its classes and published sizes.
+
+  Returns:
+    A sentence on each thing that is allowed but odd.
+
+  Raises:
+    UserError: If a label value is no class and not ignored.
+  """
+  check_label_values(split.label_values, dataset, split=split.name)
+  published = dataset.published_sizes.get(split.name.rsplit('-', 1)[1], len(split))
+  odd = []
+  if len(split) != published:
+    odd.append(f'{split.name} has {len(split):,} images; the published split has {published:,}.')
+  if split.left_out:
+    odd.append(f'{len(split.left_out):,} bad samples of {split.name} were left out.')
+  return odd + usual_mistakes(split.label_values, dataset, split=split.name)
 
 
 def _newest(name: str, data_dir: str | os.PathLike[str] | None) -> PreparedSplit:

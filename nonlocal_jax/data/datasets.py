@@ -1,9 +1,9 @@
 """What each dataset is: its classes, their colours, and how its label values are read."""
 
 import colorsys
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ Colour = tuple[int, int, int]
 DESCRIPTION = 'dataset.json'
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Dataset:
   """A dataset: its classes, how its label values are read, and how its folders are laid out.
 
@@ -41,7 +41,7 @@ class Dataset:
   reduce_zero_label: bool = False
   ignore_labels: tuple[int, ...] = ()
   label_map: tuple[int, ...] = ()
-  published_sizes: Mapping[Split, int] = field(default_factory=dict, hash=False)
+  published_sizes: Mapping[Split, int] = dataclasses.field(default_factory=dict, hash=False)
 
   @property
   def num_classes(self) -> int:
@@ -146,6 +146,37 @@ def custom_dataset(
   )
 
 
+def merge_classes(dataset: Dataset, label_map: Sequence[int]) -> Dataset:
+  """Takes some classes of a dataset, in another order or several as one.
+
+  Args:
+    dataset: The dataset.
+    label_map: See `transforms.label_lookup`; empty for all classes as they are.
+
+  Returns:
+    The dataset; a merged class has the names of its parts and the colour of the first.
+
+  Raises:
+    UserError: If the map is longer than the classes, or leads to fewer than two without a gap.
+  """
+  if not label_map:
+    return dataset
+  wanted = sorted(set(label_map) - {transforms.IGNORE})
+  if len(label_map) > dataset.num_classes or len(wanted) < 2 or wanted != list(range(len(wanted))):
+    raise UserError(
+      f'The label_map of dataset {dataset.name} has {len(label_map)} entries that lead to classes '
+      f'{wanted}: give one for each of the first of its {dataset.num_classes} classes, leading to '
+      '0, 1, ... without a gap, or to 255 for none.'
+    )
+  parts = [[old for old, new in enumerate(label_map) if new == index] for index in wanted]
+  return dataclasses.replace(
+    dataset,
+    classes=tuple('/'.join(dataset.classes[old] for old in olds) for olds in parts),
+    palette=tuple(dataset.palette[olds[0]] for olds in parts),
+    label_map=tuple(label_map),
+  )
+
+
 def read_description(source_dir: str | PathLike[str]) -> dict[str, Any]:
   """Reads `dataset.json`, which may lie beside the images of a custom dataset.
 
@@ -222,5 +253,3 @@ def distinct_colours(count: int) -> tuple[Colour, ...]:
     )
     for index in range(count)
   )
-
-

@@ -94,8 +94,7 @@ def train_batches(
   cat_max_ratio: float = 0.75,
   flip_prob: float = 0.5,
   photometric: bool = True,
-  reduce_zero_label: bool = False,
-  ignore_labels: Sequence[int] = (),
+  label_lookup: np.ndarray | None = None,
   process_index: int = 0,
   process_count: int = 1,
   num_workers: int = 0,
@@ -117,8 +116,7 @@ def train_batches(
     cat_max_ratio: Share of one class from which on a crop is drawn again.
     flip_prob: Probability of a horizontal flip.
     photometric: Whether to distort colours.
-    reduce_zero_label: See `transforms.label_lookup`.
-    ignore_labels: See `transforms.label_lookup`.
+    label_lookup: See `transforms.label_lookup`; None where label files hold class indices.
     process_index: This process.
     process_count: How many processes share each batch.
     num_workers: Worker processes, which import the main module anew; 0 for threads of this one.
@@ -136,10 +134,9 @@ def train_batches(
     raise UserError(
       f'A batch of {batch_size} cannot be shared by {process_count} processes: make it a multiple.'
     )
-  lookup = transforms.label_lookup(reduce_zero_label=reduce_zero_label, ignore_labels=ignore_labels)
 
   def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
-    image, label = _decode(source[index], lookup)
+    image, label = _decode(source[index], label_lookup)
     sample = transforms.train_sample(
       rng,
       image,
@@ -166,43 +163,77 @@ def train_batches(
   return TrainIterator(batches, num_workers=num_workers, num_threads=num_threads)
 
 
-def eval_samples(
+def eval_batches(
   source: Source,
   *,
   scale: tuple[int, int] | None,
-  reduce_zero_label: bool = False,
-  ignore_labels: Sequence[int] = (),
+  batch_size: int = 1,
+  label_lookup: np.ndarray | None = None,
   process_index: int = 0,
   process_count: int = 1,
   num_threads: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-  """Decodes and scales the samples of a source once, in order, a few ahead of the reader.
+  """Decodes and scales the samples of a source once, in order, a few batches ahead of the reader.
+
+  Every process gets the same number of batches, all of them full: what is lacking is filled up with
+  copies of the last sample whose labels are all 255, so that they count nowhere.
 
   Args:
-    source: Encoded samples.
+    source: Encoded samples, at least one.
     scale: See `transforms.eval_sample`.
-    reduce_zero_label: See `transforms.label_lookup`.
-    ignore_labels: See `transforms.label_lookup`.
+    batch_size: Samples in a batch of one process.
+    label_lookup: See `transforms.label_lookup`; None where label files hold class indices.
     process_index: This process.
     process_count: How many processes share the samples; process p of P gets p, p + P, ...
     num_threads: Decoding threads; None for one per core.
 
   Returns:
-    An iterator over dicts: `id` str, `image` (h', w', 3) uint8, `label` (h, w) uint8.
+    An iterator over dicts, where n is `batch_size`: `id` (n,) str; `image` (n, H, W, 3) uint8,
+    padded at the bottom and right with 0 to the largest of the batch; `size` (n, 2) int32, the (h,
+    w) before padding; `label` (n, H', W') uint8, in the files' own sizes, padded likewise with 255;
+    `label_size` (n, 2) int32; `valid` (n,) bool, whether it is a sample and no copy.
   """
-  lookup = transforms.label_lookup(reduce_zero_label=reduce_zero_label, ignore_labels=ignore_labels)
+  last = len(source) - 1
 
   def load(index: int) -> dict[str, Any]:
-    record = source[index]
-    image, label = _decode(record, lookup)
-    return {'id': record['id'], **transforms.eval_sample(image, label, scale=scale)}
+    record = source[min(index, last)]
+    sample = transforms.eval_sample(*_decode(record, label_lookup), scale=scale)
+    if index > last:
+      sample['label'] = np.full_like(sample['label'], transforms.IGNORE)
+    return {'id': record['id'], 'valid': index <= last, **sample}
 
   _use_one_thread_in_opencv()
   num_threads = num_threads or _num_cores()
-  samples = grain.MapDataset.range(process_index, len(source), process_count).map(load)
-  return iter(
-    samples.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=2 * num_threads))
+  rounds = -(-len(source) // (batch_size * process_count))
+  batches = (
+    grain.MapDataset.range(process_index, rounds * batch_size * process_count, process_count)
+    .map(load)
+    .batch(batch_size, batch_fn=_padded_together)
   )
+  return iter(
+    batches.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=2 * num_threads))
+  )
+
+
+def _padded_together(samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+  images, labels = ([sample[key] for sample in samples] for key in ('image', 'label'))
+  return {
+    'id': np.array([sample['id'] for sample in samples]),
+    'image': _stack(images, fill=0),
+    'size': np.array([image.shape[:2] for image in images], np.int32),
+    'label': _stack(labels, fill=transforms.IGNORE),
+    'label_size': np.array([label.shape for label in labels], np.int32),
+    'valid': np.array([sample['valid'] for sample in samples]),
+  }
+
+
+def _stack(arrays: Sequence[np.ndarray], *, fill: int) -> np.ndarray:
+  """Stacks uint8 arrays (h, w, ...), padded at the bottom and right to the largest h and w."""
+  sides = np.max([array.shape[:2] for array in arrays], axis=0)
+  stacked = np.full((len(arrays), *sides, *arrays[0].shape[2:]), fill, np.uint8)
+  for place, array in zip(stacked, arrays, strict=True):
+    place[: array.shape[0], : array.shape[1]] = array
+  return stacked
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:
@@ -210,9 +241,11 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
     iterators.pop().close()
 
 
-def _decode(record: dict[str, Any], lookup: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _decode(record: dict[str, Any], lookup: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
   label = transforms.decode_label(record['label'])
-  return transforms.decode_image(record['image']), cv2.LUT(label, lookup)
+  if lookup is not None:
+    label = cv2.LUT(label, lookup)
+  return transforms.decode_image(record['image']), label
 
 
 def _num_cores() -> int:

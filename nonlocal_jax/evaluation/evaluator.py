@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,16 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from nonlocal_jax.data import synthetic
-from nonlocal_jax.data.builders import PreparedSplit, check_label_values, prepare
-from nonlocal_jax.data.datasets import PUBLISHED, Dataset, Split, custom_dataset
-from nonlocal_jax.data.loader import eval_samples
+from nonlocal_jax.data.builders import PreparedSplit
+from nonlocal_jax.data.datasets import Dataset
+from nonlocal_jax.data.loader import eval_batches
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.inference import Windows, predict_labels
 from nonlocal_jax.evaluation.metrics import Scores, confusion_matrix, scores
 from nonlocal_jax.evaluation.pictures import write_comparison
+from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, windows_of
 from nonlocal_jax.progress import progress_bar
 from nonlocal_jax.weights.loading import read_weights
-from nonlocal_jax.weights.torch_names import Architecture
 
 METRICS = 'metrics.json'
 PICTURE = 'predictions.png'
@@ -54,10 +52,9 @@ class Evaluator:
     split: PreparedSplit,
     *,
     num_classes: int,
+    label_lookup: np.ndarray,
     scale: tuple[int, int] | None,
     windows: Windows | None = None,
-    reduce_zero_label: bool = False,
-    ignore_labels: Sequence[int] = (),
     precision: str = 'highest',
   ):
     """Prepares the evaluation.
@@ -66,19 +63,14 @@ class Evaluator:
       graphdef: Static part of the network.
       split: The prepared images and labels.
       num_classes: Number of classes.
+      label_lookup: See `transforms.label_lookup`.
       scale: (width, height) of the box that images are resized into; None leaves them at their own
         size.
       windows: How to slide; None for whole images.
-      reduce_zero_label: Whether label 0 has no class and the others move down by one.
-      ignore_labels: Labels without a class, beside 255.
       precision: Of matrix products, see `jax_default_matmul_precision`.
     """
     self._split = split
-    self._samples = {
-      'scale': scale,
-      'reduce_zero_label': reduce_zero_label,
-      'ignore_labels': ignore_labels,
-    }
+    self._samples = {'scale': scale, 'label_lookup': label_lookup}
     self._num_classes = num_classes
 
     def predict_and_count(state: nnx.State, image: jax.Array, label: jax.Array):
@@ -94,10 +86,10 @@ class Evaluator:
     confusion = np.zeros((self._num_classes, self._num_classes), np.int64)
     examples = []
     shown = set(np.linspace(0, len(self._split) - 1, _EXAMPLES, dtype=int).tolist())
-    samples = eval_samples(self._split, **self._samples)
+    samples = eval_batches(self._split, **self._samples)
     with progress_bar(len(self._split), 'Evaluating', unit='img', leave=False) as bar:
-      for index, sample in enumerate(samples):
-        image, label = sample['image'], sample['label']
+      for index, batch in enumerate(samples):
+        image, label = batch['image'][0], batch['label'][0]
         prediction, counts = self._predict_and_count(state, image, label)
         if index in shown:
           examples.append((image, label, np.asarray(prediction)))
@@ -114,88 +106,11 @@ def evaluator_for(
     graphdef,
     split,
     num_classes=dataset.num_classes,
+    label_lookup=dataset.label_lookup,
     scale=tuple(config.eval.scale),
     windows=windows_of(config),
-    reduce_zero_label=dataset.reduce_zero_label,
-    ignore_labels=config.data.ignore_labels,
     precision=config.eval.precision,
   )
-
-
-def windows_of(config: ConfigDict) -> Windows | None:
-  """The sliding windows of a config, None for whole images."""
-  if not config.eval.window_crop:
-    return None
-  return Windows(tuple(config.eval.window_crop), tuple(config.eval.window_stride))
-
-
-def architecture_of(config: ConfigDict) -> Architecture:
-  """The network that a config describes.
-
-  Raises:
-    UserError: If the depth is unknown or the number of classes not set.
-  """
-  if config.data.num_classes is None:
-    raise UserError(
-      'config.data.num_classes is not set; give it as --config.data.num_classes=NUMBER.'
-    )
-  return Architecture.of_depth(
-    config.model.depth,
-    width=config.model.width,
-    num_classes=config.data.num_classes,
-    non_local=config.model.non_local,
-  )
-
-
-def dataset_of(config: ConfigDict) -> Dataset:
-  """The dataset that a config names.
-
-  Raises:
-    UserError: If the name is unknown or the number of classes is not the dataset's.
-  """
-  name, num_classes = config.data.dataset, architecture_of(config).num_classes
-  if name == 'custom':
-    return custom_dataset(num_classes, reduce_zero_label=config.data.reduce_zero_label)
-  datasets = {**PUBLISHED, 'demo': synthetic.DEMO}
-  if name not in datasets:
-    raise UserError(
-      f'config.data.dataset is {name!r}; it must be one of {", ".join((*datasets, "custom"))}.'
-    )
-  dataset = datasets[name]
-  if num_classes != dataset.num_classes:
-    raise UserError(
-      f'config.data.num_classes is {num_classes}, but {name} has {dataset.num_classes} classes; '
-      'leave it, or describe your own set with configs/custom.py.'
-    )
-  return dataset
-
-
-def open_splits(
-  config: ConfigDict, dataset: Dataset, workdir: Path, splits: Sequence[Split]
-) -> dict[Split, PreparedSplit]:
-  """Prepares the splits of the config's dataset where needed, and checks their labels.
-
-  Raises:
-    UserError: If images or labels are missing, broken or outside the classes.
-  """
-  source_dir = config.data.source_dir
-  if config.data.dataset == 'demo' and not source_dir:
-    source_dir = workdir / 'demo_set'
-    synthetic.write_demo_set(source_dir)
-  if not source_dir:
-    raise UserError(
-      f'config.data.source_dir is not set; give the folder of {dataset.name} as '
-      '--config.data.source_dir=DIR.'
-    )
-  opened = prepare(dataset, source_dir, splits=splits, data_dir=config.data.data_dir or None)
-  for split in opened.values():
-    check_label_values(
-      split,
-      num_classes=dataset.num_classes,
-      reduce_zero_label=dataset.reduce_zero_label,
-      ignore_labels=config.data.ignore_labels,
-    )
-  return opened
 
 
 def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> Evaluation:

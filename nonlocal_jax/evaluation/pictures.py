@@ -44,23 +44,71 @@ def write_comparison(
     classes: Name of each class.
     palette: RGB colour of each class.
   """
-  figure = Figure(figsize=(9, 0.8 + sum(3 * e[0].shape[0] / e[0].shape[1] for e in examples)))
-  canvas = FigureCanvasAgg(figure)
-  axes = figure.subplots(len(examples), 3, squeeze=False)
-  for row, (image, truth, prediction) in zip(axes, examples, strict=True):
-    panels = (image, colourise(truth, palette), colourise(prediction, palette))
-    for axis, panel in zip(row, panels, strict=True):
-      axis.imshow(panel, interpolation='nearest', aspect='auto')
-      axis.set_axis_off()
-  for axis, title in zip(axes[0], ('image', 'truth', 'prediction'), strict=True):
-    axis.set_title(title)
-  present = np.unique(np.concatenate([x.ravel() for _, *both in examples for x in both]))
-  patches = [
+  rows = [
+    (image, colourise(truth, palette), colourise(prediction, palette))
+    for image, truth, prediction in examples
+  ]
+  labels = [label for _, *both in examples for label in both]
+  _write_sheet(path, rows, ('image', 'truth', 'prediction'), _legend(labels, classes, palette))
+
+
+def write_samples(
+  path: Path,
+  samples: Sequence[tuple[str, np.ndarray, np.ndarray]],
+  *,
+  classes: Sequence[str],
+  palette: Sequence[tuple[int, int, int]],
+) -> None:
+  """Writes a PNG with a row for each sample: image, label map, and one over the other.
+
+  Args:
+    path: The PNG file.
+    samples: Name, image (h, w, 3) uint8 RGB and label map (h, w), integers, 255 for ignored.
+    classes: Name of each class.
+    palette: RGB colour of each class.
+  """
+  rows = []
+  for _, image, label in samples:
+    colours = colourise(label, palette)
+    rows.append((image, colours, image // 2 + colours // 2))
+  legend = _legend([label for *_, label in samples], classes, palette)
+  names = [name for name, *_ in samples]
+  _write_sheet(path, rows, ('image', 'label', 'both'), legend, names)
+
+
+def _legend(
+  labels: Sequence[np.ndarray],
+  classes: Sequence[str],
+  palette: Sequence[tuple[int, int, int]],
+) -> list[Patch]:
+  present = np.unique(np.concatenate([label.ravel() for label in labels])).tolist()
+  return [
     Patch(color=np.array(palette[index]) / 255, label=classes[index])
-    for index in present.tolist()
+    for index in present
     if index < len(classes)
   ]
-  figure.legend(handles=patches, loc='lower center', ncols=4, frameon=False, fontsize='small')
-  bottom = 0.22 * -(-len(patches) // 4) / figure.get_figheight() + 0.03
+
+
+def _write_sheet(
+  path: Path,
+  rows: Sequence[Sequence[np.ndarray]],
+  titles: Sequence[str],
+  legend: Sequence[Patch],
+  names: Sequence[str] = (),
+) -> None:
+  heights = sum(3 * row[0].shape[0] / row[0].shape[1] for row in rows)
+  figure = Figure(figsize=(9, 0.8 + heights + 0.22 * -(-len(legend) // 4)))
+  canvas = FigureCanvasAgg(figure)
+  axes = figure.subplots(len(rows), len(titles), squeeze=False)
+  for axes_of_row, row in zip(axes, rows, strict=True):
+    for axis, panel in zip(axes_of_row, row, strict=True):
+      axis.imshow(panel, interpolation='nearest', aspect='auto')
+      axis.set_axis_off()
+  for axis, title in zip(axes[0], titles, strict=True):
+    axis.set_title(title)
+  for axis, name in zip(axes[:, 0], names, strict=False):
+    axis.text(0.02, 0.03, name, transform=axis.transAxes, color='white', backgroundcolor='black')
+  figure.legend(handles=legend, loc='lower center', ncols=4, frameon=False, fontsize='small')
+  bottom = 0.22 * -(-len(legend) // 4) / figure.get_figheight() + 0.03
   figure.subplots_adjust(0.01, bottom, 0.99, 1 - 0.3 / figure.get_figheight(), 0.02, 0.02)
   canvas.print_figure(path, format='png', dpi=110)

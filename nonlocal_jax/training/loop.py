@@ -14,18 +14,15 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
-from nonlocal_jax.data.builders import PreparedSplit
 from nonlocal_jax.data.datasets import Dataset
-from nonlocal_jax.data.loader import TrainIterator, train_batches
+from nonlocal_jax.data.loader import TrainIterator
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.evaluator import (
   Evaluation,
-  architecture_of,
-  dataset_of,
   evaluator_for,
-  open_splits,
   write_evaluation,
 )
+from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, train_batches_of
 from nonlocal_jax.parallel import data_mesh, over_batch, replicated, shard_batch
 from nonlocal_jax.progress import progress_bar
 from nonlocal_jax.training.optimizer import poly_schedule, sgd
@@ -48,6 +45,8 @@ _FREE = (
   'data.source_dir',
   'data.data_dir',
   'data.workers',
+  'data.classes',
+  'data.palette',
   'train.log_every',
 )
 
@@ -74,14 +73,14 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Evaluation:
       'share; '
       'make it a multiple.'
     )
-  _check_same_run(config, workdir)
   architecture = architecture_of(config)
   dataset = dataset_of(config)
+  _check_same_run(config, workdir, dataset)
   backbone = None
   if config.init_backbone and not _has_checkpoint(workdir):
     backbone = read_backbone(Path(config.init_backbone), architecture)
   splits = open_splits(config, dataset, workdir, ['train', 'val'])
-  batches = _batches(config, splits['train'], dataset)
+  batches = train_batches_of(config, splits['train'], dataset)
   _write_run_files(config, workdir, dataset)
 
   schedule = poly_schedule(
@@ -208,23 +207,6 @@ class _TrainingLog:
       self._writer.add_scalar(f'{group}/{name}', value, step)
 
 
-def _batches(config: ConfigDict, split: PreparedSplit, dataset: Dataset) -> TrainIterator:
-  return train_batches(
-    split,
-    batch_size=config.train.batch_size,
-    seed=config.seed,
-    scale=tuple(config.train.scale),
-    crop_size=tuple(config.train.crop),
-    ratio_range=tuple(config.train.ratio_range),
-    cat_max_ratio=config.train.cat_max_ratio,
-    flip_prob=config.train.flip_probability,
-    photometric=config.train.photometric_distortion,
-    reduce_zero_label=dataset.reduce_zero_label,
-    ignore_labels=config.data.ignore_labels,
-    num_workers=config.data.workers,
-  )
-
-
 def _has_checkpoint(workdir: Path) -> bool:
   with RunCheckpoints(workdir, keep=None) as checkpoints:
     return checkpoints.latest_step() is not None
@@ -262,13 +244,13 @@ def _beside_model(state: TrainState) -> dict[str, Any]:
   return {'step': state.step, 'opt_state': state.opt_state, 'rng': rng}
 
 
-def _check_same_run(config: ConfigDict, workdir: Path) -> None:
+def _check_same_run(config: ConfigDict, workdir: Path, dataset: Dataset) -> None:
   path = workdir / CONFIG
   if not path.exists():
     return
   differences = [
     difference
-    for difference in config_differences(path.read_text(), _as_json(config))
+    for difference in config_differences(path.read_text(), _as_json(config, dataset))
     if not difference.startswith(_FREE)
   ]
   if differences:
@@ -294,8 +276,19 @@ def _write_run_files(config: ConfigDict, workdir: Path, dataset: Dataset) -> Non
   )
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / DESCRIPTION).write_text(description.to_json())
-  (workdir / CONFIG).write_text(_as_json(config))
+  (workdir / CONFIG).write_text(_as_json(config, dataset))
 
 
-def _as_json(config: ConfigDict) -> str:
-  return json.dumps(config.to_dict(), indent=2) + '\n'
+def _as_json(config: ConfigDict, dataset: Dataset) -> str:
+  """The config as JSON, with what the description beside a custom dataset adds."""
+  values = config.to_dict()
+  if dataset.layout == 'custom':
+    values['data'].update(
+      num_classes=dataset.num_classes,
+      classes=dataset.classes,
+      palette=dataset.palette,
+      reduce_zero_label=dataset.reduce_zero_label,
+      ignore_labels=dataset.ignore_labels,
+      label_map=dataset.label_map,
+    )
+  return json.dumps(values, indent=2) + '\n'
