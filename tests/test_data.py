@@ -1,17 +1,26 @@
-"""From folders to prepared splits: listing, preparing, checking."""
+"""From folders to prepared splits."""
 
+import contextlib
 import re
+import resource
+import signal
+import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
 
 from nonlocal_jax.data import builders, datasets, layouts, transforms
 from nonlocal_jax.errors import UserError
 from tests.image_trees import CLASSES, write_sample, write_tree
-from tests.mmseg_import import mmseg_module
 
+ROOT = Path(__file__).parents[1]
 CUSTOM = datasets.custom_dataset(CLASSES)
 LAYOUTS = {**datasets.PUBLISHED, 'custom': CUSTOM}
 
@@ -29,37 +38,9 @@ def files_of(samples):
   ]
 
 
-@pytest.mark.parametrize(
-  ('name', 'peer'),
-  [
-    ('cityscapes', 'CityscapesDataset'),
-    ('ade20k', 'ADE20KDataset'),
-    ('voc12aug', 'PascalVOCDataset'),
-  ],
-)
-def test_published_classes_are_mmsegs(name, peer):
-  meta = getattr(mmseg_module('mmseg.datasets'), peer).METAINFO
-  dataset = datasets.PUBLISHED[name]
-  assert dataset.name == name
-  assert dataset.classes == tuple(class_name.strip() for class_name in meta['classes'])
-  assert dataset.palette == tuple(map(tuple, meta['palette']))
-
-
-def test_custom_dataset():
-  named = datasets.custom_dataset(2, classes=['sky', 'sea'], palette=[(1, 2, 3), (4, 5, 6)])
-  assert (named.classes, named.palette) == (('sky', 'sea'), ((1, 2, 3), (4, 5, 6)))
-  assert CUSTOM.classes == ('class 0', 'class 1', 'class 2', 'class 3')
-  assert CUSTOM.num_classes == len(CUSTOM.palette) == CLASSES
-  assert len(set(datasets.distinct_colours(255))) == 255
-  with pytest.raises(UserError, match='custom has 3 classes but 1 class names: give one for each'):
-    datasets.custom_dataset(3, classes=['sky'])
-
-
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_every_layout_is_listed_and_prepared_byte_for_byte(layout, tmp_path, capfd):
   expected = write_tree(layout, tmp_path / 'source')
-  for split, samples in expected.items():
-    assert layouts.list_samples(LAYOUTS[layout], tmp_path / 'source', split) == (samples, [], 0)
   opened = builders.prepare(LAYOUTS[layout], tmp_path / 'source', data_dir=tmp_path / 'tfds')
   for split, samples in expected.items():
     assert list(opened[split]) == files_of(samples)
@@ -71,28 +52,6 @@ def test_every_layout_is_listed_and_prepared_byte_for_byte(layout, tmp_path, cap
     f'Preparing {layout}-val',
   }
   assert 'tensorflow' not in sys.modules
-
-
-@pytest.mark.parametrize(
-  ('layout', 'inner'),
-  [
-    ('cityscapes', 'cityscapes'),
-    ('ade20k', 'ADEChallengeData2016'),
-    ('ade20k', 'ade/ADEChallengeData2016'),
-    ('voc12aug', 'VOC2012'),
-    ('voc12aug', 'VOCdevkit/VOC2012'),
-  ],
-)
-def test_the_folder_above_will_do(layout, inner, tmp_path):
-  expected = write_tree(layout, tmp_path / inner)
-  assert layouts.list_samples(LAYOUTS[layout], tmp_path, 'val').samples == expected['val']
-
-
-def test_files_that_are_no_images_are_passed_over(tree):
-  source, samples = tree
-  (source / 'images/val/.hidden.jpg').write_bytes(b'')
-  (source / 'images/val/notes.txt').write_bytes(b'')
-  assert layouts.list_samples(CUSTOM, source, 'val').samples == samples['val']
 
 
 def test_val_alone_then_train(tree, tmp_path):
@@ -166,145 +125,152 @@ def test_interrupted_preparation_leaves_nothing_that_opens(tree, tmp_path, monke
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(transforms, 'decode_label', interrupt)
     builders.prepare(CUSTOM, source, splits=['train'], data_dir=tmp_path / 'tfds')
-  assert not [path for path in (tmp_path / 'tfds').rglob('*') if path.is_file()]
+  assert {path.name for path in (tmp_path / 'tfds').rglob('*') if path.is_file()} == {'.lock'}
   opened = builders.prepare(CUSTOM, source, splits=['train'], data_dir=tmp_path / 'tfds')
   assert list(opened['train']) == files_of(samples['train'])
 
 
-def test_another_process_may_prepare_the_same_meanwhile(tree, tmp_path, monkeypatch):
+PREPARE = """
+import sys
+from nonlocal_jax.data import builders, datasets
+builders._SHARD_BYTES = 200_000
+print('started', flush=True)
+builders.prepare(datasets.custom_dataset(4), sys.argv[1], splits=['train'], data_dir=sys.argv[2])
+"""
+
+
+def test_killed_preparation_leaves_nothing_that_opens(tmp_path):
+  source, data_dir = tmp_path / 'source', tmp_path / 'tfds'
+  samples = write_tree('custom', source)['train']
+  for index in range(600):
+    image, label = (path.with_name(f'y{index:03d}{path.suffix}') for path in samples[0][1:])
+    write_sample(layouts.Sample('', image, label), seed=index, size=None)
+  expected = files_of(layouts.list_samples(CUSTOM, source, 'train').samples)
+  rng, killed = np.random.default_rng(0), 0
+  for _ in range(3):
+    with subprocess.Popen(
+      [sys.executable, '-c', PREPARE, source, data_dir], stdout=subprocess.PIPE, cwd=ROOT
+    ) as process:
+      process.stdout.readline()
+      time.sleep(rng.uniform(0, 0.3))
+      process.kill()
+    if process.returncode == -signal.SIGKILL:
+      killed += 1
+      with contextlib.suppress(UserError):
+        opened = builders.open_prepared(CUSTOM, splits=['train'], data_dir=data_dir)['train']
+        assert list(opened) == expected
+  assert killed
+  opened = builders.prepare(CUSTOM, source, splits=['train'], data_dir=data_dir)['train']
+  assert list(opened) == expected
+  assert not list(data_dir.rglob('incomplete*'))
+
+
+def test_of_two_processes_one_prepares_and_the_other_waits(tree, tmp_path, monkeypatch):
   source, samples = tree
   arguments = {'splits': ['val'], 'data_dir': tmp_path / 'tfds'}
-  in_shards = builders._in_shards
+  in_shards, prepared, together = builders._in_shards, [], threading.Barrier(2)
 
-  def prepare_meanwhile(samples):
-    monkeypatch.setattr(builders, '_in_shards', in_shards)
-    builders.prepare(CUSTOM, source, **arguments)
+  def slowly(samples):
+    prepared.append(samples)
+    time.sleep(0.3)
     return in_shards(samples)
 
-  monkeypatch.setattr(builders, '_in_shards', prepare_meanwhile)
-  assert list(builders.prepare(CUSTOM, source, **arguments)['val']) == files_of(samples['val'])
+  def prepare():
+    together.wait()
+    return list(builders.prepare(CUSTOM, source, **arguments)['val'])
+
+  monkeypatch.setattr(builders, '_in_shards', slowly)
+  with ThreadPoolExecutor(2) as pool:
+    found = [pool.submit(prepare) for _ in range(2)]
+  assert [future.result() for future in found] == [files_of(samples['val'])] * 2
+  assert len(prepared) == 1
 
 
-def remove(path):
-  path.unlink() if path.is_file() else path.rename(path.with_name('moved'))
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(tree, tmp_path):
+  source, samples = tree
+  arguments = {'splits': ['train'], 'data_dir': tmp_path / 'tfds'}
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+  try:
+    with pytest.raises(UserError, match=r'custom-train cannot be prepared in \S+: .*too large'):
+      builders.prepare(CUSTOM, source, **arguments)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  assert {path.name for path in (tmp_path / 'tfds').rglob('*') if path.is_file()} == {'.lock'}
+  assert list(builders.prepare(CUSTOM, source, **arguments)['train']) == files_of(samples['train'])
 
 
-@pytest.mark.parametrize(
-  ('layout', 'spoil', 'sentence'),
-  [
-    (
-      'custom',
-      lambda root: remove(root),
-      'There is no folder {root}: give the folder that holds custom.',
-    ),
-    (
-      'custom',
-      lambda root: remove(root / 'images/train'),
-      'There is no folder images/train in {root}: give the folder of custom that holds it.',
-    ),
-    (
-      'ade20k',
-      lambda root: [remove(path) for path in (root / 'images/training').iterdir()],
-      'Folder {root}/images/training holds no images: put the train images of ade20k there, as '
-      'ID.jpg.',
-    ),
-    (
-      'custom',
-      lambda root: remove(root / 'labels/train/deep/down/c.png'),
-      'Image {root}/images/train/deep/down/c.PNG has no label map: expected '
-      '{root}/labels/train/deep/down/c.png.',
-    ),
-    (
-      'custom',
-      lambda root: (root / 'images/train/x.bmp').touch(),
-      'Images {root}/images/train/x.bmp and {root}/images/train/x.tif would share one label map: '
-      'rename one of them.',
-    ),
-    (
-      'cityscapes',
-      lambda root: remove(root / 'gtFine'),
-      'Image {root}/leftImg8bit/train/aachen/a_0_leftImg8bit.png has no label map: expected '
-      '{root}/gtFine/train/aachen/a_0_gtFine_labelTrainIds.png (made by csCreateTrainIdLabelImgs '
-      'of the package cityscapesscripts).',
-    ),
-    (
-      'voc12aug',
-      lambda root: remove(root / 'ImageSets/Segmentation/aug.txt'),
-      'There are no image names in {root}/ImageSets/Segmentation/aug.txt: add them (made by '
-      'tools/dataset_converters/voc_aug.py of mmsegmentation).',
-    ),
-    (
-      'voc12aug',
-      lambda root: remove(root / 'SegmentationClassAug'),
-      'Image {root}/JPEGImages/2008_000002.jpg has no label map: expected '
-      '{root}/SegmentationClassAug/2008_000002.png (made by tools/dataset_converters/voc_aug.py of '
-      'mmsegmentation).',
-    ),
-    (
-      'voc12aug',
-      lambda root: remove(root / 'JPEGImages/2007_000039.jpg'),
-      'There is no image {root}/JPEGImages/2007_000039.jpg: add it, or strike it out in '
-      '{root}/ImageSets/Segmentation/train.txt.',
-    ),
-    (
-      'custom',
-      lambda root: (root / 'images/train/x.tif').write_bytes(b'II*'),
-      'File {root}/images/train/x.tif is not an image, or broken: replace it.',
-    ),
-    (
-      'custom',
-      lambda root: (root / 'labels/train/x.png').write_bytes(b''),
-      'File {root}/labels/train/x.png is not an image, or broken: replace it.',
-    ),
-    (
-      'custom',
-      lambda root: cv2.imwrite(str(root / 'labels/train/x.png'), np.zeros((5, 5, 3), np.uint8)),
-      'File {root}/labels/train/x.png is not a label map of one channel of 8 bits but RGB: replace '
-      'it.',
-    ),
-    (
-      'custom',
-      lambda root: cv2.imwrite(str(root / 'labels/train/x.png'), np.zeros((6, 5), np.uint8)),
-      'Label map {root}/labels/train/x.png is 5x6 pixels but its image {root}/images/train/x.tif '
-      'is {size}: replace one of them.',
-    ),
-  ],
-)
-def test_the_sentence(layout, spoil, sentence, tmp_path):
-  root = tmp_path / 'source'
-  image = cv2.imread(str(write_tree(layout, root)['train'][-1].image))
-  size = f'{image.shape[1]}x{image.shape[0]}'
-  spoil(root)
-  with pytest.raises(UserError) as error:
-    builders.prepare(LAYOUTS[layout], root, splits=['train'], data_dir=tmp_path / 'tfds')
-  assert str(error.value) == sentence.format(root=root, size=size)
+@pytest.mark.parametrize('damage', ['cut', 'gone', 'no metadata'])
+def test_a_damaged_copy_is_found_on_opening(damage, tree, tmp_path):
+  arguments = {'splits': ['val'], 'data_dir': tmp_path / 'tfds'}
+  directory = builders.prepare(CUSTOM, tree[0], **arguments)['val'].directory
+  (records,) = directory.glob('*.array_record*')
+  if damage == 'cut':
+    records.write_bytes(records.read_bytes()[:-1])
+  elif damage == 'gone':
+    records.unlink()
+  else:
+    (directory / 'metadata.json').unlink()
+  for open_again in (
+    lambda: builders.prepare(CUSTOM, tree[0], **arguments),
+    lambda: builders.open_prepared(CUSTOM, **arguments),
+  ):
+    with pytest.raises(UserError, match=rf'copy of custom-val in {directory} is damaged'):
+      open_again()
+
+
+def test_prepared_copies_open_without_their_source(tree, tmp_path):
+  source, samples = tree
+  arguments = {'splits': ['val'], 'data_dir': tmp_path / 'tfds'}
+  with pytest.raises(UserError, match=r'custom-val was not prepared in \S+/tfds: give its folder'):
+    builders.open_prepared(CUSTOM, **arguments)
+  builders.prepare(CUSTOM, source, **arguments)
+  samples['val'][0].image.unlink()
+  builders.prepare(CUSTOM, source, skip_bad=True, **arguments)  # the newer copy
+  source.rename(tmp_path / 'elsewhere')
+  opened = builders.open_prepared(CUSTOM, **arguments)['val']
+  assert [record['id'] for record in opened] == ['w']
+  assert opened.source == str(source)
+  builders.prepare(CUSTOM, tmp_path / 'elsewhere', **arguments)  # the same files, the same copy
+  write_tree('custom', tmp_path / 'other')
+  builders.prepare(CUSTOM, tmp_path / 'other', **arguments)
+  with pytest.raises(UserError, match=r'in \S+/tfds from \S+/other and from \S+/source'):
+    builders.open_prepared(CUSTOM, **arguments)
+
+
+class Bucket(MemoryFileSystem):
+  """A bucket in memory, whose listings name no protocol, as those of gcsfs."""
+
+  protocol = 'gs'
+  store, pseudo_dirs = {}, ['']  # its own
+
+  @classmethod
+  def _strip_protocol(cls, path):
+    return '/' + path.removeprefix('gs://').strip('/')
+
+  def glob(self, path, **options):
+    return [found.lstrip('/') for found in super().glob(path, **options)]
+
+
+def test_a_bucket_is_a_source(tree, tmp_path, monkeypatch):
+  source, samples = tree
+  bucket = Bucket()
+  bucket.put(f'{source}/', '/bucket/custom/', recursive=True)
+  monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: bucket)
+  opened = builders.prepare(CUSTOM, 'gs://bucket/custom', data_dir=tmp_path / 'tfds')
+  for split in samples:
+    assert list(opened[split]) == files_of(samples[split])
+  assert opened['val'].source == 'gs://bucket/custom'
+  with pytest.raises(UserError, match='no folder gs://bucket/none'):
+    builders.prepare(CUSTOM, 'gs://bucket/none', data_dir=tmp_path / 'tfds')
+
+
+def test_a_bucket_without_its_package_is_a_sentence(tmp_path):
+  with pytest.raises(UserError, match=r'Folder gs://bucket/x cannot be read: .*gcsfs'):
+    builders.prepare(CUSTOM, 'gs://bucket/x', data_dir=tmp_path)
 
 
 def test_unwritable_data_dir(tree, tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(UserError, match=r'custom-val cannot be prepared in \S+/file/\S+: .*data_dir'):
     builders.prepare(CUSTOM, tree[0], splits=['val'], data_dir=tmp_path / 'file')
-
-
-def test_label_values_outside_the_classes(tree, tmp_path):
-  source, samples = tree
-  opened = builders.prepare(CUSTOM, source, splits=['train'], data_dir=tmp_path / 'tfds')['train']
-  labels = [transforms.decode_label(sample.label.read_bytes()) for sample in samples['train']]
-  assert set(opened.label_values) == {0, 1, 2, 3, 255}
-  for value, found in opened.label_values.items():
-    assert found.pixels == sum((label == value).sum() for label in labels)
-    assert found.first_file == samples['train'][0].label
-  builders.check_label_values(opened, num_classes=4)
-  builders.check_label_values(opened, num_classes=3, ignore_labels=(3,))
-  builders.check_label_values(opened, num_classes=3, reduce_zero_label=True)
-  pixels = opened.label_values[3].pixels
-  with pytest.raises(UserError) as error:
-    builders.check_label_values(opened, num_classes=3)
-  assert str(error.value) == (
-    f'Label value 3 ({pixels} pixels of custom-train, first in {samples["train"][0].label}) is '
-    'none of the 3 classes 0..2: add it to --config.data.ignore_labels, correct '
-    '--config.data.num_classes, or, where 0 means unlabelled and classes start at 1, set '
-    '--config.data.reduce_zero_label=True.'
-  )
-  with pytest.raises(UserError, match=r'none of the 2 classes 1\.\.2'):
-    builders.check_label_values(opened, num_classes=2, reduce_zero_label=True)

@@ -33,14 +33,19 @@ def files_below(folder: Path) -> list[Path]:
   Returns:
     The files' paths, sorted; none if there is no such folder.
   """
-  walk = folder.walk() if is_remote(folder) else os.walk(folder, followlinks=True)
-  names = sorted(
-    os.path.join(parent, name)
-    for parent, _, names in walk
-    for name in names
-    if not name.startswith('.')
-  )
-  return [as_path(name) for name in names]
+  if is_remote(folder):
+    found, pattern = [], '*'
+    while level := list(folder.glob(pattern)):  # folders among them do no harm
+      found += [path for path in level if not path.name.startswith('.')]
+      pattern = f'*/{pattern}'
+  else:
+    found = [
+      Path(parent, name)
+      for parent, _, names in os.walk(folder, followlinks=True)
+      for name in names
+      if not name.startswith('.')
+    ]
+  return sorted(found)
 
 
 def version_of(path: Path) -> tuple[int, int]:
@@ -50,7 +55,7 @@ def version_of(path: Path) -> tuple[int, int]:
     path: A path of `as_path`.
 
   Returns:
-    The size, and the time in the finest unit that its file system keeps.
+    The size, and the time in the finest unit that its file system tells; 0 where it does not.
   """
   stat = path.stat()
   return (stat.length, stat.mtime) if is_remote(path) else (stat.st_size, stat.st_mtime_ns)
