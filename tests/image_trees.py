@@ -57,7 +57,7 @@ def turn_into_sbd(root: Path) -> None:
 
 def write_sbd_label(path: Path, label: np.ndarray) -> None:
   """Writes a label map as SBD does: a struct with other fields beside Segmentation."""
-  fields = {'Segmentation': label, 'Boundaries': np.empty((20, 1), object), 'CategoriesPresent': 1}
+  fields = {'Segmentation': label, 'Boundaries': np.zeros((20, 1)), 'CategoriesPresent': 1}
   scipy.io.savemat(path, {'GTcls': fields}, do_compression=True)
 
 
