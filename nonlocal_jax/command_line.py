@@ -58,6 +58,7 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     values(['', *arguments])
     if config.value is None:
       raise UserError('--config=FILE is missing; configs/ holds those to choose from.')
+    _ = config.value.name  # raises where the file could not be loaded
     return config.value
 
 

@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import tempfile
+import types
 
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -73,10 +74,20 @@ def forget_flags() -> None:
 
 
 @pytest.fixture
-def converter(monkeypatch):
+def script(monkeypatch):
+  """Runs a module of scripts/ in this process; returns as `program`."""
+
+  def run(module: types.ModuleType, *arguments: object) -> tuple[object, str]:
+    program = functools.partial(run_program, module.main)
+    return run_in_process(monkeypatch, program, *arguments)
+
+  return run
+
+
+@pytest.fixture
+def converter(script):
   """Runs scripts/convert_checkpoint.py in this process; returns as `program`."""
-  run = functools.partial(run_program, convert_checkpoint.main)
-  return functools.partial(run_in_process, monkeypatch, run)
+  return functools.partial(script, convert_checkpoint)
 
 
 def run_in_process(monkeypatch, run, *arguments: object) -> tuple[object, str]:
