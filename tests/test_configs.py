@@ -1,6 +1,7 @@
 """The 16 published models: each number against mmsegmentation's own configs and model index."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -120,6 +121,35 @@ def test_dataset(name):
   dataset = dataset_of(config)
   assert dataset.num_classes == config.data.num_classes
   assert dataset.reduce_zero_label == config.data.reduce_zero_label == (name == 'ade20k')
+
+
+def test_other_classes_for_a_published_set():
+  config = read('cityscapes_r50')
+  config.data.label_map = (0, 0, 1)
+  config.data.ignore_labels = (2,)
+  dataset = dataset_of(config)
+  assert dataset.classes == ('road/sidewalk', 'building')
+  assert dataset.label_lookup[[0, 1, 2, 3]].tolist() == [0, 0, 255, 255]
+  assert architecture_of(config).num_classes == 2
+  config.data.classes = ('ground', 'house')
+  assert dataset_of(config).classes == ('ground', 'house')
+  config.data.num_classes = 3
+  with pytest.raises(UserError, match='num_classes is 3, but cityscapes has 2 classes'):
+    dataset_of(config)
+
+
+def test_custom_set_is_described_beside_its_images_and_by_the_config(tmp_path):
+  config = read('custom')
+  config.data.source_dir = str(tmp_path)
+  description = {'classes': ['sky', 'sea', 'ship'], 'ignore_labels': [7], 'reduce_zero_label': True}
+  (tmp_path / 'dataset.json').write_text(json.dumps(description))
+  assert architecture_of(config).num_classes == 3
+  dataset = dataset_of(config)
+  assert dataset.classes == ('sky', 'sea', 'ship')
+  assert dataset.label_lookup[[0, 1, 7, 8]].tolist() == [255, 0, 255, 7]
+  config.data.reduce_zero_label = False  # what the config says goes first
+  config.data.ignore_labels = (8,)
+  assert dataset_of(config).label_lookup[[0, 1, 7, 8]].tolist() == [0, 1, 7, 255]
 
 
 def test_there_are_sixteen_and_the_replaced_one():

@@ -10,9 +10,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import main
-from nonlocal_jax.data.datasets import Sample
+from nonlocal_jax.data.layouts import Sample
 from tests import peer
 from tests.image_trees import write_tree
 
@@ -34,7 +35,7 @@ def expected_scores(model, samples, *, box, num_classes, label_of) -> dict[str, 
   predictions, labels = [], []
   for sample in samples:
     image = cv2.imread(str(sample.image))
-    label = label_of(cv2.imread(str(sample.label), cv2.IMREAD_UNCHANGED))
+    label = label_of(np.array(Image.open(sample.label)))
     factor = min(max(box) / max(label.shape), min(box) / min(label.shape))
     height, width = (int(side * factor + 0.5) for side in label.shape)
     resized = cv2.resize(image, (width, height))[..., ::-1].astype(np.float32)
@@ -146,7 +147,10 @@ def test_published_configs_evaluate_as_the_original(
     (['--mode=eval'], '--mode=eval needs --checkpoint'),
     (['--checkpoint=x.pth'], '--checkpoint is for --mode=eval'),
     ([f'--config={ROOT}/configs/ade20k_r50.py:20k'], "no variant '20k' was published"),
-    ([f'--config={ROOT}/configs/ade20k_r50.py'], 'config.data.source_dir is not set'),
+    (
+      [f'--config={ROOT}/configs/ade20k_r50.py', '--config.data.data_dir=/nowhere'],
+      'ade20k-train was not prepared in /nowhere: give its folder as --config.data.source_dir=DIR',
+    ),
     (
       [f'--config={ROOT}/configs/demo.py', '--config.model.dept=50'],
       'has no such field: dept. Did you mean "depth"',
@@ -169,10 +173,25 @@ def test_published_configs_evaluate_as_the_original(
       custom(Path('/nowhere'), **{'data.num_classes': 3, 'data.ignore_labels': '(256,)'}),
       'data.ignore_labels is (256,); it must be from 0 to 255 each',
     ),
-    ([f'--config={ROOT}/configs/custom.py'], 'config.data.num_classes is not set'),
+    (
+      [f'--config={ROOT}/configs/custom.py'],
+      'The number of classes of dataset custom is not known',
+    ),
     (
       [f'--config={ROOT}/configs/custom.py', '--config.data.dataset=coco'],
-      'config.data.num_classes is not set',
+      "config.data.dataset is 'coco'; it must be one of cityscapes, ade20k, voc12aug, demo, custom",
+    ),
+    (
+      [f'--config={ROOT}/configs/ade20k_r50.py', '--config.data.reduce_zero_label=False'],
+      'config.data.reduce_zero_label is False, but the label files of ade20k are to be read with',
+    ),
+    (
+      [f'--config={ROOT}/configs/voc12aug_r50.py', '--config.data.classes=("a", "b")'],
+      'Dataset voc12aug has 2 class names but 21 colours: give one for each',
+    ),
+    (
+      [f'--config={ROOT}/configs/voc12aug_r50.py', '--config.data.label_map=(0, 2)'],
+      'leading to 0, 1, ... without a gap, or to 255 for none',
     ),
     (
       custom(Path('/nowhere'), **MATCHING),
