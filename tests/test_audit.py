@@ -274,6 +274,16 @@ def test_usual_mistakes(found, dataset, sentences):
   assert mistakes(found, dataset, split='x') == sentences
 
 
+def test_label_maps_without_an_image_are_told(tmp_path):
+  write_tree('custom', tmp_path / 'source')
+  (tmp_path / 'source/labels/val/lonely.png').write_bytes(b'')
+  opened = builders.prepare(CUSTOM, tmp_path / 'source', data_dir=tmp_path / 'tfds')
+  assert builders.check_split(opened['val'], CUSTOM) == [
+    '1 label maps of custom-val have no image.'
+  ]
+  assert not builders.check_split(opened['train'], CUSTOM)
+
+
 def test_other_sizes_than_the_published_are_told(tmp_path):
   write_tree('ade20k', tmp_path / 'source')
   dataset = datasets.PUBLISHED['ade20k']

@@ -44,6 +44,7 @@ def assert_same_batches(ours, theirs):
 def test_opened_split_is_a_sequence_that_travels(prepared):
   split = prepared['train']
   assert len(split) == 12
+  assert split.sizes == [transforms.decode_label(record['label']).shape for record in split]
   assert split[-1] == split[11] == pickle.loads(pickle.dumps(split))[11]
   with pytest.raises(IndexError):
     split[12]

@@ -26,11 +26,13 @@ class AuditedSample(NamedTuple):
   Attributes:
     image: The image file as it is.
     label: A PNG file of label values: as it is, or made of another kind of label file.
+    size: (height, width) of both.
     pixels: How often each label value occurs, (256,) int64.
   """
 
   image: bytes
   label: bytes
+  size: tuple[int, int]
   pixels: np.ndarray
 
 
@@ -68,7 +70,8 @@ def read_sample(sample: Sample) -> AuditedSample:
       f'{image_w}x{image_h}{" once turned as its EXIF orientation says" if turned else ""}: '
       'replace one of them.'
     )
-  return AuditedSample(image_bytes, label_bytes, np.bincount(label.ravel(), minlength=256))
+  pixels = np.bincount(label.ravel(), minlength=256)
+  return AuditedSample(image_bytes, label_bytes, label.shape, pixels)
 
 
 def _read(path: Path) -> bytes:

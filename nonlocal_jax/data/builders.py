@@ -25,7 +25,7 @@ from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 from nonlocal_jax.data.audit import AuditedSample, read_sample
 from nonlocal_jax.data.datasets import Dataset, Split
 from nonlocal_jax.data.label_values import LabelValue, check_label_values, usual_mistakes
-from nonlocal_jax.data.layouts import Sample, list_samples
+from nonlocal_jax.data.layouts import Listing, Sample, list_samples
 from nonlocal_jax.data.paths import as_path, is_remote, version_of
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.progress import progress_bar
@@ -43,8 +43,10 @@ class PreparedSplit(Sequence):
     name: Name of dataset and split, for messages.
     directory: Where the record files are.
     source: The folder that they were made from.
+    sizes: (height, width) of each sample.
     label_values: For each raw label value that occurs, its `LabelValue`.
     left_out: A sentence on each sample that was bad and left out.
+    unused_labels: Number of label maps without an image.
   """
 
   def __init__(self, name: str, directory: str | os.PathLike[str]):
@@ -64,7 +66,9 @@ class PreparedSplit(Sequence):
       self._size = info.splits.total_num_examples
       metadata = info.metadata
       self.source: str = metadata['source']
+      self.sizes: list[tuple[int, int]] = list(map(tuple, metadata['sizes']))
       self.left_out: list[str] = metadata['left_out']
+      self.unused_labels: int = metadata['unused_labels']
       self.label_values = {
         int(value): LabelValue(*found) for value, found in metadata['label_values'].items()
       }
@@ -165,6 +169,8 @@ def check_split(split: PreparedSplit, dataset: Dataset) -> list[str]:
     odd.append(f'{split.name} has {len(split):,} images; the published split has {published:,}.')
   if split.left_out:
     odd.append(f'{len(split.left_out):,} bad samples of {split.name} were left out.')
+  if split.unused_labels:
+    odd.append(f'{split.unused_labels:,} label maps of {split.name} have no image.')
   return odd + usual_mistakes(split.label_values, dataset, split=split.name)
 
 
@@ -203,10 +209,9 @@ def _prepare_split(
   with _quiet():
     builder = _Builder(
       name,
-      listing.samples,
+      listing,
       split=split,
       source=str(as_path(source_dir)),
-      left_out=listing.incomplete,
       skip_bad=skip_bad,
       config=config,
       data_dir=os.path.expanduser(data_dir) if data_dir else None,
@@ -243,19 +248,19 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
   def __init__(
     self,
     title: str,
-    samples: Sequence[Sample],
+    listing: Listing,
     *,
     split: Split,
     source: str,
-    left_out: Sequence[str],
     skip_bad: bool,
     **kwargs,
   ):
     self._title = title
-    self._samples = samples
+    self._samples = listing.samples
+    self._unused_labels = listing.unused_labels
     self._split = split
     self._source = source
-    self._bad = list(left_out)
+    self._bad = list(listing.incomplete)
     self._skip_bad = skip_bad
     self._on_sample = lambda: None
     super().__init__(file_format='array_record', **kwargs)
@@ -285,7 +290,12 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
         }
       ),
       metadata=tfds.core.MetadataDict(
-        source=self._source, left_out=[], label_values={}, record_files={}
+        source=self._source,
+        unused_labels=self._unused_labels,
+        sizes=[],
+        left_out=[],
+        label_values={},
+        record_files={},
       ),
       disable_shuffling=True,
     )
@@ -306,6 +316,7 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
           self._bad.append(audited)
           continue
         sample = self._samples[index]
+        self.info.metadata['sizes'].append(audited.size)
         for value in np.flatnonzero(audited.pixels).tolist():
           pixels, first_file = label_values.get(value, (0, str(sample.label)))
           label_values[value] = (pixels + int(audited.pixels[value]), first_file)

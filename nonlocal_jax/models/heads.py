@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nonlocal_jax.models.layers import ConvNorm, conv
+from nonlocal_jax.models.layers import ConvNorm, clear_outside, conv
 from nonlocal_jax.models.non_local import NonLocalBlock
 
 
@@ -46,13 +46,22 @@ class NonLocalHead(nnx.Module):
     self.conv_seg = classifier(channels, num_classes, rngs=rngs)
 
   def __call__(
-    self, features: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
+    self,
+    features: jax.Array,
+    *,
+    train: bool = False,
+    rngs: nnx.Rngs | None = None,
+    sizes: jax.Array | None = None,
   ) -> jax.Array:
-    """(n, h, w, in_channels) -> (n, h, w, num_classes); in training `rngs` drops channels."""
+    """(n, h, w, in_channels) -> (n, h, w, num_classes); in training `rngs` drops channels.
+
+    What lies in the padding that `sizes` tells of (see `layers.inside`) does not matter.
+    """
+    features = clear_outside(features, sizes)
     x = self.convs[0](features, train=train)
     if self.nl_block is not None:
-      x = self.nl_block(x, train=train)
-    x = self.convs[1](x, train=train)
+      x = self.nl_block(x, train=train, sizes=sizes)
+    x = clear_outside(self.convs[1](clear_outside(x, sizes), train=train), sizes)
     x = self.conv_cat(jnp.concatenate([features, x], axis=-1), train=train)
     return self.conv_seg(self.dropout(x, deterministic=not train, rngs=rngs))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv
+from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv, inside
 
 Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
 
@@ -93,20 +93,42 @@ class NonLocalBlock(nnx.Module):
       rngs=rngs,
     )
 
-  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """(n, h, w, channels) float32 -> the same shape."""
+  def __call__(
+    self, x: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
+  ) -> jax.Array:
+    """Adds to each position what it draws from all others.
+
+    Args:
+      x: (n, h, w, channels) float32.
+      train: Whether batch normalisation uses and folds in the batch's statistics.
+      sizes: (n, 2) integers, at least 1, height and width of each image without the padding at its
+        bottom and right (at least 2 with `sub_sample`); positions in the padding then give nothing
+        to the others. None for no padding.
+
+    Returns:
+      The same shape.
+    """
     pool = (lambda y: nnx.max_pool(y, (2, 2), (2, 2))) if self.sub_sample else (lambda y: y)
     queries = _positions(x if self.theta is None else self.theta(x))
     keys = _positions(pool(x if self.phi is None else self.phi(x)))
-    values = _positions(pool(self.g(x)))
-    y = self._aggregate(queries, keys, values)
+    values = pool(self.g(x))
+    present = None
+    if sizes is not None:
+      present = inside(sizes // 2 if self.sub_sample else sizes, values.shape[1:3])
+      present = present.reshape(len(present), -1)
+    y = self._aggregate(queries, keys, _positions(values), present)
     y = self.conv_out(y.reshape(*x.shape[:-1], y.shape[-1]))
     return x + (y if self.bn is None else self.bn(y, train=train))
 
-  def _aggregate(self, queries: jax.Array, keys: jax.Array, values: jax.Array) -> jax.Array:
-    """Queries (n, q, d), keys (n, k, d), values (n, k, e) -> (n, q, e)."""
+  def _aggregate(
+    self, queries: jax.Array, keys: jax.Array, values: jax.Array, present: jax.Array | None
+  ) -> jax.Array:
+    """Queries (n, q, d), keys (n, k, d), values (n, k, e), present (n, k) -> (n, q, e)."""
     n, num_keys, channels = keys.shape
     block = self.query_block or max(MAX_PAIRWISE_WEIGHTS // (n * num_keys), 1)
+    if present is not None:
+      values = jnp.where(present[..., None], values, 0)
+      num_keys = present.sum(axis=1)[:, None, None]
     if self.mode == 'dot_product':
       # Associativity: (theta phi^T) g = theta (phi^T g), which needs no pairwise matrix at all.
       return queries @ (jnp.swapaxes(keys, 1, 2) @ values / num_keys)
@@ -124,7 +146,10 @@ class NonLocalBlock(nnx.Module):
     transposed_keys = jnp.swapaxes(keys, 1, 2)
 
     def from_softmax(block_queries: jax.Array) -> jax.Array:
-      return jax.nn.softmax(block_queries * scale @ transposed_keys, axis=-1) @ values
+      scores = block_queries * scale @ transposed_keys
+      if present is not None:
+        scores = jnp.where(present[:, None], scores, -jnp.inf)
+      return jax.nn.softmax(scores, axis=-1) @ values
 
     return over_query_blocks(from_softmax, queries, block)
 

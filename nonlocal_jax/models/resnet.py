@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from nonlocal_jax.models.layers import BatchNorm, ConvNorm, conv
+from nonlocal_jax.models.layers import BatchNorm, ConvNorm, clear_outside, conv, strided_sizes
 
 STAGE_BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 STAGE_STRIDES = (1, 2, 1, 1)
@@ -19,6 +19,7 @@ class Bottleneck(nnx.Module):
   ):
     """Makes a block from `in_channels` to `4 * planes`; where sizes differ, it projects."""
     out_channels = EXPANSION * planes
+    self.stride = stride
     self.conv1 = conv(in_channels, planes, 1, rngs=rngs)
     self.bn1 = BatchNorm(planes)
     self.conv2 = conv(planes, planes, 3, stride=stride, dilation=dilation, rngs=rngs)
@@ -33,11 +34,16 @@ class Bottleneck(nnx.Module):
       else None
     )
 
-  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """(n, h, w, in_channels) -> (n, ceil(h / stride), ceil(w / stride), 4 * planes)."""
+  def __call__(
+    self, x: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
+  ) -> jax.Array:
+    """(n, h, w, in_channels) -> (n, ceil(h / stride), ceil(w / stride), 4 * planes).
+
+    What lies in the padding that `sizes` tells of (see `layers.inside`) does not matter.
+    """
     shortcut = x if self.downsample is None else self.downsample(x, train=train)
     x = jax.nn.relu(self.bn1(self.conv1(x), train=train))
-    x = jax.nn.relu(self.bn2(self.conv2(x), train=train))
+    x = jax.nn.relu(self.bn2(self.conv2(clear_outside(x, sizes)), train=train))
     return jax.nn.relu(self.bn3(self.conv3(x), train=train) + shortcut)
 
 
@@ -78,24 +84,32 @@ class ResNet(nnx.Module):
       stages.append(nnx.List(blocks))
     self.layer1, self.layer2, self.layer3, self.layer4 = stages
 
-  def __call__(self, images: jax.Array, *, train: bool = False) -> tuple[jax.Array, jax.Array]:
+  def __call__(
+    self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array]:
     """Extracts features.
 
     Args:
       images: (n, h, w, 3) float32, normalised RGB.
       train: Whether batch normalisation uses and folds in the batch's statistics.
+      sizes: (n, 2) integers, see `layers.inside`: the features of each image are then those of the
+        image without padding; what they are in the padding has no meaning.
 
     Returns:
       Features of stages 3 and 4: (n, ceil(h / 8), ceil(w / 8), 16 * width) and the same with 32 *
       width channels.
     """
-    x = images
-    for layer in self.stem:
-      x = layer(x, train=train)
-    x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    x = self.stem[0](clear_outside(images, sizes), train=train)
+    sizes = strided_sizes(sizes, 2)
+    for layer in (self.stem[1], self.stem[2]):
+      x = layer(clear_outside(x, sizes), train=train)
+    # After a ReLU zero is as good as the -inf that a pooling pads with.
+    x = nnx.max_pool(clear_outside(x, sizes), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    sizes = strided_sizes(sizes, 2)
     features = []
     for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
       for block in stage:
-        x = block(x, train=train)
+        x = block(x, train=train, sizes=sizes)
+        sizes = strided_sizes(sizes, block.stride)
       features.append(x)
     return features[2], features[3]

@@ -6,12 +6,13 @@ import numpy as np
 from flax import nnx
 
 from nonlocal_jax.models.heads import AuxiliaryHead, NonLocalHead
-from nonlocal_jax.models.layers import resize_bilinear
+from nonlocal_jax.models.layers import clear_outside, resize_bilinear, strided_sizes
 from nonlocal_jax.models.resnet import STAGE_BLOCKS, ResNet
 
 # ImageNet statistics of RGB in [0, 255], the `data_preprocessor` of the released models.
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
+OUTPUT_STRIDE = 8  # of the backbone
 
 
 class NonLocalNet(nnx.Module):
@@ -84,10 +85,19 @@ class NonLocalNet(nnx.Module):
     """
     return self.upsample(self.encode_decode(images), images.shape[1:3])
 
-  def encode_decode(self, images: jax.Array) -> jax.Array:
-    """Logits at stride 8: (n, h, w, 3) -> (n, ceil(h / 8), ceil(w / 8), num_classes)."""
-    _, features = self.backbone(images)
-    return self.decode_head(features)
+  def encode_decode(self, images: jax.Array, *, sizes: jax.Array | None = None) -> jax.Array:
+    """Logits at stride 8.
+
+    Args:
+      images: (n, h, w, 3) float32, normalised RGB.
+      sizes: (n, 2) integers, height and width of each image without the padding at its bottom and
+        right, which has then no influence; None for no padding.
+
+    Returns:
+      (n, ceil(h / 8), ceil(w / 8), num_classes) float32; without meaning in the padding.
+    """
+    _, features = self.backbone(images, sizes=sizes)
+    return self.decode_head(features, sizes=strided_sizes(sizes, OUTPUT_STRIDE))
 
   def training_logits(self, images: jax.Array, *, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
     """Logits of both heads at stride 8 in training mode; updates the running statistics.
@@ -120,12 +130,7 @@ def normalize(images: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
   Returns:
     (n, h, w, 3) float32.
   """
-  _, height, width, _ = images.shape
   # A product with the reciprocal, as mmcv's `imnormalize`: the same bits compiled or not.
   reciprocal = (1 / np.asarray(STD)).astype(np.float32)
   normalized = (images.astype(jnp.float32) - np.asarray(MEAN, np.float32)) * reciprocal
-  if sizes is None:
-    return normalized
-  rows = jnp.arange(height)[None, :, None, None] < sizes[:, 0, None, None, None]
-  columns = jnp.arange(width)[None, None, :, None] < sizes[:, 1, None, None, None]
-  return jnp.where(rows & columns, normalized, 0.0)
+  return clear_outside(normalized, sizes)
