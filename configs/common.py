@@ -71,6 +71,12 @@ def base_config() -> ConfigDict:
   config.eval.scale = (2048, 512)
   config.eval.window_crop = ()  # (height, width) of sliding windows; empty: the whole image at once
   config.eval.window_stride = ()
+  config.eval.protocol = 'v0'  # the published numbers' own; v1: mmsegmentation 1.x
+  config.eval.multi_scale_flip = False  # mean over six sizes, plain and mirrored
+  # Small images in windows: True pads them to the window, False takes a smaller one; None: v0 pads.
+  config.eval.pad_windows = config_dict.placeholder(bool)
+  config.eval.batch_size = 1  # images at once on each device
+  config.eval.shapes = 4  # padded shapes that images of all sizes share; each compiles once
   config.eval.precision = 'highest'
   config.eval.every = 2_000
 
@@ -140,6 +146,7 @@ def check_values(config: ConfigDict) -> None:
     UserError: If a value is out of its range; the message names its key.
   """
   counts = ('train.steps', 'train.batch_size', 'train.log_every', 'eval.every', 'checkpoint.every')
+  counts += ('eval.batch_size', 'eval.shapes')
   pairs = ('train.scale', 'train.crop', 'train.ratio_range', 'eval.scale')
   windows = ('eval.window_crop', 'eval.window_stride')
   for key in (*counts, 'checkpoint.keep', 'model.width'):
@@ -149,6 +156,7 @@ def check_values(config: ConfigDict) -> None:
     _expect(len(value) == 2 and min(value) > 0, config, key, 'two positive numbers')
   both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
   _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
+  _expect(config.eval.protocol in ('v0', 'v1'), config, 'eval.protocol', 'v0 or v1')
   if config.data.num_classes is not None:
     _expect(2 <= config.data.num_classes <= 255, config, 'data.num_classes', 'from 2 to 255')
   for key in ('data.ignore_labels', 'data.label_map'):

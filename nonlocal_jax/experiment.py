@@ -1,4 +1,4 @@
-"""What a config describes: the dataset and its prepared splits, the network, the test windows."""
+"""What a config describes: the dataset and its prepared splits, the network, how to test."""
 
 import dataclasses
 import sys
@@ -19,7 +19,7 @@ from nonlocal_jax.data.datasets import (
 )
 from nonlocal_jax.data.loader import TrainIterator, train_batches
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.evaluation.inference import Windows
+from nonlocal_jax.evaluation.protocol import Protocol, Windows
 from nonlocal_jax.weights.torch_names import Architecture
 
 _OF_THE_DATASET = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
@@ -86,11 +86,18 @@ def architecture_of(config: ConfigDict) -> Architecture:
   )
 
 
-def windows_of(config: ConfigDict) -> Windows | None:
-  """The sliding windows of a config, None for whole images."""
-  if not config.eval.window_crop:
-    return None
-  return Windows(tuple(config.eval.window_crop), tuple(config.eval.window_stride))
+def protocol_of(config: ConfigDict) -> Protocol:
+  """How a config tests images."""
+  windows = None
+  if config.eval.window_crop:
+    windows = Windows(tuple(config.eval.window_crop), tuple(config.eval.window_stride))
+  return Protocol.of_version(
+    config.eval.protocol,
+    scale=tuple(config.eval.scale),
+    windows=windows,
+    multi_scale_flip=config.eval.multi_scale_flip,
+    pad_windows=config.eval.pad_windows,
+  )
 
 
 def open_splits(

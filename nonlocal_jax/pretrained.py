@@ -1,6 +1,5 @@
 """Trained networks in Python: `model = nonlocal_jax.load(PATH)`, `model.predict(image)`."""
 
-import functools
 import os
 from pathlib import Path
 
@@ -8,8 +7,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nonlocal_jax.data.transforms import resize_image
-from nonlocal_jax.evaluation.inference import Windows, predict_labels
+from nonlocal_jax.data.transforms import IGNORE, resize_to
+from nonlocal_jax.evaluation.buckets import Shape
+from nonlocal_jax.evaluation.inference import Predictor
+from nonlocal_jax.evaluation.protocol import Protocol, Windows
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
@@ -33,8 +34,11 @@ def load(path: str | os.PathLike[str], *, align_corners: bool | None = None) -> 
   return PretrainedModel(*read_weights(Path(path), align_corners=align_corners))
 
 
+_SHAPE_MULTIPLE = 128
+
+
 class PretrainedModel:
-  """A network with trained weights. Compiles once for each size of image that it meets.
+  """A network with trained weights. Images of nearly the same size share a compiled program.
 
   Attributes:
     description: What is known about it: architecture, classes, colours, test scale.
@@ -48,27 +52,26 @@ class PretrainedModel:
       state: Parameters and running statistics.
     """
     self.description = description
-    self._state = jax.device_put(state)
+    self._state = jax.device_put(state, jax.local_devices()[0])
     self._graphdef = nnx.graphdef(
       description.architecture.abstract(align_corners=description.align_corners)
     )
     windows = None
     if description.window_crop and description.window_stride:
       windows = Windows(description.window_crop, description.window_stride)
+    self._predictor = Predictor(
+      self._graphdef,
+      Protocol.of_version('v0', scale=description.test_scale, windows=windows),
+      num_classes=description.architecture.num_classes,
+      align_corners=description.align_corners,
+    )
 
     @jax.jit
     @jax.default_matmul_precision('highest')
     def logits(state: nnx.State, images: jax.Array) -> jax.Array:
       return nnx.merge(self._graphdef, state)(images)
 
-    @functools.partial(jax.jit, static_argnames='size')
-    @jax.default_matmul_precision('highest')
-    def labels(state: nnx.State, image: jax.Array, size: tuple[int, int]) -> jax.Array:
-      model = nnx.merge(self._graphdef, state)
-      return predict_labels(model, image[None], size=size, windows=windows)[0]
-
     self._logits = logits
-    self._labels = labels
 
   @property
   def classes(self) -> tuple[str, ...]:
@@ -95,9 +98,12 @@ class PretrainedModel:
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
       raise ValueError(f'image is {image.shape} {image.dtype}, expected (h, w, 3) uint8 RGB')
     size = image.shape[:2]
-    if self.description.test_scale is not None:
-      image = resize_image(image, self.description.test_scale)
-    return np.asarray(self._labels(self._state, image, size=size))
+    protocol = self._predictor.protocol
+    views = [resize_to(image, view.size) for view in protocol.views(size)]
+    shape = Shape.of_image(size, protocol).rounded_up(_SHAPE_MULTIPLE)
+    nothing = np.full(size, IGNORE, np.uint8)  # the label map of a prediction that is not scored
+    prediction = self._predictor(self._state, shape, [views], [nothing])
+    return np.asarray(prediction.labels)[0, : size[0], : size[1]].astype(np.int32)
 
   def logits(self, images: np.ndarray | jax.Array) -> jax.Array:
     """Logits of whole images at their own size.

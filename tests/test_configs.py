@@ -12,7 +12,7 @@ from flax import nnx
 from configs.common import variant_name
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.experiment import architecture_of, dataset_of, windows_of
+from nonlocal_jax.experiment import architecture_of, dataset_of, protocol_of
 from nonlocal_jax.weights.released import RELEASED, released_model, released_model_of_file
 from tests import peer
 
@@ -95,7 +95,7 @@ def test_recipe(model):
 
   (test_resize,) = (t for t in theirs.test_pipeline if t['type'] == 'Resize')
   assert ours.eval.scale == test_resize.scale
-  test, windows = theirs.model.test_cfg, windows_of(ours)
+  test, windows = theirs.model.test_cfg, protocol_of(ours).windows
   if test.mode == 'whole':
     assert windows is None
   else:

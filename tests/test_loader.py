@@ -143,54 +143,18 @@ def test_far_states_are_reached_at_once(prepared):
   assert batches.get_state() == {'next_batch': 10**9 + 1}
 
 
-def test_eval_batches_come_in_order_with_labels_of_their_own_size(prepared):
+def test_eval_batches_are_the_views_and_the_label_as_it_is(prepared):
   split, lookup = prepared['train'], transforms.label_lookup(ignore_labels=(0,))
-  batches = list(loader.eval_batches(split, scale=(20, 20), label_lookup=lookup))
-  assert [batch['id'].item() for batch in batches] == [record['id'] for record in split]
-  for batch, record in zip(batches, split, strict=True):
-    image = transforms.decode_image(record['image'])
-    np.testing.assert_array_equal(batch['image'][0], transforms.resize_image(image, (20, 20)))
-    label = transforms.decode_label(record['label'])
-    np.testing.assert_array_equal(batch['label'][0], np.where(label == 0, 255, label))
-    assert batch['valid'].all()
-  (unscaled,) = loader.eval_batches(
-    split, scale=None, batch_size=3, process_index=1, process_count=5
-  )
-  np.testing.assert_array_equal(unscaled['size'], unscaled['label_size'])
+  batches = [[3, 0], [], [11]]
 
+  def view_sizes(size):
+    return [(20, 30), size]
 
-@pytest.mark.parametrize(('batch_size', 'process_count'), [(5, 1), (1, 5), (2, 4), (3, 2), (12, 3)])
-def test_final_eval_batches_are_padded_and_masked(batch_size, process_count, prepared):
-  split = prepared['train']
-  seen, lengths = [], set()
-  for process in range(process_count):
-    batches = list(
-      loader.eval_batches(
-        split,
-        scale=(30, 20),
-        batch_size=batch_size,
-        process_index=process,
-        process_count=process_count,
-      )
-    )
-    lengths.add(len(batches))
-    for batch in batches:
-      assert all(len(value) == batch_size for value in batch.values())
-      for index, valid in enumerate(batch['valid']):
-        image, label = batch['image'][index], batch['label'][index]
-        (h, w), (label_h, label_w) = batch['size'][index], batch['label_size'][index]
-        assert not image[h:].any()
-        assert not image[:, w:].any()
-        assert (label[label_h:] == 255).all()
-        assert (label[:, label_w:] == 255).all()
-        if not valid:
-          assert (label == 255).all()
-          continue
-        record = next(record for record in split if record['id'] == batch['id'][index])
-        seen.append(record['id'])
-        whole = transforms.resize_image(transforms.decode_image(record['image']), (30, 20))
-        np.testing.assert_array_equal(image[:h, :w], whole)
-        decoded = transforms.decode_label(record['label'])
-        np.testing.assert_array_equal(label[:label_h, :label_w], decoded)
-  assert lengths == {-(-12 // (batch_size * process_count))}
-  assert sorted(seen) == sorted(record['id'] for record in split)
+  found = list(loader.eval_batches(split, batches, view_sizes=view_sizes, label_lookup=lookup))
+  assert [[sample.index for sample in batch] for batch in found] == batches
+  for sample in (sample for batch in found for sample in batch):
+    image = transforms.decode_image(split[sample.index]['image'])
+    np.testing.assert_array_equal(sample.views[0], transforms.resize_to(image, (20, 30)))
+    np.testing.assert_array_equal(sample.views[1], image)
+    label = transforms.decode_label(split[sample.index]['label'])
+    np.testing.assert_array_equal(sample.label, np.where(label == 0, 255, label))

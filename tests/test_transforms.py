@@ -266,16 +266,6 @@ def test_train_sample_with_everything_off_only_pads():
   np.testing.assert_array_equal(sample['label'][:h, :w], label)
 
 
-def test_eval_sample_is_the_test_pipeline():
-  for seed in CASES:
-    image, label, _ = draw_sample(seed)
-    ours = transforms.eval_sample(image, label, scale=(200, 100))
-    theirs = peers.Resize(scale=(200, 100), keep_ratio=True)(peer_sample(image, label))
-    np.testing.assert_array_equal(ours['image'], theirs['img'][..., ::-1])
-    np.testing.assert_array_equal(ours['label'], label)
-  assert transforms.eval_sample(image, label, scale=None)['image'] is image
-
-
 def test_normalize_and_padding_on_the_device_are_the_preprocessors():
   """`SegDataPreProcessor`: BGR to RGB, normalised, padded with 0; to the last bit but one."""
   structures = mmseg_module('mmseg.structures')

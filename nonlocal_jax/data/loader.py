@@ -6,8 +6,8 @@ A source is any sequence of `{'id': str, 'image': bytes, 'label': bytes}`, such 
 
 import os
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import cv2
 import grain
@@ -163,77 +163,53 @@ def train_batches(
   return TrainIterator(batches, num_workers=num_workers, num_threads=num_threads)
 
 
+class EvalSample(NamedTuple):
+  """A sample as it is tested.
+
+  Attributes:
+    index: Its place in the source.
+    views: The image at each size that it is tested at, (h', w', 3) uint8 RGB.
+    label: (h, w) uint8, as in its file but for the lookup.
+  """
+
+  index: int
+  views: list[np.ndarray]
+  label: np.ndarray
+
+
 def eval_batches(
   source: Source,
+  batches: Sequence[Sequence[int]],
   *,
-  scale: tuple[int, int] | None,
-  batch_size: int = 1,
+  view_sizes: Callable[[tuple[int, int]], Sequence[tuple[int, int]]],
   label_lookup: np.ndarray | None = None,
-  process_index: int = 0,
-  process_count: int = 1,
   num_threads: int | None = None,
-) -> Iterator[dict[str, Any]]:
-  """Decodes and scales the samples of a source once, in order, a few batches ahead of the reader.
-
-  Every process gets the same number of batches, all of them full: what is lacking is filled up with
-  copies of the last sample whose labels are all 255, so that they count nowhere.
+) -> Iterator[list[EvalSample]]:
+  """Decodes and scales the samples of batches, a few batches ahead of the reader.
 
   Args:
-    source: Encoded samples, at least one.
-    scale: See `transforms.eval_sample`.
-    batch_size: Samples in a batch of one process.
+    source: Encoded samples.
+    batches: The indices of each batch; a batch may be empty.
+    view_sizes: From an image's (h, w) to the (h', w') at which it is tested.
     label_lookup: See `transforms.label_lookup`; None where label files hold class indices.
-    process_index: This process.
-    process_count: How many processes share the samples; process p of P gets p, p + P, ...
     num_threads: Decoding threads; None for one per core.
 
   Returns:
-    An iterator over dicts, where n is `batch_size`: `id` (n,) str; `image` (n, H, W, 3) uint8,
-    padded at the bottom and right with 0 to the largest of the batch; `size` (n, 2) int32, the (h,
-    w) before padding; `label` (n, H', W') uint8, in the files' own sizes, padded likewise with 255;
-    `label_size` (n, 2) int32; `valid` (n,) bool, whether it is a sample and no copy.
+    An iterator over the samples of each batch.
   """
-  last = len(source) - 1
 
-  def load(index: int) -> dict[str, Any]:
-    record = source[min(index, last)]
-    sample = transforms.eval_sample(*_decode(record, label_lookup), scale=scale)
-    if index > last:
-      sample['label'] = np.full_like(sample['label'], transforms.IGNORE)
-    return {'id': record['id'], 'valid': index <= last, **sample}
+  def load(number: int) -> list[EvalSample]:
+    return [load_sample(index) for index in batches[number]]
+
+  def load_sample(index: int) -> EvalSample:
+    image, label = _decode(source[index], label_lookup)
+    views = [transforms.resize_to(image, size) for size in view_sizes(image.shape[:2])]
+    return EvalSample(index, views, label)
 
   _use_one_thread_in_opencv()
   num_threads = num_threads or _num_cores()
-  rounds = -(-len(source) // (batch_size * process_count))
-  batches = (
-    grain.MapDataset.range(process_index, rounds * batch_size * process_count, process_count)
-    .map(load)
-    .batch(batch_size, batch_fn=_padded_together)
-  )
-  return iter(
-    batches.to_iter_dataset(grain.ReadOptions(num_threads, prefetch_buffer_size=2 * num_threads))
-  )
-
-
-def _padded_together(samples: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-  images, labels = ([sample[key] for sample in samples] for key in ('image', 'label'))
-  return {
-    'id': np.array([sample['id'] for sample in samples]),
-    'image': _stack(images, fill=0),
-    'size': np.array([image.shape[:2] for image in images], np.int32),
-    'label': _stack(labels, fill=transforms.IGNORE),
-    'label_size': np.array([label.shape for label in labels], np.int32),
-    'valid': np.array([sample['valid'] for sample in samples]),
-  }
-
-
-def _stack(arrays: Sequence[np.ndarray], *, fill: int) -> np.ndarray:
-  """Stacks uint8 arrays (h, w, ...), padded at the bottom and right to the largest h and w."""
-  sides = np.max([array.shape[:2] for array in arrays], axis=0)
-  stacked = np.full((len(arrays), *sides, *arrays[0].shape[2:]), fill, np.uint8)
-  for place, array in zip(stacked, arrays, strict=True):
-    place[: array.shape[0], : array.shape[1]] = array
-  return stacked
+  loaded = grain.MapDataset.range(len(batches)).map(load)
+  return iter(loaded.to_iter_dataset(grain.ReadOptions(num_threads, num_threads)))
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:

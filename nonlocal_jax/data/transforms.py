@@ -62,22 +62,6 @@ def train_sample(
   return {'image': image, 'label': label, 'size': size}
 
 
-def eval_sample(
-  image: np.ndarray, label: np.ndarray, *, scale: tuple[int, int] | None
-) -> dict[str, np.ndarray]:
-  """Prepares one sample for single-scale evaluation (mmseg's `test_pipeline`).
-
-  Args:
-    image: (h, w, 3) uint8.
-    label: (h, w) uint8.
-    scale: Box that the image is scaled into, see `rescaled_size`; None for its size.
-
-  Returns:
-    `image` (h', w', 3) uint8, and `label` as it was: predictions are resized to it.
-  """
-  return {'image': image if scale is None else resize_image(image, scale), 'label': label}
-
-
 def decode_image(data: bytes) -> np.ndarray:
   """Decodes an image file, EXIF orientation applied (mmseg `LoadImageFromFile`, but RGB).
 
@@ -176,8 +160,20 @@ def resize_image(image: np.ndarray, box: tuple[int, int]) -> np.ndarray:
   Returns:
     (h', w', 3) uint8.
   """
-  h, w = rescaled_size(image.shape[:2], box)
-  return cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR)
+  return resize_to(image, rescaled_size(image.shape[:2], box))
+
+
+def resize_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Resizes an image, bilinearly (mmcv `imresize`).
+
+  Args:
+    image: (h, w, 3) uint8.
+    size: (h', w').
+
+  Returns:
+    (h', w', 3) uint8.
+  """
+  return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
 
 
 def resize_label(label: np.ndarray, box: tuple[int, int]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A few shapes for images of any size: each shape is compiled once, images are padded to it."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Self
 
 import numpy as np
@@ -33,10 +33,12 @@ class Shape:
   Attributes:
     result: (height, width) of the prediction.
     views: One for each ratio of the protocol.
+    padded: Whether there may be more room than an image needs.
   """
 
   result: Size
   views: tuple[ViewShape, ...]
+  padded: bool = True
 
   @classmethod
   def of_image(cls, size: Size, protocol: Protocol) -> Self:
@@ -45,16 +47,17 @@ class Shape:
     return cls(
       size,
       tuple(ViewShape(view.network, (len(view.tops), len(view.lefts))) for view in views),
+      padded=False,
     )
 
-  def rounded_up(self, multiple: int) -> Self:
+  def rounded_up(self, multiple: int) -> 'Shape':
     """Room with sides that are multiples, so that images of nearly the same size share it."""
 
     def up(size: Size) -> Size:
       return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
 
     views = tuple(dataclasses.replace(view, network=up(view.network)) for view in self.views)
-    return dataclasses.replace(self, result=up(self.result), views=views)
+    return Shape(up(self.result), views)
 
   def _as_vector(self) -> list[int]:
     return [*self.result, *(side for v in self.views for side in (*v.network, *v.windows))]
@@ -80,7 +83,7 @@ def shapes_for(sizes: Iterable[Size], protocol: Protocol, *, most: int) -> dict[
     most: Most shapes to have.
 
   Returns:
-    The shape for each size. If all images are of one size, it is theirs.
+    The shape for each size; their views have at most `2 * most` different network inputs. If all images are of one size, it is theirs.
   """
   counts: dict[Size, int] = {}
   for size in sizes:
@@ -95,22 +98,59 @@ def shapes_for(sizes: Iterable[Size], protocol: Protocol, *, most: int) -> dict[
   number = np.zeros(len(candidates))
   for size, shape in shape_of.items():
     number[place[shape]] += counts[size]
-  vectors, group_of = _merge(np.array([c._as_vector() for c in candidates]), number, most)
-  merged = [Shape._of_vector(vector) for vector in vectors.tolist()]
-  return {size: merged[group_of[place[shape]]] for size, shape in shape_of.items()}
+  vectors, group_of = _merge(
+    np.array([c._as_vector() for c in candidates]), number, most=most, cost=_cost
+  )
+  number = np.bincount(group_of, weights=number)
+  merged = _sharing_networks(
+    [Shape._of_vector(vector) for vector in vectors.tolist()], number, most=2 * most
+  )
+  chosen = {size: merged[group_of[place[shape]]] for size, shape in shape_of.items()}
+  padded = {shape for size, shape in chosen.items() if exact[size].views != shape.views}
+  return {
+    size: dataclasses.replace(shape, padded=shape in padded) for size, shape in chosen.items()
+  }
 
 
-def _merge(vectors: np.ndarray, number: np.ndarray, most: int) -> tuple[np.ndarray, list[int]]:
-  """Merged vectors, and which of them each vector went into."""
-  vectors, members = vectors.copy(), [[index] for index in range(len(vectors))]
+def _sharing_networks(shapes: list[Shape], number: np.ndarray, *, most: int) -> list[Shape]:
+  """Makes network inputs of different shapes and views alike until there are few."""
+  uses = [
+    (view.network, n) for shape, n in zip(shapes, number, strict=True) for view in shape.views
+  ]
+  networks = list(dict.fromkeys(network for network, _ in uses))
+  weights = [sum(n for used, n in uses if used == network) for network in networks]
+  merged, group_of = _merge(
+    np.array(networks), np.array(weights), most=most, cost=lambda sides: sides.prod(axis=-1)
+  )
+  common = {
+    network: (int(merged[group][0]), int(merged[group][1]))
+    for network, group in zip(networks, group_of, strict=True)
+  }
+  return [
+    dataclasses.replace(
+      shape,
+      views=tuple(dataclasses.replace(v, network=common[v.network]) for v in shape.views),
+    )
+    for shape in shapes
+  ]
+
+
+def _merge(
+  vectors: np.ndarray,
+  number: np.ndarray,
+  *,
+  most: int,
+  cost: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, list[int]]:
+  """Merges vectors, each there `number` times, until there are few; says which went where."""
+  vectors, number = vectors.copy(), number.astype(np.float64)
+  members = [[index] for index in range(len(vectors))]
   alive = np.ones(len(vectors), bool)
   dearer = np.full((len(vectors), len(vectors)), np.inf)
 
   def update(index: int) -> None:
-    together = _cost(np.maximum(vectors, vectors[index]))
-    added = number * (together - _cost(vectors)) + number[index] * (
-      together - _cost(vectors[index])
-    )
+    together = cost(np.maximum(vectors, vectors[index]))
+    added = number * (together - cost(vectors)) + number[index] * (together - cost(vectors[index]))
     added = np.where(alive, added, np.inf)
     added[index] = np.inf
     dearer[index], dearer[:, index] = added, added

@@ -4,28 +4,33 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nonlocal_jax.data.builders import PreparedSplit
 from nonlocal_jax.data.datasets import Dataset
-from nonlocal_jax.data.loader import eval_batches
+from nonlocal_jax.data.loader import EvalSample, eval_batches
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.evaluation.inference import Windows, predict_labels
-from nonlocal_jax.evaluation.metrics import Scores, confusion_matrix, scores
+from nonlocal_jax.evaluation.buckets import Shape, shapes_for
+from nonlocal_jax.evaluation.inference import Prediction, Predictor
+from nonlocal_jax.evaluation.metrics import Scores, scores
 from nonlocal_jax.evaluation.pictures import write_comparison
-from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, windows_of
+from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, protocol_of
+from nonlocal_jax.parallel import data_mesh, replicated
 from nonlocal_jax.progress import progress_bar
 from nonlocal_jax.weights.loading import read_weights
 
 METRICS = 'metrics.json'
 PICTURE = 'predictions.png'
 _EXAMPLES = 4
+T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,72 +49,127 @@ class Evaluation:
 
 
 class Evaluator:
-  """Evaluates a network on one split; compiles once for each size of image."""
+  """Evaluates a network on one split, on all devices of all processes.
+
+  Each image is counted once, whatever their number. Images of any size share a few shapes, each of
+  which is compiled once.
+  """
 
   def __init__(
     self,
-    graphdef: nnx.GraphDef,
+    predictor: Predictor,
     split: PreparedSplit,
     *,
     num_classes: int,
     label_lookup: np.ndarray,
-    scale: tuple[int, int] | None,
-    windows: Windows | None = None,
-    precision: str = 'highest',
+    batch_size: int,
+    most_shapes: int,
   ):
-    """Prepares the evaluation.
+    """Plans the evaluation.
 
     Args:
-      graphdef: Static part of the network.
+      predictor: How to predict, and on which devices.
       split: The prepared images and labels.
       num_classes: Number of classes.
       label_lookup: See `transforms.label_lookup`.
-      scale: (width, height) of the box that images are resized into; None leaves them at their own
-        size.
-      windows: How to slide; None for whole images.
-      precision: Of matrix products, see `jax_default_matmul_precision`.
+      batch_size: Images at once, over all devices and processes.
+      most_shapes: See `buckets.shapes_for`.
     """
+    self._predictor = predictor
     self._split = split
-    self._samples = {'scale': scale, 'label_lookup': label_lookup}
     self._num_classes = num_classes
-
-    def predict_and_count(state: nnx.State, image: jax.Array, label: jax.Array):
-      with jax.default_matmul_precision(precision):
-        model = nnx.merge(graphdef, state)
-        labels = predict_labels(model, image[None], size=label.shape, windows=windows)[0]
-      return labels, confusion_matrix(labels, label, num_classes=num_classes)
-
-    self._predict_and_count = jax.jit(predict_and_count)
+    self._label_lookup = label_lookup
+    shape_of = shapes_for(split.sizes, predictor.protocol, most=most_shapes)
+    self._batches = [
+      (shape, indices[start : start + batch_size])
+      for shape, indices in _by_shape(shape_of[size] for size in split.sizes).items()
+      for start in range(0, len(indices), batch_size)
+    ]
+    self._local_batch_size = batch_size // jax.process_count()
 
   def __call__(self, state: nnx.State) -> Evaluation:
     """Evaluates parameters and running statistics on the whole split, with a progress bar."""
+    examples = np.linspace(0, len(self._split) - 1, _EXAMPLES, dtype=int).tolist()
     confusion = np.zeros((self._num_classes, self._num_classes), np.int64)
-    examples = []
-    shown = set(np.linspace(0, len(self._split) - 1, _EXAMPLES, dtype=int).tolist())
-    samples = eval_batches(self._split, **self._samples)
+    shown = {}
     with progress_bar(len(self._split), 'Evaluating', unit='img', leave=False) as bar:
-      for index, batch in enumerate(samples):
-        image, label = batch['image'][0], batch['label'][0]
-        prediction, counts = self._predict_and_count(state, image, label)
-        if index in shown:
-          examples.append((image, label, np.asarray(prediction)))
-        confusion += np.asarray(counts)
-        bar.update()
-    return Evaluation(confusion, scores(confusion), examples)
+      for indices, samples, prediction in _one_behind(self._predictions(state)):
+        confusion += np.asarray(prediction.confusion)
+        wanted = [place for place, sample in enumerate(samples) if sample.index in examples]
+        if wanted:
+          labels = _local_rows(prediction.labels)
+          for place in wanted:
+            sample = samples[place]
+            height, width = sample.label.shape
+            predicted = labels[place, :height, :width]
+            shown[sample.index] = (sample.views[0], sample.label, predicted)
+        bar.set_postfix(mIoU=f'{scores(confusion).summary()["mIoU"]:.2f}', refresh=False)
+        bar.update(len(indices))
+    return Evaluation(confusion, scores(confusion), [shown[index] for index in sorted(shown)])
+
+  def _predictions(
+    self, state: nnx.State
+  ) -> Iterator[tuple[Sequence[int], list[EvalSample], Prediction]]:
+    """For each batch its indices, this process's samples and, perhaps not yet done, predictions."""
+    first = jax.process_index() * self._local_batch_size
+    loaded = eval_batches(
+      self._split,
+      [indices[first : first + self._local_batch_size] for _, indices in self._batches],
+      view_sizes=lambda size: [view.size for view in self._predictor.protocol.views(size)],
+      label_lookup=self._label_lookup,
+    )
+    for (shape, indices), samples in zip(self._batches, loaded, strict=True):
+      prediction = self._predictor(
+        state,
+        shape,
+        [sample.views for sample in samples],
+        [sample.label for sample in samples],
+        batch_size=self._local_batch_size,
+      )
+      yield indices, samples, prediction
+
+
+def _by_shape(shapes: Iterable[Shape]) -> dict[Shape, list[int]]:
+  indices: dict[Shape, list[int]] = {}
+  for index, shape in enumerate(shapes):
+    indices.setdefault(shape, []).append(index)
+  return indices
+
+
+def _one_behind(items: Iterable[T]) -> Iterator[T]:
+  """Hands on each item when the next is under way, so that devices and loading do not wait."""
+  before = []
+  for item in items:
+    yield from before
+    before = [item]
+  yield from before
+
+
+def _local_rows(array: jax.Array) -> np.ndarray:
+  """This process's part of an array that is split along its first axis."""
+  shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+  return np.concatenate([shard.data for shard in shards])
 
 
 def evaluator_for(
-  config: ConfigDict, graphdef: nnx.GraphDef, split: PreparedSplit, dataset: Dataset
+  config: ConfigDict, graphdef: nnx.GraphDef, split: PreparedSplit, dataset: Dataset, mesh: Mesh
 ) -> Evaluator:
   """The evaluator that a config describes."""
-  return Evaluator(
+  predictor = Predictor(
     graphdef,
+    protocol_of(config),
+    num_classes=dataset.num_classes,
+    align_corners=config.model.align_corners,
+    precision=config.eval.precision,
+    mesh=mesh,
+  )
+  return Evaluator(
+    predictor,
     split,
     num_classes=dataset.num_classes,
     label_lookup=dataset.label_lookup,
-    scale=tuple(config.eval.scale),
-    windows=windows_of(config),
-    precision=config.eval.precision,
+    batch_size=config.eval.batch_size * mesh.size,
+    most_shapes=config.eval.shapes,
   )
 
 
@@ -135,7 +195,9 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
   dataset = dataset_of(config)
   split = open_splits(config, dataset, workdir, ['val'])['val']
   graphdef = nnx.graphdef(architecture.abstract(align_corners=config.model.align_corners))
-  evaluation = evaluator_for(config, graphdef, split, dataset)(jax.device_put(state))
+  mesh = data_mesh()
+  evaluate = evaluator_for(config, graphdef, split, dataset, mesh)
+  evaluation = evaluate(jax.device_put(state, replicated(mesh)))
   print(evaluation.scores.table(dataset.classes))
   write_evaluation(
     workdir, evaluation, dataset, images=len(split), config=config.name, checkpoint=str(checkpoint)

@@ -1,107 +1,239 @@
-"""From images to class labels: whole or in sliding windows (mmseg `EncoderDecoder`)."""
+"""From images of any size to class labels, with a few compiled programs (mmseg `EncoderDecoder`).
 
-import dataclasses
+An image's views, windows and flips go through the network padded to a shape that many images share;
+the padding has no influence. What follows is linear in rows and in columns, and so one matrix for
+each axis, given as data: no program depends on the size of an image, and class scores at image size
+are held for a few rows only.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
 
-from nonlocal_jax.models import NonLocalNet, normalize
-from nonlocal_jax.models.layers import apply_axis_matrices, bilinear_matrix
+from nonlocal_jax.data.transforms import IGNORE
+from nonlocal_jax.evaluation.buckets import Shape, ViewShape
+from nonlocal_jax.evaluation.metrics import confusion_matrix
+from nonlocal_jax.evaluation.protocol import Protocol, Size, View, axis_matrix, feature_size
+from nonlocal_jax.models import normalize
+from nonlocal_jax.parallel import data_mesh, shard_batch
 
-OUTPUT_STRIDE = 8
+_PIXELS_AT_ONCE = 2**21  # that a device sends through the network: a Cityscapes image
+_SCORES_AT_ONCE = 2**22  # class scores at image size that a device holds
 
 
-@dataclasses.dataclass(frozen=True)
-class Windows:
-  """Sliding windows.
+class Prediction(NamedTuple):
+  """What was predicted for a batch, on the devices.
 
   Attributes:
-    crop: (height, width) of a window, in pixels; smaller images are one window of their own size.
-    stride: (vertical, horizontal) step between windows, in pixels.
+    labels: (n, h, w) uint8; without meaning in the padding.
+    confusion: (classes, classes) int32, rows by label, columns by prediction.
   """
 
-  crop: tuple[int, int]
-  stride: tuple[int, int]
+  labels: jax.Array
+  confusion: jax.Array
 
 
-def predict_labels(
-  model: NonLocalNet, images: jax.Array, *, size: tuple[int, int], windows: Windows | None = None
-) -> jax.Array:
-  """Predicts the class of each pixel.
+class Predictor:
+  """Predicts images by a protocol."""
 
-  Args:
-    model: The network.
-    images: (n, h, w, 3) RGB in [0, 255].
-    size: (height, width) of the prediction.
-    windows: How to slide; None for the whole image at once.
+  def __init__(
+    self,
+    graphdef: nnx.GraphDef,
+    protocol: Protocol,
+    *,
+    num_classes: int,
+    align_corners: bool,
+    precision: str = 'highest',
+    mesh: Mesh | None = None,
+  ):
+    """Prepares what is to be compiled.
 
-  Returns:
-    (n, *size) int32.
-  """
-  logits = logits_at_size(model, images, size=size, windows=windows)
-  return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    Args:
+      graphdef: Static part of the network.
+      protocol: How images are tested.
+      num_classes: Number of classes.
+      align_corners: The network's corner convention.
+      precision: Of matrix products in the network, see `jax_default_matmul_precision`.
+      mesh: The devices that share a batch; by default the first one of this process.
+    """
+    self.protocol = protocol
+    self._align_corners = align_corners
+    self._mesh = mesh or data_mesh(jax.local_devices()[:1])
+
+    @functools.partial(jax.jit, static_argnames='padded')
+    @jax.default_matmul_precision(precision)
+    def window_logits(
+      state: nnx.State, images: jax.Array, sizes: jax.Array, extents: jax.Array, *, padded: bool
+    ) -> jax.Array:
+      model = nnx.merge(graphdef, state)
+      n, count = images.shape[:2]
+      images, sizes, extents = (x.reshape(-1, *x.shape[2:]) for x in (images, sizes, extents))
+      normalized = normalize(images, sizes)
+      logits = model.encode_decode(normalized, sizes=extents if padded else None)
+      return logits.reshape(n, count, *logits.shape[1:])
+
+    @jax.jit
+    def predict(views: Sequence[_LogitsOfView], labels: jax.Array) -> Prediction:
+      predicted = _most_likely(views, averages=len(protocol.ratios) * protocol.flips > 1)
+      predicted = predicted[:, : labels.shape[1]]
+      return Prediction(predicted, confusion_matrix(predicted, labels, num_classes=num_classes))
+
+    self._window_logits = window_logits
+    self._predict = predict
+
+  def __call__(
+    self,
+    state: nnx.State,
+    shape: Shape,
+    views: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[np.ndarray],
+    *,
+    batch_size: int | None = None,
+  ) -> Prediction:
+    """Predicts images that share a shape; returns before the devices are done.
+
+    Args:
+      state: Parameters and running statistics, on the mesh.
+      shape: Room for each image.
+      views: For each image, the image (h, w, 3) uint8 RGB at the sizes of `protocol.views`.
+      labels: For each image its label map (h, w) uint8, 255 for pixels that do not count; the
+        prediction gets this size.
+      batch_size: Images of this process in a batch; fewer are filled up. None for as many as there
+        are.
+
+    Returns:
+      The predictions of the whole batch, over all processes.
+    """
+    n = batch_size or len(views)
+    geometries = [self.protocol.views(label.shape) for label in labels]
+    arguments = []
+    for ratio, view_shape in enumerate(shape.views):
+      view_images = [images[ratio] for images in views]
+      geometry = [views_of_image[ratio] for views_of_image in geometries]
+      logits = tuple(
+        self._window_logits(state, **self._shard(chunk), padded=shape.padded)
+        for chunk in self._chunks(view_shape, view_images, geometry, n)
+      )
+      sizes = [label.shape for label in labels]
+      matrices = self._matrices(view_shape, shape.result, geometry, sizes, n)
+      arguments.append(_LogitsOfView(logits, **self._shard(matrices)))
+    label_map = np.full((n, *shape.result), IGNORE, np.uint8)
+    for place, label in zip(label_map, labels, strict=False):
+      place[: label.shape[0], : label.shape[1]] = label
+    return self._predict(tuple(arguments), self._shard({'labels': label_map})['labels'])
+
+  def _shard(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return shard_batch(arrays, self._mesh)
+
+  def _chunks(
+    self, shape: ViewShape, images: Sequence[np.ndarray], geometry: Sequence[View], n: int
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """The windows of a view, plain then mirrored, as many at a time as fit."""
+    rows, columns = shape.windows
+    count = self.protocol.flips * rows * columns
+    at_once = min(max(_PIXELS_AT_ONCE // (shape.network[0] * shape.network[1]), 1), count)
+    for start in range(0, count, at_once):
+      chunk = np.zeros((n, at_once, *shape.network, 3), np.uint8)
+      sizes = np.ones((n, at_once, 2), np.int32)
+      extents = np.ones((n, at_once, 2), np.int32)
+      for number, (image, view) in enumerate(zip(images, geometry, strict=True)):
+        for place in range(at_once):
+          flipped, window = divmod(start + place, rows * columns)
+          row, column = divmod(window, columns)
+          if flipped >= self.protocol.flips or row >= len(view.tops) or column >= len(view.lefts):
+            continue
+          top, left = view.tops[row], view.lefts[column]
+          whole = image[:, ::-1] if flipped else image
+          height, width = view.crop
+          chunk[number, place, :height, :width] = whole[top : top + height, left : left + width]
+          sizes[number, place] = view.crop
+          extents[number, place] = view.network
+      yield {'images': chunk, 'sizes': sizes, 'extents': extents}
+
+  def _matrices(
+    self,
+    shape: ViewShape,
+    result: Size,
+    geometry: Sequence[View],
+    sizes: Sequence[Size],
+    n: int,
+  ) -> dict[str, np.ndarray]:
+    """The matrices of both axes of a view; columns for plain and mirrored windows."""
+    flips = self.protocol.flips
+    features = [feature_size(side) for side in shape.network]
+    rows = np.zeros((n, result[0], shape.windows[0], features[0]), np.float32)
+    columns = np.zeros((n, flips, result[1], shape.windows[1], features[1]), np.float32)
+    for number, (view, size) in enumerate(zip(geometry, sizes, strict=True)):
+      of_rows, of_columns = (
+        axis_matrix(
+          starts,
+          crop=view.crop[axis],
+          network=view.network[axis],
+          size=view.size[axis],
+          out_size=size[axis],
+          align_corners=self._align_corners,
+        )
+        for axis, starts in enumerate((view.tops, view.lefts))
+      )
+      of_rows = of_rows.toarray().reshape(size[0], len(view.tops), -1)
+      of_columns = of_columns.toarray().reshape(size[1], len(view.lefts), -1)
+      rows[number, : size[0], : of_rows.shape[1], : of_rows.shape[2]] = of_rows
+      for flipped in range(flips):  # a mirrored result is turned back
+        place = columns[number, flipped, : size[1], : of_columns.shape[1], : of_columns.shape[2]]
+        place[:] = of_columns[::-1] if flipped else of_columns
+    return {
+      'rows': rows.reshape(n, result[0], -1),
+      'columns': columns.reshape(n, flips, result[1], -1),
+    }
 
 
-def logits_at_size(
-  model: NonLocalNet, images: jax.Array, *, size: tuple[int, int], windows: Windows | None = None
-) -> jax.Array:
-  """Logits resized first to the image and then to `size`; where windows overlap, their mean.
+class _LogitsOfView(NamedTuple):
+  """Logits of all windows of a view, in chunks, and the matrices to the result."""
 
-  All that happens after the network, placing, averaging and both resizes, is linear and acts on
-  rows and columns by themselves: one matrix for each axis does it all, and logits at the size of
-  the image are never held.
-
-  Args:
-    model: The network.
-    images: (n, h, w, 3) RGB in [0, 255].
-    size: (height, width) of the result.
-    windows: How to slide; None for the whole image at once.
-
-  Returns:
-    (n, *size, num_classes) float32.
-  """
-  n, height, width, _ = images.shape
-  windows = windows or Windows(crop=(height, width), stride=(height, width))
-  tops, rows = _axis(height, size[0], windows.crop[0], windows.stride[0], model.align_corners)
-  lefts, columns = _axis(width, size[1], windows.crop[1], windows.stride[1], model.align_corners)
-  crop = (min(windows.crop[0], height), min(windows.crop[1], width))
-  images = normalize(images)
-
-  def window_logits(corner: jax.Array) -> jax.Array:
-    start = (0, corner[0], corner[1], 0)
-    return model.encode_decode(jax.lax.dynamic_slice(images, start, (n, *crop, 3)))
-
-  if len(tops) == len(lefts) == 1:
-    return apply_axis_matrices(model.encode_decode(images), rows, columns)
-  corners = np.stack(np.meshgrid(tops, lefts, indexing='ij'), axis=-1).astype(np.int32)
-  logits = jax.lax.map(window_logits, corners.reshape(-1, 2))  # (windows, n, h, w, c)
-  logits = logits.reshape(len(tops), len(lefts), *logits.shape[1:])
-  mosaic = logits.transpose(2, 0, 3, 1, 4, 5)  # (n, tops, h, lefts, w, c)
-  mosaic = mosaic.reshape(n, rows.shape[1], columns.shape[1], -1)
-  return apply_axis_matrices(mosaic, rows, columns)
+  logits: tuple[jax.Array, ...]  # each (n, windows, h, w, c)
+  rows: jax.Array  # (n, result_h, windows * h)
+  columns: jax.Array  # (n, flips, result_w, windows * w)
 
 
-def window_starts(size: int, crop: int, stride: int) -> list[int]:
-  """First pixels of the windows along an axis; the last window is shifted back inside."""
-  count = max(size - crop + stride - 1, 0) // stride + 1
-  return [max(min(i * stride, size - crop), 0) for i in range(count)]
+def _most_likely(views: Sequence[_LogitsOfView], *, averages: bool) -> jax.Array:
+  """The class of each pixel of the results, (n, at least result_h, result_w) uint8."""
+  mosaics = [_mosaic(view) for view in views]  # (n, flips, h, w, c)
+  n, flips, result_w, _ = views[0].columns.shape
+  result_h = views[0].rows.shape[1]
+  held = n * flips * result_w * mosaics[0].shape[-1]
+  block = min(max(_SCORES_AT_ONCE // held, 1), result_h)
+  num_blocks = -(-result_h // block)
+  highest = jax.lax.Precision.HIGHEST
+
+  def in_blocks(rows: jax.Array) -> jax.Array:
+    padded = jnp.pad(rows, ((0, 0), (0, num_blocks * block - result_h), (0, 0)))
+    return jnp.moveaxis(padded.reshape(n, num_blocks, block, -1), 1, 0)
+
+  def classes_of_rows(rows_of_views: tuple[jax.Array, ...]) -> jax.Array:
+    total = jnp.zeros((n, block, result_w, mosaics[0].shape[-1]), jnp.float32)
+    for rows, mosaic, view in zip(rows_of_views, mosaics, views, strict=True):
+      scores = jnp.einsum('nor,nfrwc->nfowc', rows, mosaic, precision=highest)
+      scores = jnp.einsum('nfpw,nfowc->nfopc', view.columns, scores, precision=highest)
+      total += (jax.nn.softmax(scores, axis=-1) if averages else scores).sum(axis=1)
+    return jnp.argmax(total, axis=-1).astype(jnp.uint8)
+
+  blocks = jax.lax.map(classes_of_rows, tuple(in_blocks(view.rows) for view in views))
+  return jnp.moveaxis(blocks, 0, 1).reshape(n, num_blocks * block, result_w)
 
 
-def _axis(
-  size: int, out_size: int, crop: int, stride: int, align_corners: bool
-) -> tuple[list[int], np.ndarray]:
-  """Window starts along one axis, and the matrix from their logits to the resized axis."""
-  crop = min(crop, size)
-  starts = window_starts(size, crop, stride)
-  features = -(-crop // OUTPUT_STRIDE)
-  upsample = bilinear_matrix(features, crop, align_corners=align_corners).astype(np.float64)
-  placed = np.zeros((size, len(starts), features))
-  for window, start in enumerate(starts):
-    placed[start : start + crop, window] = upsample
-  placed = placed.reshape(size, -1)
-  covered = placed.sum(
-    axis=1, keepdims=True
-  )  # each row of `upsample` sums to 1: the number of windows
-  resize = bilinear_matrix(size, out_size, align_corners=align_corners).astype(np.float64)
-  return starts, (resize @ (placed / covered)).astype(np.float32)
+def _mosaic(view: _LogitsOfView) -> jax.Array:
+  """Logits of windows (n, flips * rows * columns, h, w, c) laid side by side."""
+  logits = jnp.concatenate(view.logits, axis=1)
+  n, flips = view.columns.shape[:2]
+  height, width, classes = logits.shape[2:]
+  rows, columns = view.rows.shape[-1] // height, view.columns.shape[-1] // width
+  logits = logits[:, : flips * rows * columns]
+  logits = logits.reshape(n, flips, rows, columns, height, width, classes)
+  logits = logits.transpose(0, 1, 2, 4, 3, 5, 6)
+  return logits.reshape(n, flips, rows * height, columns * width, classes)

@@ -81,6 +81,7 @@ class Protocol:
     scale: Size | None,
     windows: Windows | None = None,
     multi_scale_flip: bool = False,
+    pad_windows: bool | None = None,
   ) -> Self:
     """The protocol of a version of mmsegmentation.
 
@@ -90,6 +91,7 @@ class Protocol:
       scale: See the class.
       windows: See the class.
       multi_scale_flip: Whether to test at the six `RATIOS`, plain and mirrored.
+      pad_windows: See the class; None for what the version does.
     """
     return cls(
       scale=scale,
@@ -97,7 +99,7 @@ class Protocol:
       ratios=RATIOS if multi_scale_flip else (1.0,),
       flip=multi_scale_flip,
       ratios_of_image=multi_scale_flip and version == 'v1',
-      pad_windows=version == 'v0',
+      pad_windows=version == 'v0' if pad_windows is None else pad_windows,
     )
 
   @property

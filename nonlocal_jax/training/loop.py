@@ -107,7 +107,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Evaluation:
     out_shardings=(everywhere, everywhere),
     donate_argnums=0,
   )
-  evaluate = evaluator_for(config, graphdef, splits['val'], dataset)
+  evaluate = evaluator_for(config, graphdef, splits['val'], dataset, mesh)
 
   with (
     RunCheckpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
