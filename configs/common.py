@@ -77,6 +77,7 @@ def base_config() -> ConfigDict:
   config.eval.pad_windows = config_dict.placeholder(bool)
   config.eval.batch_size = 1  # images at once on each device
   config.eval.shapes = 4  # padded shapes that images of all sizes share; each compiles once
+  config.eval.more_scores = False  # Dice, F-score, precision and recall, too
   config.eval.precision = 'highest'
   config.eval.every = 2_000
 

@@ -1,5 +1,7 @@
 """Trained networks in Python: `model = nonlocal_jax.load(PATH)`, `model.predict(image)`."""
 
+import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -56,15 +58,7 @@ class PretrainedModel:
     self._graphdef = nnx.graphdef(
       description.architecture.abstract(align_corners=description.align_corners)
     )
-    windows = None
-    if description.window_crop and description.window_stride:
-      windows = Windows(description.window_crop, description.window_stride)
-    self._predictor = Predictor(
-      self._graphdef,
-      Protocol.of_version('v0', scale=description.test_scale, windows=windows),
-      num_classes=description.architecture.num_classes,
-      align_corners=description.align_corners,
-    )
+    self._predictor_of = functools.cache(self._make_predictor)
 
     @jax.jit
     @jax.default_matmul_precision('highest')
@@ -83,11 +77,13 @@ class PretrainedModel:
     """RGB colour of each class, in [0, 255]."""
     return self.description.palette
 
-  def predict(self, image: np.ndarray) -> np.ndarray:
+  def predict(self, image: np.ndarray, *, multi_scale_flip: bool = False) -> np.ndarray:
     """Predicts the class of each pixel as the model was tested: its scale, whole or windows.
 
     Args:
       image: (h, w, 3) uint8 RGB.
+      multi_scale_flip: Whether to take the mean over six sizes, plain and mirrored: better, and
+        some 17 times the work.
 
     Returns:
       (h, w) int32 in [0, classes).
@@ -98,11 +94,12 @@ class PretrainedModel:
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
       raise ValueError(f'image is {image.shape} {image.dtype}, expected (h, w, 3) uint8 RGB')
     size = image.shape[:2]
-    protocol = self._predictor.protocol
+    predictor = self._predictor_of(multi_scale_flip)
+    protocol = predictor.protocol
     views = [resize_to(image, view.size) for view in protocol.views(size)]
     shape = Shape.of_image(size, protocol).rounded_up(_SHAPE_MULTIPLE)
     nothing = np.full(size, IGNORE, np.uint8)  # the label map of a prediction that is not scored
-    prediction = self._predictor(self._state, shape, [views], [nothing])
+    prediction = predictor(self._state, shape, [views], [nothing])
     return np.asarray(prediction.labels)[0, : size[0], : size[1]].astype(np.int32)
 
   def logits(self, images: np.ndarray | jax.Array) -> jax.Array:
@@ -115,6 +112,23 @@ class PretrainedModel:
       (n, h, w, classes) float32.
     """
     return self._logits(self._state, images)
+
+  def with_test_scale(self, scale: tuple[int, int]) -> 'PretrainedModel':
+    """The same network, tested on images resized into another box, (width, height)."""
+    return PretrainedModel(dataclasses.replace(self.description, test_scale=scale), self._state)
+
+  def _make_predictor(self, multi_scale_flip: bool) -> Predictor:
+    description, windows = self.description, None
+    if description.window_crop and description.window_stride:
+      windows = Windows(description.window_crop, description.window_stride)
+    return Predictor(
+      self._graphdef,
+      Protocol.of_version(
+        'v0', scale=description.test_scale, windows=windows, multi_scale_flip=multi_scale_flip
+      ),
+      num_classes=description.architecture.num_classes,
+      align_corners=description.align_corners,
+    )
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes weights and description to a directory that `load` reads.

@@ -15,7 +15,7 @@ from nonlocal_jax.data.layouts import Sample
 from nonlocal_jax.errors import UserError
 
 # Cityscapes' label ids to the 19 classes of its benchmark; all others have none.
-_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
 _PNG_START, _PNG_END = b'\x89PNG', b'IEND\xaeB`\x82'
 
@@ -116,7 +116,7 @@ def _decode_sbd(data: bytes) -> np.ndarray:
 
 def _from_cityscapes_ids() -> np.ndarray:
   lookup = np.full(256, transforms.IGNORE, np.uint8)
-  lookup[list(_CITYSCAPES_IDS)] = np.arange(len(_CITYSCAPES_IDS))
+  lookup[list(CITYSCAPES_IDS)] = np.arange(len(CITYSCAPES_IDS))
   return lookup
 
 

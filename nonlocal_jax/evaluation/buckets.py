@@ -83,7 +83,8 @@ def shapes_for(sizes: Iterable[Size], protocol: Protocol, *, most: int) -> dict[
     most: Most shapes to have.
 
   Returns:
-    The shape for each size; their views have at most `2 * most` different network inputs. If all images are of one size, it is theirs.
+    The shape for each size; their views have at most `2 * most` different network inputs. If all
+    images are of one size, it is theirs.
   """
   counts: dict[Size, int] = {}
   for size in sizes:

@@ -1,34 +1,21 @@
 """Evaluation of a network on a split: images in, scores out."""
 
 import dataclasses
-import json
-import math
-import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from nonlocal_jax.data.builders import PreparedSplit
-from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.data.loader import EvalSample, eval_batches
-from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.buckets import Shape, shapes_for
 from nonlocal_jax.evaluation.inference import Prediction, Predictor
 from nonlocal_jax.evaluation.metrics import Scores, scores
-from nonlocal_jax.evaluation.pictures import write_comparison
-from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, protocol_of
-from nonlocal_jax.parallel import data_mesh, replicated
 from nonlocal_jax.progress import progress_bar
-from nonlocal_jax.weights.loading import read_weights
 
-METRICS = 'metrics.json'
-PICTURE = 'predictions.png'
 _EXAMPLES = 4
 T = TypeVar('T')
 
@@ -40,12 +27,15 @@ class Evaluation:
   Attributes:
     confusion: (classes, classes) int64, rows by label, columns by prediction.
     scores: The scores read off it.
-    examples: Image, truth and prediction of a few images, evenly spread over the split.
+    examples: Image, truth and prediction of a few images, evenly spread over this process's part of
+      the split.
+    seconds: How long it took.
   """
 
   confusion: np.ndarray
   scores: Scores
   examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+  seconds: float
 
 
 class Evaluator:
@@ -89,6 +79,7 @@ class Evaluator:
 
   def __call__(self, state: nnx.State) -> Evaluation:
     """Evaluates parameters and running statistics on the whole split, with a progress bar."""
+    started = time.perf_counter()
     examples = np.linspace(0, len(self._split) - 1, _EXAMPLES, dtype=int).tolist()
     confusion = np.zeros((self._num_classes, self._num_classes), np.int64)
     shown = {}
@@ -105,7 +96,9 @@ class Evaluator:
             shown[sample.index] = (sample.views[0], sample.label, predicted)
         bar.set_postfix(mIoU=f'{scores(confusion).summary()["mIoU"]:.2f}', refresh=False)
         bar.update(len(indices))
-    return Evaluation(confusion, scores(confusion), [shown[index] for index in sorted(shown)])
+    seconds = time.perf_counter() - started
+    in_order = [shown[index] for index in sorted(shown)]
+    return Evaluation(confusion, scores(confusion), in_order, seconds)
 
   def _predictions(
     self, state: nnx.State
@@ -149,85 +142,3 @@ def _local_rows(array: jax.Array) -> np.ndarray:
   """This process's part of an array that is split along its first axis."""
   shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
   return np.concatenate([shard.data for shard in shards])
-
-
-def evaluator_for(
-  config: ConfigDict, graphdef: nnx.GraphDef, split: PreparedSplit, dataset: Dataset, mesh: Mesh
-) -> Evaluator:
-  """The evaluator that a config describes."""
-  predictor = Predictor(
-    graphdef,
-    protocol_of(config),
-    num_classes=dataset.num_classes,
-    align_corners=config.model.align_corners,
-    precision=config.eval.precision,
-    mesh=mesh,
-  )
-  return Evaluator(
-    predictor,
-    split,
-    num_classes=dataset.num_classes,
-    label_lookup=dataset.label_lookup,
-    batch_size=config.eval.batch_size * mesh.size,
-    most_shapes=config.eval.shapes,
-  )
-
-
-def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> Evaluation:
-  """Evaluates saved weights as a config says; prints the scores and writes them to `workdir`.
-
-  Args:
-    config: Network, data and test sizes.
-    checkpoint: A .pth file, a converted directory or the workdir of a training run.
-    workdir: Gets `metrics.json` and `predictions.png`.
-
-  Raises:
-    UserError: If the weights are of another network than the config's, or the data is not as it
-      should be.
-  """
-  architecture = architecture_of(config)
-  description, state = read_weights(checkpoint, align_corners=config.model.align_corners)
-  if description.architecture != architecture:
-    raise UserError(
-      f'{checkpoint} holds {description.architecture}, but the config describes {architecture}; '
-      'give its own config, or set config.model and config.data.num_classes to match.'
-    )
-  dataset = dataset_of(config)
-  split = open_splits(config, dataset, workdir, ['val'])['val']
-  graphdef = nnx.graphdef(architecture.abstract(align_corners=config.model.align_corners))
-  mesh = data_mesh()
-  evaluate = evaluator_for(config, graphdef, split, dataset, mesh)
-  evaluation = evaluate(jax.device_put(state, replicated(mesh)))
-  print(evaluation.scores.table(dataset.classes))
-  write_evaluation(
-    workdir, evaluation, dataset, images=len(split), config=config.name, checkpoint=str(checkpoint)
-  )
-  return evaluation
-
-
-def write_evaluation(workdir: Path, evaluation: Evaluation, dataset: Dataset, **facts: Any) -> None:
-  """Writes `metrics.json` (percent; null where undefined) and `predictions.png`.
-
-  Args:
-    workdir: Where to; made if it is not there.
-    evaluation: What was found.
-    dataset: Names and colours of the classes.
-    **facts: Further entries of `metrics.json`.
-  """
-  found = evaluation.scores
-  classes = {
-    name: {'IoU': _percent(iou), 'Acc': _percent(accuracy)}
-    for name, iou, accuracy in zip(dataset.classes, found.iou, found.accuracy, strict=True)
-  }
-  summary = {name: _percent(value / 100) for name, value in found.summary().items()}
-  workdir.mkdir(parents=True, exist_ok=True)
-  partial = workdir / f'{METRICS}.{os.getpid()}.partial'
-  partial.write_text(json.dumps({**facts, **summary, 'classes': classes}, indent=2) + '\n')
-  partial.replace(workdir / METRICS)
-  write_comparison(
-    workdir / PICTURE, evaluation.examples, classes=dataset.classes, palette=dataset.palette
-  )
-
-
-def _percent(share: float) -> float | None:
-  return None if math.isnan(share) else round(100 * float(share), 4)

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image, ImageDraw, ImageFont
 
 
 def colourise(
@@ -74,6 +76,45 @@ def write_samples(
   legend = _legend([label for *_, label in samples], classes, palette)
   names = [name for name, *_ in samples]
   _write_sheet(path, rows, ('image', 'label', 'both'), legend, names)
+
+
+def overlay(
+  image: np.ndarray,
+  label: np.ndarray,
+  *,
+  classes: Sequence[str],
+  palette: Sequence[tuple[int, int, int]],
+) -> np.ndarray:
+  """Lays the colours of the classes over an image, and a legend beside it.
+
+  Args:
+    image: (h, w, 3) uint8 RGB.
+    label: (h, w) integers in [0, len(classes)).
+    classes: Name of each class.
+    palette: RGB colour of each class, in [0, 255].
+
+  Returns:
+    (h', w', 3) uint8 RGB, h' >= h and w' > w: the legend names the classes that occur, the largest
+    first.
+  """
+  height, width = label.shape
+  text = max(12, min(height, width) // 40)  # pixels
+  counts = np.bincount(label.ravel(), minlength=len(classes))
+  present = [index for index in np.argsort(-counts, kind='stable').tolist() if counts[index]]
+  font = ImageFont.load_default(text)
+  names_width = max(int(font.getlength(classes[index])) for index in present)
+  sheet = Image.new(
+    'RGB',
+    (width + 3 * text + names_width, max(height, (2 * len(present) + 1) * text)),
+    'white',
+  )
+  sheet.paste(Image.fromarray(cv2.addWeighted(image, 0.5, colourise(label, palette), 0.5, 0)))
+  draw = ImageDraw.Draw(sheet)
+  for row, index in enumerate(present):
+    left, top = width + text // 2, (2 * row + 1) * text
+    draw.rectangle((left, top, left + text, top + text), fill=tuple(palette[index]))
+    draw.text((left + 3 * text // 2, top - text // 8), classes[index], fill='black', font=font)
+  return np.asarray(sheet)
 
 
 def _legend(

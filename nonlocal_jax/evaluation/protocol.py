@@ -55,8 +55,8 @@ class Protocol:
   """A way of testing.
 
   Attributes:
-    scale: Box that images are resized into, see `transforms.rescaled_size`; None for their own
-      size.
+    scale: (width, height) of the box that images are resized into, see `transforms.rescaled_size`;
+      None for their own size.
     windows: How to slide; None for the whole image at once.
     ratios: Of the sizes at which an image is tested; over more than one, and over flips, the mean
       of the probabilities decides.
@@ -66,7 +66,7 @@ class Protocol:
       instead of a smaller window.
   """
 
-  scale: Size | None = None
+  scale: tuple[int, int] | None = None
   windows: Windows | None = None
   ratios: tuple[float, ...] = (1.0,)
   flip: bool = False
@@ -78,7 +78,7 @@ class Protocol:
     cls,
     version: Version,
     *,
-    scale: Size | None,
+    scale: tuple[int, int] | None,
     windows: Windows | None = None,
     multi_scale_flip: bool = False,
     pad_windows: bool | None = None,

@@ -17,11 +17,8 @@ from tensorboardX import SummaryWriter
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.data.loader import TrainIterator
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.evaluation.evaluator import (
-  Evaluation,
-  evaluator_for,
-  write_evaluation,
-)
+from nonlocal_jax.evaluation.evaluator import Evaluation
+from nonlocal_jax.evaluation.program import evaluator_for, show_evaluation, write_evaluation
 from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, train_batches_of
 from nonlocal_jax.parallel import data_mesh, over_batch, replicated, shard_batch
 from nonlocal_jax.progress import progress_bar
@@ -143,10 +140,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> Evaluation:
           bar.write(f'step {step}: {log.write_scores(step, evaluation)}', file=sys.stderr)
       evaluation = evaluate(state.variables)
       log.write_scores(steps, evaluation)
-  print(evaluation.scores.table(dataset.classes))
-  write_evaluation(
-    workdir, evaluation, dataset, images=len(splits['val']), config=config.name, step=steps
-  )
+  show_evaluation(evaluation, config, dataset)
+  write_evaluation(workdir, evaluation, config, dataset, images=len(splits['val']), step=steps)
   return evaluation
 
 

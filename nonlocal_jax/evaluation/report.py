@@ -1,0 +1,181 @@
+"""What an evaluation leaves behind: `metrics.json`, with all that its numbers depend on."""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nonlocal_jax.data.datasets import Dataset
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.evaluation.metrics import distinct_names, scores, undefined_reasons
+from nonlocal_jax.evaluation.protocol import Protocol, Version
+
+METRICS = 'metrics.json'
+# How far, in percent points, a released checkpoint may be from its published mIoU; mmsegmentation's
+# own retests of Cityscapes models are up to 0.1 away.
+_TOLERANCES = {'ade20k': 0.02, 'voc12aug': 0.02, 'cityscapes': 0.1}
+_DEPENDENCIES = ('jax', 'jaxlib', 'flax', 'numpy', 'opencv-python-headless')
+_LIST_OF_NUMBERS = re.compile(r'\[\n([\s\d.,eE+-]*)\]')  # strings in JSON have no line breaks
+
+
+def write_report(
+  workdir: Path,
+  confusion: np.ndarray,
+  dataset: Dataset,
+  *,
+  images: int,
+  seconds: float,
+  protocol: Mapping[str, Any],
+  config: Mapping[str, Any],
+  checkpoint: str | None = None,
+  sha256: str | None = None,
+  step: int | None = None,
+  published: float | None = None,
+  more: bool = False,
+) -> None:
+  """Writes `metrics.json`: scores in percent, null where undefined, and where they come from.
+
+  Args:
+    workdir: Where to; made if it is not there. An older report is replaced by a whole new one, or
+      stays as it is.
+    confusion: (classes, classes) integers, rows by label, columns by prediction.
+    dataset: What was evaluated on.
+    images: How many images.
+    seconds: How long it took.
+    protocol: How images were tested, see `protocol_facts`.
+    config: The whole config: 'name' and whatever else JSON can hold.
+    checkpoint: File or directory of the weights; None after training.
+    sha256: Of the file that the weights are from, in hex digits; None if there was none.
+    step: Training steps that the weights have seen; None if they are not of a training run.
+    published: mIoU in percent that was published of these weights, tested so; None if there is
+      none.
+    more: Whether to add Dice, Fscore, Precision and Recall.
+
+  Raises:
+    UserError: If the file cannot be written.
+  """
+  found = scores(confusion)
+  summary = {name: round(value, 4) for name, value in found.summary(more=more).items()}
+  columns = found.by_class(more=more)
+  classes = {
+    name: {
+      score: round(100 * float(value), 4) for score, value in zip(columns, values, strict=True)
+    }
+    for name, *values in zip(distinct_names(dataset.classes), *columns.values(), strict=True)
+  }
+  report = {
+    'config': config['name'],
+    'checkpoint': checkpoint,
+    'sha256': sha256,
+    'step': step,
+    'dataset': dataset.name,
+    'images': images,
+    **summary,
+    'published': None if published is None else _compare(summary['mIoU'], published, dataset.name),
+    'protocol': protocol,
+    'classes': classes,
+    'undefined': undefined_reasons(confusion, dataset.classes, more=more),
+    'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'seconds': round(seconds, 3),
+    'versions': _versions(),
+    'config_values': config,
+    'confusion': confusion.tolist(),  # rows by label, columns by prediction
+  }
+  _write_whole(workdir / METRICS, _as_json(report))
+
+
+def protocol_facts(protocol: Protocol, version: Version) -> dict[str, Any]:
+  """A way of testing as plain values, for `write_report`.
+
+  Args:
+    protocol: The way.
+    version: Whose it is, see `Protocol.of_version`.
+  """
+  mode = 'single' if protocol.ratios == (1.0,) else 'ms'
+  windows = protocol.windows and {'crop': protocol.windows.crop, 'stride': protocol.windows.stride}
+  return {
+    'mode': f'{mode}+flip' if protocol.flip else mode,
+    'version': version,
+    'scale': protocol.scale,
+    'ratios': protocol.ratios,
+    'windows': windows,
+    'pad_windows': protocol.pad_windows,
+  }
+
+
+def published_line(measured: float, published: float, dataset_name: str) -> str:
+  """One line on a measured mIoU beside the published one.
+
+  Both are compared as they are published, with two decimals.
+
+  Args:
+    measured: In percent.
+    published: In percent.
+    dataset_name: 'cityscapes', 'ade20k' or 'voc12aug'; of other datasets no tolerance is known.
+
+  Returns:
+    E.g. 'mIoU 40.73, published 40.75, difference -0.02 (within 0.02)'.
+  """
+  found = _compare(measured, published, dataset_name)
+  line = f'mIoU {measured:.2f}, published {published:.2f}, difference {found["difference"]:+.2f}'
+  if found['tolerance'] is None:
+    return line
+  return f'{line} ({"within" if found["agrees"] else "more than"} {found["tolerance"]})'
+
+
+def _compare(measured: float, published: float, dataset_name: str) -> dict[str, Any]:
+  difference = round(round(measured, 2) - published, 2)
+  tolerance = _TOLERANCES.get(dataset_name)
+  return {
+    'mIoU': published,
+    'difference': difference,
+    'tolerance': tolerance,
+    'agrees': None if tolerance is None else abs(difference) <= tolerance,
+  }
+
+
+def _versions() -> dict[str, str | None]:
+  """Of Python and of what the numbers depend on; None for what pip did not install."""
+  versions: dict[str, str | None] = {'python': platform.python_version()}
+  for name in _DEPENDENCIES:
+    try:
+      versions[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # OpenCV has several packages
+      versions[name] = None
+  return versions
+
+
+def _as_json(report: Mapping[str, Any]) -> str:
+  """Indented JSON with lists of numbers, such as rows of a matrix, on one line each."""
+  text = json.dumps(_defined(report), indent=2, allow_nan=False)
+  return _LIST_OF_NUMBERS.sub(lambda match: f'[{" ".join(match[1].split())}]', text) + '\n'
+
+
+def _defined(value: Any) -> Any:
+  """`value` with None for each NaN and infinity in it, which JSON does not have."""
+  if isinstance(value, Mapping):
+    return {key: _defined(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [_defined(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write_whole(path: Path, text: str) -> None:
+  partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+      partial.write_text(text)
+      partial.replace(path)
+    finally:
+      partial.unlink(missing_ok=True)
+  except OSError as error:
+    raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
