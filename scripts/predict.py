@@ -10,7 +10,6 @@ DIR/a_overlay.jpg.
 
 import argparse
 import glob
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from nonlocal_jax.data.paths import files_below
 from nonlocal_jax.data.transforms import decode_image
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
+from nonlocal_jax.files import whole_file
 from nonlocal_jax.pretrained import PretrainedModel
 from nonlocal_jax.progress import progress_bar
 
@@ -72,21 +72,17 @@ def main() -> None:
     for name, path in images.items():
       try:
         image = read(path)
+      except UserError as error:
+        failures.append(str(error))
+      else:
         label = model.predict(image, multi_scale_flip=arguments.multi_scale_flip).astype(np.uint8)
         target = arguments.out / name
-        target.parent.mkdir(parents=True, exist_ok=True)
         if values is not None:
           save(Image.fromarray(values[label]), Path(f'{target}.png'))
         else:
           save(with_palette(label, model.palette), Path(f'{target}.png'))
           picture = overlay(image, label, classes=model.classes, palette=model.palette)
           save(Image.fromarray(picture), Path(f'{target}_overlay.jpg'))
-      except UserError as error:
-        failures.append(str(error))
-      except OSError as error:
-        raise UserError(
-          f'Nothing can be written to {arguments.out}: {error}; see to it.'
-        ) from error
       bar.update()
   print(
     f'{len(images) - len(failures)} of {len(images)} images were predicted, to {arguments.out}.'
@@ -163,12 +159,8 @@ def with_palette(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> 
 
 def save(image: Image.Image, path: Path) -> None:
   """Writes an image file whole or not at all."""
-  partial = path.with_name(f'{path.name}.{os.getpid()}.partial')
-  try:
+  with whole_file(path) as partial:
     image.save(partial, 'PNG' if path.suffix == '.png' else 'JPEG')
-    partial.replace(path)
-  finally:
-    partial.unlink(missing_ok=True)
 
 
 if __name__ == '__main__':

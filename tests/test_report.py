@@ -7,12 +7,18 @@ import platform
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from nonlocal_jax.data.datasets import PUBLISHED, custom_dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.protocol import Protocol, Windows
-from nonlocal_jax.evaluation.report import protocol_facts, published_line, write_report
+from nonlocal_jax.evaluation.report import (
+  peak_memory_gib,
+  protocol_facts,
+  published_line,
+  write_report,
+)
 
 DATASET = custom_dataset(classes=['sky', 'tree', 'lake', 'sand'], name='park')
 CONFUSION = np.array([[5, 3, 1, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
@@ -237,3 +243,13 @@ def test_protocol_facts():
     'windows': None,
     'pad_windows': True,
   }
+
+
+def test_peak_memory_is_that_of_this_process():
+  before = peak_memory_gib()['host']
+  block = np.ones(2**27)  # 1 GiB
+  after = peak_memory_gib()['host']
+  assert block.size
+  resident = psutil.Process().memory_info().rss / 2**30
+  assert after >= max(before, resident - 0.01)
+  assert peak_memory_gib()['device'] is None  # which the CPU does not tell

@@ -4,19 +4,20 @@ import datetime
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import re
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from nonlocal_jax.data.datasets import Dataset
-from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.metrics import distinct_names, scores, undefined_reasons
 from nonlocal_jax.evaluation.protocol import Protocol, Version
+from nonlocal_jax.files import write_whole
 
 METRICS = 'metrics.json'
 # How far, in percent points, a released checkpoint may be from its published mIoU; mmsegmentation's
@@ -85,11 +86,12 @@ def write_report(
     'undefined': undefined_reasons(confusion, dataset.classes, more=more),
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'seconds': round(seconds, 3),
+    'peak_memory_gib': peak_memory_gib(),
     'versions': _versions(),
     'config_values': config,
     'confusion': confusion.tolist(),  # rows by label, columns by prediction
   }
-  _write_whole(workdir / METRICS, _as_json(report))
+  write_whole(workdir / METRICS, _as_json(report))
 
 
 def protocol_facts(protocol: Protocol, version: Version) -> dict[str, Any]:
@@ -108,6 +110,25 @@ def protocol_facts(protocol: Protocol, version: Version) -> dict[str, Any]:
     'ratios': protocol.ratios,
     'windows': windows,
     'pad_windows': protocol.pad_windows,
+  }
+
+
+def peak_memory_gib() -> dict[str, float | None]:
+  """The most memory that this process has held so far.
+
+  Returns:
+    GiB on the 'host' and on its first 'device', None where the backend does not tell.
+  """
+  status = Path('/proc/self/status')
+  if status.exists():
+    (kilobytes,) = re.findall(r'VmHWM:\s*(\d+)', status.read_text())
+    host = int(kilobytes) / 2**20
+  else:
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # bytes on macOS
+  of_device = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use')
+  return {
+    'host': round(host, 3),
+    'device': None if of_device is None else round(of_device / 2**30, 3),
   }
 
 
@@ -166,16 +187,3 @@ def _defined(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return [_defined(item) for item in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _write_whole(path: Path, text: str) -> None:
-  partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      partial.write_text(text)
-      partial.replace(path)
-    finally:
-      partial.unlink(missing_ok=True)
-  except OSError as error:
-    raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error

@@ -89,7 +89,7 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
     UserError: If there are no weights of a NonLocalNet, or a released file is not what its name
       says.
   """
-  sha256 = _sha256(path)
+  sha256 = sha256_of(path)
   released = released_model_of_sha256(sha256)
   notes = _check_name(path, sha256, released)
   checkpoint = read_torch_checkpoint(path)
@@ -148,7 +148,7 @@ def read_backbone(path: Path, architecture: Architecture) -> nnx.State:
   return from_state_dict(inside, architecture, source=str(path), part='backbone')
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
   """In hex digits; '' if it cannot be read, about which the reader has more to say."""
   try:
     with open(path, 'rb') as file:

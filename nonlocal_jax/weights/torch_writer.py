@@ -1,6 +1,5 @@
 """Writes PyTorch checkpoints (.pth) without PyTorch, in the format of PyTorch 1.6 and later."""
 
-import os
 import pickle
 import struct
 import zipfile
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.files import whole_file
 
 _ALIGNMENT = 64  # bytes: so PyTorch can map the data into memory
 _STORAGE_CLASSES = {np.dtype(np.float32): 'FloatStorage', np.dtype(np.int64): 'LongStorage'}
@@ -31,21 +31,13 @@ def write_torch_checkpoint(
   """
   if path.exists():
     raise UserError(f'{path} exists; remove it or choose another name.')
-  partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, 'xb') as file, zipfile.ZipFile(file, 'w') as archive:
-      _add(archive, 'archive/data.pkl', _pickle(state_dict, meta))
-      _add(archive, 'archive/byteorder', b'little')
-      for key, array in enumerate(state_dict.values()):
-        little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder('<'))
-        _add(archive, f'archive/data/{key}', little_endian.reshape(-1).view(np.uint8))
-      _add(archive, 'archive/version', b'3\n')
-    partial.rename(path)
-  except OSError as error:
-    raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
-  finally:
-    partial.unlink(missing_ok=True)
+  with whole_file(path) as partial, zipfile.ZipFile(partial, 'w') as archive:
+    _add(archive, 'archive/data.pkl', _pickle(state_dict, meta))
+    _add(archive, 'archive/byteorder', b'little')
+    for key, array in enumerate(state_dict.values()):
+      little_endian = np.ascontiguousarray(array, array.dtype.newbyteorder('<'))
+      _add(archive, f'archive/data/{key}', little_endian.reshape(-1).view(np.uint8))
+    _add(archive, 'archive/version', b'3\n')
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes | np.ndarray) -> None:

@@ -1,0 +1,133 @@
+"""predict.py: images in, label maps and pictures out."""
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import nonlocal_jax
+from nonlocal_jax.evaluation.pictures import overlay
+from nonlocal_jax.weights.checkpoints import save_weights
+from nonlocal_jax.weights.loading import read_weights
+from scripts import predict
+from tests.test_inference import image_of
+
+SIZES = {'a.png': (60, 80), 'deep/b.jpg': (72, 64), 'ü c.bmp': (81, 49)}
+SCALE = ['--scale', 96, 72]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """A folder of images of different sizes, and a file that is none."""
+  root = tmp_path / 'in'
+  for name, size in SIZES.items():
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    _, data = cv2.imencode(name[-4:], image_of(size))
+    (root / name).write_bytes(data.tobytes())
+  (root / 'notes.txt').write_text('no image')
+  return root
+
+
+def converted(peer_checkpoint, directory, dataset):
+  """The tiny network of the fixtures as one of `dataset`."""
+  description, state = read_weights(peer_checkpoint, align_corners=None)
+  fields = {**description.__dict__, 'dataset': dataset}
+  save_weights(directory, state, type(description)(**fields))
+  return directory
+
+
+def test_a_folder_becomes_label_maps_and_pictures(folder, peer_checkpoint, script, tmp_path):
+  out = tmp_path / 'out'
+  arguments = [f'--checkpoint={peer_checkpoint}', f'--out={out}', *SCALE]
+  assert script(predict, folder, *arguments) == (None, '')
+  model = nonlocal_jax.load(peer_checkpoint).with_test_scale((96, 72))
+  names = {str(path.relative_to(out)) for path in out.rglob('*') if path.is_file()}
+  stems = ['a', 'deep/b', 'ü c']
+  assert names == {f'{stem}{end}' for stem in stems for end in ('.png', '_overlay.jpg')}
+  for stem, (name, size) in zip(stems, SIZES.items(), strict=True):
+    image = predict.read(folder / name)
+    label = Image.open(out / f'{stem}.png')
+    np.testing.assert_array_equal(np.array(label), model.predict(image))
+    colours = np.array(label.convert('RGB'))
+    np.testing.assert_array_equal(colours, np.array(model.palette)[np.array(label)])
+    picture = np.array(Image.open(out / f'{stem}_overlay.jpg'))
+    assert picture.shape[0] >= size[0]
+    assert picture.shape[1] > size[1]
+
+
+def test_padded_prediction_is_that_of_the_logits(peer_checkpoint):
+  """Of the whole image at its own size, without any padding."""
+  model = nonlocal_jax.load(peer_checkpoint)
+  image = image_of((60, 80))
+  normalized = nonlocal_jax.models.normalize(image[None])
+  expected = np.asarray(model.logits(normalized)).argmax(-1)[0]
+  assert np.mean(model.predict(image) == expected) > 0.999
+  several = model.predict(image, multi_scale_flip=True)
+  assert several.shape == (60, 80)
+  assert 0.3 < np.mean(several == expected) < 1
+
+
+@pytest.mark.parametrize(
+  ('dataset', 'values'),
+  [
+    ('cityscapes', [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]),
+    ('ade20k', list(range(1, 20))),
+  ],
+)
+def test_submissions_have_the_servers_label_values(
+  dataset, values, folder, peer_checkpoint, script, tmp_path
+):
+  weights = converted(peer_checkpoint, tmp_path / 'weights', dataset)
+  out = tmp_path / 'out'
+  arguments = [f'--checkpoint={weights}', f'--out={out}', '--submission', *SCALE]
+  assert script(predict, folder / 'a.png', *arguments) == (None, '')
+  model = nonlocal_jax.load(weights).with_test_scale((96, 72))
+  label = model.predict(predict.read(folder / 'a.png'))
+  np.testing.assert_array_equal(np.array(Image.open(out / 'a.png')), np.array(values)[label])
+  assert [path.name for path in out.iterdir()] == ['a.png']
+
+
+def test_images_that_cannot_be_read_are_listed_and_the_others_done(
+  folder, peer_checkpoint, script, tmp_path, capsys
+):
+  (folder / 'bad.png').write_bytes(b'')
+  out = tmp_path / 'out'
+  arguments = [f'--checkpoint={peer_checkpoint}', f'--out={out}', *SCALE]
+  status, said = script(predict, f'{folder}/*.png', *arguments)
+  assert status == 1
+  assert said == (f'error: 1 images failed:\n  File {folder}/bad.png is not an image, or broken.')
+  assert (out / 'a.png').exists()
+  assert f'1 of 2 images were predicted, to {out}.' in capsys.readouterr().out
+
+
+def test_wrong_inputs_are_a_sentence(folder, peer_checkpoint, script, tmp_path):
+  arguments = [f'--checkpoint={peer_checkpoint}', f'--out={tmp_path / "out"}']
+  status, said = script(predict, 'nowhere/*.jpg', *arguments)
+  assert status == 1
+  assert said.startswith('error: nowhere/*.jpg is no image, no folder of images and no pattern')
+  (folder / 'a.jpg').write_bytes((folder / 'a.png').read_bytes())
+  status, said = script(predict, folder, *arguments)
+  assert (status, 'would both go to a.png: rename one.' in said) == (1, True)
+  (folder / 'a.jpg').unlink()
+  status, said = script(predict, folder, *arguments, '--submission')
+  assert said == (
+    'error: --submission is for models of Cityscapes and ADE20K, and this one is of custom.'
+  )
+  blocked = tmp_path / 'file'
+  blocked.touch()
+  status, said = script(
+    predict, folder, f'--checkpoint={peer_checkpoint}', f'--out={blocked}', *SCALE
+  )
+  assert said == f'error: {blocked}/a.png cannot be written: File exists.'
+
+
+def test_overlay_mixes_colours_and_names_the_classes_that_occur():
+  image = np.full((100, 120, 3), 200, np.uint8)
+  label = np.zeros((100, 120), np.uint8)
+  label[:10] = 2
+  palette = [(100, 0, 0), (0, 100, 0), (0, 0, 100)]
+  picture = overlay(image, label, classes=['sky', 'unseen', 'ship'], palette=palette)
+  assert (picture[:10, :120] == (100, 100, 150)).all()
+  assert (picture[10:100, :120] == (150, 100, 100)).all()
+  legend = picture[:, 120:]
+  assert [(legend == colour).all(-1).sum() > 100 for colour in palette] == [True, False, True]
