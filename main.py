@@ -12,6 +12,7 @@ from configs.common import check_values
 from nonlocal_jax.command_line import config_errors, run_program
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.program import evaluate_checkpoint
+from nonlocal_jax.parallel import join_processes
 from nonlocal_jax.training.loop import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -24,12 +25,26 @@ _CHECKPOINT = flags.DEFINE_string(
 )
 
 
+_DISTRIBUTED = flags.DEFINE_bool(
+  'distributed', False, 'Work together with the other processes that run the same command.'
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', None, 'HOST:PORT of the first process; found by itself on Slurm and cloud TPUs.'
+)
+_PROCESSES = flags.DEFINE_integer('processes', None, 'How many they are; see --coordinator.')
+_PROCESS = flags.DEFINE_integer('process', None, 'Which this one is, from 0; see --coordinator.')
+
+
 def main(argv: list[str]) -> None:
   """Runs what the flags say."""
   if len(argv) > 1:
     raise UserError(f'{argv[1]!r} is no flag; options start with --, see --help.')
   config = _CONFIG.value
   check_values(config)
+  if _DISTRIBUTED.value:
+    if _MODE.value == 'train':
+      raise UserError('--distributed is for --mode=eval; training on several processes is to come.')
+    join_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   workdir = Path(_WORKDIR.value or f'runs/{config.name}')
   if _MODE.value == 'train':
     if _CHECKPOINT.value:

@@ -20,6 +20,7 @@ from nonlocal_jax.data.datasets import (
 from nonlocal_jax.data.loader import TrainIterator, train_batches
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.protocol import Protocol, Windows
+from nonlocal_jax.parallel import is_first_process
 from nonlocal_jax.weights.torch_names import Architecture
 
 _OF_THE_DATASET = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
@@ -131,7 +132,7 @@ def open_splits(
 
 
 def report_split(split: PreparedSplit, dataset: Dataset) -> None:
-  """Says on stderr what a prepared split is, and what is odd about it.
+  """Says on stderr what a prepared split is, and what is odd about it (the first process).
 
   Args:
     split: The split.
@@ -141,6 +142,8 @@ def report_split(split: PreparedSplit, dataset: Dataset) -> None:
     UserError: If a label value is no class and not ignored.
   """
   odd = check_split(split, dataset)
+  if not is_first_process():
+    return
   print(
     f'{split.name}: {len(split):,} images, from {split.source}, prepared in {split.directory}',
     file=sys.stderr,

@@ -6,6 +6,36 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nonlocal_jax.errors import UserError
+
+
+def join_processes(
+  coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
+  """Makes this process one of several that work together; before anything else of JAX.
+
+  Args:
+    coordinator: HOST:PORT of the first process; None on Slurm, Open MPI and cloud TPUs, where it is
+      found by itself, as are the others.
+    count: Number of processes.
+    index: Which of them this one is, from 0.
+
+  Raises:
+    UserError: If the others are not found.
+  """
+  try:
+    jax.distributed.initialize(coordinator, count, index)
+  except (RuntimeError, ValueError) as error:
+    raise UserError(
+      f'The other processes were not found ({error}): where they do not find each other by '
+      'themselves, give --coordinator=HOST:PORT, --processes=COUNT and --process=INDEX.'
+    ) from error
+
+
+def is_first_process() -> bool:
+  """Whether this process is the one that talks and writes; asks for no device."""
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
+
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh of one axis 'data' over `devices`, by default all."""

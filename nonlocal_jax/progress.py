@@ -4,11 +4,13 @@ import sys
 
 from tqdm import tqdm
 
+from nonlocal_jax.parallel import is_first_process
+
 
 def progress_bar(
   total: int, description: str, *, unit: str, initial: int = 0, leave: bool = True
 ) -> tqdm:
-  """A bar on stderr with rate and time left.
+  """A bar on stderr with rate and time left; of several processes only the first shows it.
 
   Args:
     total: Units of work.
@@ -24,6 +26,7 @@ def progress_bar(
     unit=unit,
     initial=initial,
     leave=leave,
+    disable=not is_first_process(),
     dynamic_ncols=live,
     mininterval=0.1 if live else 10,
     maxinterval=10 if live else 60,

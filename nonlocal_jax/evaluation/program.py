@@ -16,7 +16,7 @@ from nonlocal_jax.evaluation.metrics import undefined_reasons
 from nonlocal_jax.evaluation.pictures import write_comparison
 from nonlocal_jax.evaluation.report import protocol_facts, published_line, write_report
 from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, protocol_of
-from nonlocal_jax.parallel import data_mesh, replicated
+from nonlocal_jax.parallel import data_mesh, is_first_process, replicated
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.released import ReleasedModel, released_model_of_sha256
@@ -51,7 +51,7 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
   evaluation = evaluate(jax.device_put(state, replicated(mesh)))
   published = _published_miou(config, description, images=len(split))
   show_evaluation(evaluation, config, dataset)
-  if published is not None:
+  if published is not None and is_first_process():
     print(published_line(100 * evaluation.scores.mean_iou, published, dataset.name))
   write_evaluation(
     workdir,
@@ -89,7 +89,9 @@ def evaluator_for(
 
 
 def show_evaluation(evaluation: Evaluation, config: ConfigDict, dataset: Dataset) -> None:
-  """Prints the scores of each class and their means, and why some have none."""
+  """Prints the scores of each class and their means, and why some have none (first process)."""
+  if not is_first_process():
+    return
   more = config.eval.more_scores
   print(evaluation.scores.table(dataset.classes, more=more))
   reasons = undefined_reasons(evaluation.confusion, dataset.classes, more=more)
@@ -122,7 +124,7 @@ def write_evaluation(
     step: Training steps that the weights have seen, None if they are not of a training run.
     published: mIoU in percent that was published of these weights, tested so.
   """
-  if jax.process_index():
+  if not is_first_process():
     return
   write_report(
     workdir,

@@ -1,0 +1,106 @@
+"""Evaluation on several devices and processes, and what an interrupted one leaves."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nonlocal_jax.data.transforms import decode_label
+from nonlocal_jax.evaluation import evaluator
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def arguments(photos, peer_checkpoint, tmp_path):
+  """Arguments of main.py that evaluate the tiny network on three images of different sizes."""
+  values = {
+    'data.source_dir': photos,
+    'data.data_dir': tmp_path / 'prepared',
+    'data.num_classes': 19,
+    'data.ignore_labels': '(20,)',
+    'model.width': 8,
+    'eval.scale': '(96,72)',
+    'eval.shapes': 1,
+  }
+  settings = [f'--config.{key}={value}' for key, value in values.items()]
+  config = f'--config={ROOT}/configs/custom.py'
+  return [config, *settings, '--mode=eval', f'--checkpoint={peer_checkpoint}']
+
+
+def confusion_in(workdir):
+  return np.array(json.loads((workdir / 'metrics.json').read_text())['confusion'])
+
+
+def test_two_processes_of_two_devices_count_each_image_once(
+  arguments, program, photos, peer_checkpoint, tmp_path
+):
+  assert program(*arguments, '--workdir=alone') == (None, '')  # on four devices
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  together = ['--distributed', f'--coordinator=localhost:{port}', '--processes=2']
+  environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  processes = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        ROOT / 'main.py',
+        *arguments,
+        *together,
+        f'--process={index}',
+        f'--workdir={tmp_path}/process{index}',
+      ],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index in (0, 1)
+  ]
+  said = [process.communicate(timeout=300)[0] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], said
+  found = confusion_in(tmp_path / 'process0')
+  np.testing.assert_array_equal(found, confusion_in(tmp_path / 'alone'))
+  labels = [decode_label(path.read_bytes()) for path in (photos / 'labels/val').iterdir()]
+  assert found.sum() == sum((label < 19).sum() for label in labels)
+  assert 'mIoU' in said[0]
+  assert 'mIoU' not in said[1]
+  assert not (tmp_path / 'process1').exists()
+
+
+def test_an_interrupted_evaluation_leaves_no_result(arguments, program, tmp_path, monkeypatch):
+  scores, calls = evaluator.scores, []
+
+  def interrupt(confusion):
+    calls.append(confusion)
+    if len(calls) == 1:
+      raise KeyboardInterrupt
+    return scores(confusion)
+
+  (tmp_path / 'out').mkdir()
+  (tmp_path / 'out/metrics.json').write_text('of before')
+  monkeypatch.setattr(evaluator, 'scores', interrupt)
+  assert program(*arguments, '--workdir=out') == (130, '')
+  assert (tmp_path / 'out/metrics.json').read_text() == 'of before'
+  assert [path.name for path in (tmp_path / 'out').iterdir()] == ['metrics.json']
+
+
+@pytest.mark.parametrize(
+  ('extra', 'sentence'),
+  [
+    (['--config.eval.protocol=v2'], 'config.eval.protocol is v2; it must be v0 or v1'),
+    (['--config.eval.shapes=0'], 'config.eval.shapes is 0; it must be a number of at least 1'),
+    (['--mode=train', '--distributed'], '--distributed is for --mode=eval'),
+  ],
+)
+def test_wrong_arguments_are_a_sentence(extra, sentence, arguments, program):
+  chosen = [a for a in arguments if not (a.startswith('--checkpoint') and '--mode=train' in extra)]
+  status, said = program(*chosen, *extra)
+  assert status == 1
+  assert sentence in said
