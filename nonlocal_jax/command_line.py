@@ -75,9 +75,12 @@ def config_errors(values: flags.FlagValues) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    path = config_flags.get_config_filename(values['config'])
+    named = values['config']
+    # Where the name ends in no .py, even the flag is not read.
+    what = f' {config_flags.get_config_filename(named)}' if named.present else ' of that name'
     raise UserError(
-      f'there is no config file {path}; configs/ holds those to choose from.'
+      f'there is no config file{what}; configs/ holds those to choose from, as '
+      '--config=configs/NAME.py.'
     ) from error
   except (AttributeError, KeyError) as error:
     said = str(error).replace('\\n', '. ').replace('\\', '').replace("'", '')  # quoted twice

@@ -144,6 +144,10 @@ def test_published_configs_evaluate_as_the_original(
     (['--mode=fly'], 'mode'),
     (['--nonsense=1'], 'nonsense'),
     (['--config=configs/none.py'], 'there is no config file configs/none.py'),
+    (
+      [f'--config={ROOT}/configs/ade20k_r50'],
+      'there is no config file of that name; configs/ holds',
+    ),
     (['--mode=eval'], '--mode=eval needs --checkpoint'),
     (['--checkpoint=x.pth'], '--checkpoint is for --mode=eval'),
     ([f'--config={ROOT}/configs/ade20k_r50.py:20k'], "no variant '20k' was published"),
