@@ -145,7 +145,7 @@ def test_published_configs_evaluate_as_the_original(
     (['--nonsense=1'], 'nonsense'),
     (['--config=configs/none.py'], 'there is no config file configs/none.py'),
     (
-      [f'--config={ROOT}/configs/ade20k_r50'],
+      [f'--config={ROOT}/configs/ade20k_r50:512x512_80k'],
       'there is no config file of that name; configs/ holds',
     ),
     (['--mode=eval'], '--mode=eval needs --checkpoint'),
