@@ -145,8 +145,8 @@ def test_published_configs_evaluate_as_the_original(
     (['--nonsense=1'], 'nonsense'),
     (['--config=configs/none.py'], 'there is no config file configs/none.py'),
     (
-      [f'--config={ROOT}/configs/ade20k_r50:512x512_80k'],
-      'there is no config file of that name; configs/ holds',
+      [f'--config={ROOT}/configs/ade20k_r50:80k', '--config.eval.shapes=1'],
+      'there is no config file',
     ),
     (['--mode=eval'], '--mode=eval needs --checkpoint'),
     (['--checkpoint=x.pth'], '--checkpoint is for --mode=eval'),
