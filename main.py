@@ -21,10 +21,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 _MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval'], 'Train, or evaluate --checkpoint.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Where results go. Default: runs/NAME.')
 _CHECKPOINT = flags.DEFINE_string(
-  'checkpoint', None, 'Weights to evaluate: a .pth file, a converted directory or a workdir.'
+  'checkpoint',
+  None,
+  'Weights to evaluate, or to train on from: a .pth file, a converted directory or a workdir.',
 )
-
-
+_NEW_CLASSIFIER = flags.DEFINE_bool(
+  'new_classifier', False, 'Start training with new last layers in place of those of --checkpoint.'
+)
 _DISTRIBUTED = flags.DEFINE_bool(
   'distributed', False, 'Work together with the other processes that run the same command.'
 )
@@ -42,14 +45,13 @@ def main(argv: list[str]) -> None:
   config = _CONFIG.value
   check_values(config)
   if _DISTRIBUTED.value:
-    if _MODE.value == 'train':
-      raise UserError('--distributed is for --mode=eval; training on several processes is to come.')
     join_processes(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   workdir = Path(_WORKDIR.value or f'runs/{config.name}')
   if _MODE.value == 'train':
-    if _CHECKPOINT.value:
-      raise UserError('--checkpoint is for --mode=eval; training goes on from --workdir.')
-    train_and_evaluate(config, workdir)
+    checkpoint = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
+    train_and_evaluate(
+      config, workdir, checkpoint=checkpoint, new_classifier=_NEW_CLASSIFIER.value
+    )
     print(f'Results are in {workdir}.')
   else:
     if not _CHECKPOINT.value:

@@ -57,6 +57,18 @@ def base_config() -> ConfigDict:
   config.train.flip_probability = 0.5
   config.train.photometric_distortion = True
   config.train.auxiliary_weight = 0.4
+  config.train.avg_non_ignore = False  # loss: mean over labelled pixels; False: over all
+  config.train.class_weights = ()  # of each class in the loss; empty: 1
+  config.train.ohem = False  # loss of hard pixels only: those that get their class below ...
+  config.train.ohem_threshold = 0.7  # ... this probability,
+  config.train.ohem_min_kept = 100_000  # and so many at least, times the images of a batch
+  # Statistics of batch normalisation in training: those of the 'global' batch (SyncBN), of each
+  # device's part ('per_device'), or 'frozen'.
+  config.train.batch_norm = 'global'
+  config.train.accumulate = 1  # parts of a device's share that are computed one after the other
+  config.train.dtype = 'float32'  # of activations: float32 or bfloat16; weights are float32
+  config.train.rematerialize = False  # computes blocks again in the backward pass: less memory
+  config.train.ema_decay = 0.0  # of an average of the weights, which is then evaluated; 0: none
   config.train.precision = 'default'  # of matrix products (jax_default_matmul_precision)
   config.train.log_every = 50
 
@@ -66,6 +78,9 @@ def base_config() -> ConfigDict:
   config.optimizer.power = 0.9
   config.optimizer.momentum = 0.9
   config.optimizer.weight_decay = 5e-4
+  config.optimizer.schedule = 'v0'  # poly over t / steps; v1 (mmsegmentation 1.x): t / (steps - 1)
+  config.optimizer.decay_norm_and_bias = True  # False: weight decay on kernels only
+  config.optimizer.head_multiplier = 1.0  # of the learning rate of both heads
 
   config.eval = ConfigDict()
   config.eval.scale = (2048, 512)
@@ -147,7 +162,7 @@ def check_values(config: ConfigDict) -> None:
     UserError: If a value is out of its range; the message names its key.
   """
   counts = ('train.steps', 'train.batch_size', 'train.log_every', 'eval.every', 'checkpoint.every')
-  counts += ('eval.batch_size', 'eval.shapes')
+  counts += ('eval.batch_size', 'eval.shapes', 'train.accumulate', 'train.ohem_min_kept')
   pairs = ('train.scale', 'train.crop', 'train.ratio_range', 'eval.scale')
   windows = ('eval.window_crop', 'eval.window_stride')
   for key in (*counts, 'checkpoint.keep', 'model.width'):
@@ -157,7 +172,18 @@ def check_values(config: ConfigDict) -> None:
     _expect(len(value) == 2 and min(value) > 0, config, key, 'two positive numbers')
   both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
   _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
-  _expect(config.eval.protocol in ('v0', 'v1'), config, 'eval.protocol', 'v0 or v1')
+  choices = {
+    'eval.protocol': ('v0', 'v1'),
+    'optimizer.schedule': ('v0', 'v1'),
+    'train.batch_norm': ('global', 'per_device', 'frozen'),
+    'train.dtype': ('float32', 'bfloat16'),
+  }
+  for key, values in choices.items():
+    _expect(_value(config, key) in values, config, key, ' or '.join(values))
+  _expect(0 <= config.train.ema_decay < 1, config, 'train.ema_decay', 'in [0, 1)')
+  _expect(config.optimizer.head_multiplier > 0, config, 'optimizer.head_multiplier', 'positive')
+  weights = config.train.class_weights
+  _expect(all(weight >= 0 for weight in weights), config, 'train.class_weights', 'not negative')
   if config.data.num_classes is not None:
     _expect(2 <= config.data.num_classes <= 255, config, 'data.num_classes', 'from 2 to 255')
   for key in ('data.ignore_labels', 'data.label_map'):

@@ -10,14 +10,16 @@ import absl.logging
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from nonlocal_jax.errors import UserError
+from nonlocal_jax.compilation_cache import use_compilation_cache
+from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UserError
 
 
 def run_program(program: Callable[[], object]) -> None:
   """Runs a program from the command line.
 
   What the user can mend is one line on stderr and exit status 1; interrupted programs clean up and
-  exit with 130 (SIGINT) or 143 (SIGTERM).
+  exit with 130 (SIGINT) or 143 (SIGTERM), training runs that saved where they stand with
+  `errors.STOPPED_STATUS`. Compiled programs are kept for the next start.
 
   Args:
     program: The program.
@@ -28,11 +30,15 @@ def run_program(program: Callable[[], object]) -> None:
   # What libraries say on their way to an error is not for the user.
   absl.logging.set_verbosity(absl.logging.ERROR)
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  use_compilation_cache()
   before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
     program()
   except UserError as error:
     sys.exit(f'error: {error}')
+  except RunStopped as stopped:
+    print(stopped, file=sys.stderr)
+    sys.exit(STOPPED_STATUS)
   except KeyboardInterrupt:
     print('interrupted', file=sys.stderr)
     sys.exit(130)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from ml_collections import ConfigDict
 
 from nonlocal_jax.data import synthetic
@@ -153,7 +154,7 @@ def report_split(split: PreparedSplit, dataset: Dataset) -> None:
 
 
 def train_batches_of(config: ConfigDict, split: PreparedSplit, dataset: Dataset) -> TrainIterator:
-  """The endless stream of training batches that a config describes."""
+  """This process's part of the endless stream of batches that a config describes."""
   return train_batches(
     split,
     batch_size=config.train.batch_size,
@@ -165,5 +166,7 @@ def train_batches_of(config: ConfigDict, split: PreparedSplit, dataset: Dataset)
     flip_prob=config.train.flip_probability,
     photometric=config.train.photometric_distortion,
     label_lookup=dataset.label_lookup,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
     num_workers=config.data.workers,
   )

@@ -17,7 +17,8 @@ from mmengine.runner import load_checkpoint
 import nonlocal_jax
 from nonlocal_jax.command_line import run_program
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.weights.checkpoints import save_weights, to_arrays
+from nonlocal_jax.weights.arrays import to_arrays
+from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.loading import read_backbone, read_torch_weights, read_weights
 from nonlocal_jax.weights.recorded_config import RecordedConfig
 from nonlocal_jax.weights.released import RELEASED, released_model

@@ -19,7 +19,7 @@ from nonlocal_jax.parallel import data_mesh, over_batch, replicated, shard_batch
 from nonlocal_jax.training.loop import train_and_evaluate
 from nonlocal_jax.training.optimizer import sgd
 from nonlocal_jax.training.state import TrainState, make_train_step
-from nonlocal_jax.weights.checkpoints import to_arrays
+from nonlocal_jax.weights.arrays import to_arrays
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.torch_names import Architecture, to_state_dict
 from nonlocal_jax.weights.torch_writer import write_torch_checkpoint

@@ -20,8 +20,8 @@ import nonlocal_jax
 from nonlocal_jax.data.transforms import resize_image
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.segmentor import normalize
+from nonlocal_jax.training.run_files import config_differences
 from nonlocal_jax.weights import released
-from nonlocal_jax.weights.checkpoints import config_differences
 from nonlocal_jax.weights.loading import read_torch_weights
 from nonlocal_jax.weights.torch_names import (
   Architecture,

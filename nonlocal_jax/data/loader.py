@@ -5,6 +5,7 @@ A source is any sequence of `{'id': str, 'image': bytes, 'label': bytes}`, such 
 """
 
 import os
+import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ class TrainIterator(grain.DatasetIterator):
     running = iter(
       self._batches.slice(slice(self._next_batch, None))
       .to_iter_dataset(self._read_options)
-      .mp_prefetch(workers, worker_init_fn=_use_one_thread_in_opencv)
+      .mp_prefetch(workers, worker_init_fn=_prepare_worker)
     )
     running.start_prefetch()
     self._running.append(running)
@@ -103,8 +104,8 @@ def train_batches(
   """Makes the endless stream of training batches.
 
   Every epoch is shuffled anew; its last batch is filled up from the next epoch. Which image comes
-  n-th, and how it is augmented, depends on `seed` and n alone. Process p of P gets the samples p,
-  p + P, ... of each global batch.
+  n-th, and how it is augmented, depends on `seed` and n alone. Process p of P gets the p-th of P
+  equal parts of each global batch.
 
   Args:
     source: Encoded samples, at least one.
@@ -156,7 +157,7 @@ def train_batches(
     .shuffle()
     .repeat()
     .random_map(load)
-    .slice(slice(process_index, None, process_count))
+    .pipe(_PartOfEachBatch, batch_size // process_count, process_index, process_count)
     .batch(batch_size // process_count)
   )
   num_threads = num_threads or max(1, _num_cores() // max(1, num_workers))
@@ -212,6 +213,23 @@ def eval_batches(
   return iter(loaded.to_iter_dataset(grain.ReadOptions(num_threads, num_threads)))
 
 
+class _PartOfEachBatch(grain.MapDataset):
+  """Of every `count` runs of `size` samples, the one with number `index`."""
+
+  def __init__(self, parent: grain.MapDataset, size: int, index: int, count: int):
+    super().__init__(parent)
+    self._size, self._index, self._count = size, index, count
+
+  def __len__(self) -> int:
+    return len(self._parent) // self._count
+
+  def __getitem__(self, index: int | slice) -> Any:
+    if isinstance(index, slice):
+      return self.slice(index)
+    batch, place = divmod(index, self._size)
+    return self._parent[(batch * self._count + self._index) * self._size + place]
+
+
 def _close(iterators: list[grain.DatasetIterator]) -> None:
   while iterators:
     iterators.pop().close()
@@ -228,6 +246,12 @@ def _num_cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def _use_one_thread_in_opencv(*_) -> None:
+def _prepare_worker(*_) -> None:
+  """Ctrl-C goes to workers, too, but the main process says when they end."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  _use_one_thread_in_opencv()
+
+
+def _use_one_thread_in_opencv() -> None:
   """Leaves the cores to the threads that make samples side by side."""
   cv2.setNumThreads(0)

@@ -30,28 +30,29 @@ def colourise(
   return colours[label]
 
 
-def write_comparison(
-  path: Path,
+def comparison(
   examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
   *,
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
-) -> None:
-  """Writes a PNG with a row for each example, and the classes that occur below.
+) -> np.ndarray:
+  """Draws a row for each example, and the classes that occur below.
 
   Args:
-    path: The PNG file.
     examples: Image (h, w, 3) uint8 RGB, truth (h', w') and prediction (h', w'), integers, 255 for
       ignored truth.
     classes: Name of each class.
     palette: RGB colour of each class.
+
+  Returns:
+    (h', w', 3) uint8 RGB.
   """
   rows = [
     (image, colourise(truth, palette), colourise(prediction, palette))
     for image, truth, prediction in examples
   ]
   labels = [label for _, *both in examples for label in both]
-  _write_sheet(path, rows, ('image', 'truth', 'prediction'), _legend(labels, classes, palette))
+  return _sheet(rows, ('image', 'truth', 'prediction'), _legend(labels, classes, palette))
 
 
 def write_samples(
@@ -75,7 +76,8 @@ def write_samples(
     rows.append((image, colours, image // 2 + colours // 2))
   legend = _legend([label for *_, label in samples], classes, palette)
   names = [name for name, *_ in samples]
-  _write_sheet(path, rows, ('image', 'label', 'both'), legend, names)
+  sheet = _sheet(rows, ('image', 'label', 'both'), legend, names)
+  Image.fromarray(sheet).save(path)
 
 
 def overlay(
@@ -130,15 +132,14 @@ def _legend(
   ]
 
 
-def _write_sheet(
-  path: Path,
+def _sheet(
   rows: Sequence[Sequence[np.ndarray]],
   titles: Sequence[str],
   legend: Sequence[Patch],
   names: Sequence[str] = (),
-) -> None:
+) -> np.ndarray:
   heights = sum(3 * row[0].shape[0] / row[0].shape[1] for row in rows)
-  figure = Figure(figsize=(9, 0.8 + heights + 0.22 * -(-len(legend) // 4)))
+  figure = Figure(figsize=(9, 0.8 + heights + 0.22 * -(-len(legend) // 4)), dpi=110)
   canvas = FigureCanvasAgg(figure)
   axes = figure.subplots(len(rows), len(titles), squeeze=False)
   for axes_of_row, row in zip(axes, rows, strict=True):
@@ -152,4 +153,5 @@ def _write_sheet(
   figure.legend(handles=legend, loc='lower center', ncols=4, frameon=False, fontsize='small')
   bottom = 0.22 * -(-len(legend) // 4) / figure.get_figheight() + 0.03
   figure.subplots_adjust(0.01, bottom, 0.99, 1 - 0.3 / figure.get_figheight(), 0.02, 0.02)
-  canvas.print_figure(path, format='png', dpi=110)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()

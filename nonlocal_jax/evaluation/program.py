@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from PIL import Image
 
 from nonlocal_jax.data.builders import PreparedSplit
 from nonlocal_jax.data.datasets import Dataset
@@ -13,9 +15,10 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
 from nonlocal_jax.evaluation.inference import Predictor
 from nonlocal_jax.evaluation.metrics import undefined_reasons
-from nonlocal_jax.evaluation.pictures import write_comparison
+from nonlocal_jax.evaluation.pictures import comparison
 from nonlocal_jax.evaluation.report import protocol_facts, published_line, write_report
 from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, protocol_of
+from nonlocal_jax.files import whole_file
 from nonlocal_jax.parallel import data_mesh, is_first_process, replicated
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
@@ -140,9 +143,13 @@ def write_evaluation(
     published=published,
     more=config.eval.more_scores,
   )
-  write_comparison(
-    workdir / PICTURE, evaluation.examples, classes=dataset.classes, palette=dataset.palette
-  )
+  with whole_file(workdir / PICTURE) as partial:
+    Image.fromarray(picture_of(evaluation, dataset)).save(partial, format='PNG')
+
+
+def picture_of(evaluation: Evaluation, dataset: Dataset) -> np.ndarray:
+  """The examples of an evaluation as (h, w, 3) uint8 RGB, see `pictures.comparison`."""
+  return comparison(evaluation.examples, classes=dataset.classes, palette=dataset.palette)
 
 
 def _published_miou(

@@ -1,5 +1,7 @@
 """The layers that the network is made of, with the conventions of the released checkpoints."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,8 @@ def conv(
 
   The padding is `dilation * (kernel - 1) / 2` zeros on each side: at stride 2 this differs from
   'SAME'.
+
+  It computes in the dtype of its input, into which it casts its float32 weights.
 
   Args:
     in_channels: Channels of the input.
@@ -48,8 +52,14 @@ def conv(
     padding=((pad, pad), (pad, pad)),
     use_bias=use_bias,
     kernel_init=kernel_init,
+    promote_dtype=_as_the_input,
     rngs=rngs,
   )
+
+
+def _as_the_input(arrays: Sequence[jax.Array | None], **_) -> tuple[jax.Array | None, ...]:
+  dtype = arrays[0].dtype
+  return tuple(array if array is None else array.astype(dtype) for array in arrays)
 
 
 class BatchNorm(nnx.Module):
@@ -58,12 +68,16 @@ class BatchNorm(nnx.Module):
   In training the batch is normalised with its biased variance, and the running variance takes the
   unbiased one (`n / (n - 1)` larger), as `torch.nn.BatchNorm2d` does and `flax.nnx.BatchNorm` does
   not. Over a batch that is sharded under `jax.jit` the mean is that of the global batch: SyncBN.
+  Statistics are computed in float32 at least, whatever the dtype of the input.
 
   Attributes:
     scale: (channels,) float32.
     bias: (channels,) float32.
     mean: (channels,) float32, running mean.
     var: (channels,) float32, running unbiased variance.
+    groups: Equal parts of the batch that are normalised each by itself in training; the running
+      statistics take their mean. With one for each device nothing is exchanged.
+    frozen: Whether it uses the running statistics in training, too, and leaves them as they are.
   """
 
   def __init__(self, channels: int, *, momentum: float = 0.1, epsilon: float = 1e-5):
@@ -80,19 +94,25 @@ class BatchNorm(nnx.Module):
     self.var = nnx.BatchStat(jnp.ones((channels,), jnp.float32))
     self.momentum = momentum
     self.epsilon = epsilon
+    self.groups = 1
+    self.frozen = False
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """(n, h, w, channels) -> the same; in training by the batch's statistics, which are kept."""
-    if train:
-      mean = jnp.mean(x, axis=(0, 1, 2))
-      var = jnp.mean(jnp.square(x - mean), axis=(0, 1, 2))
-      count = x.size // x.shape[-1]
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    if train and not self.frozen:
+      wide = wide.reshape(self.groups, -1, *x.shape[1:])
+      mean = jnp.mean(wide, axis=(1, 2, 3), keepdims=True)  # (groups, 1, 1, 1, channels)
+      var = jnp.mean(jnp.square(wide - mean), axis=(1, 2, 3), keepdims=True)
+      count = wide.size // (self.groups * x.shape[-1])
       unbiased = var * (count / max(count - 1, 1))
-      self.mean[...] = (1 - self.momentum) * self.mean[...] + self.momentum * mean
-      self.var[...] = (1 - self.momentum) * self.var[...] + self.momentum * unbiased
+      for running, batch in ((self.mean, mean), (self.var, unbiased)):
+        batch = jnp.mean(batch, axis=(0, 1, 2, 3))
+        running[...] = (1 - self.momentum) * running[...] + self.momentum * batch
     else:
       mean, var = self.mean[...], self.var[...]
-    return (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * self.scale[...]) + self.bias[...]
+    factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...]
+    return ((wide - mean) * factor + self.bias[...]).reshape(x.shape).astype(x.dtype)
 
 
 class ConvNorm(nnx.Module):

@@ -134,7 +134,7 @@ class NonLocalBlock(nnx.Module):
       return queries @ (jnp.swapaxes(keys, 1, 2) @ values / num_keys)
     if self.mode == 'concatenation':
       assert self.concat_project is not None
-      project = self.concat_project.kernel[...].reshape(2, channels)
+      project = self.concat_project.kernel[...].astype(keys.dtype).reshape(2, channels)
       query_part = queries @ project[0][:, None]  # (n, q, 1)
       key_part = (keys @ project[1])[:, None, :]  # (n, 1, k)
 
@@ -144,12 +144,13 @@ class NonLocalBlock(nnx.Module):
       return over_query_blocks(from_concatenation, query_part, block)
     scale = channels**-0.5 if self.mode == 'embedded_gaussian' and self.use_scale else 1.0
     transposed_keys = jnp.swapaxes(keys, 1, 2)
+    wide = jnp.promote_types(keys.dtype, jnp.float32)
 
     def from_softmax(block_queries: jax.Array) -> jax.Array:
-      scores = block_queries * scale @ transposed_keys
+      scores = jnp.matmul(block_queries * scale, transposed_keys, preferred_element_type=wide)
       if present is not None:
         scores = jnp.where(present[:, None], scores, -jnp.inf)
-      return jax.nn.softmax(scores, axis=-1) @ values
+      return jax.nn.softmax(scores, axis=-1).astype(values.dtype) @ values
 
     return over_query_blocks(from_softmax, queries, block)
 

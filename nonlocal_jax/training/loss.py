@@ -1,27 +1,129 @@
 """Cross-entropy over the pixels of upsampled logits (mmseg `CrossEntropyLoss`)."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 
 
-def cross_entropy(logits: jax.Array, labels: jax.Array, *, ignore_index: int = 255) -> jax.Array:
-  """Mean cross-entropy over all pixels, ignored ones included.
+class Ohem(NamedTuple):
+  """Online hard example mining: which pixels the loss is summed over (mmseg `OHEMPixelSampler`).
 
-  Ignored pixels add nothing to the sum but count in the divisor, `n * h * w`, as in the original.
+  Attributes:
+    thresh: Pixels that give their class a probability below this are kept, and so are the
+      `min_kept * n` least probable ones of a batch of n images. None: the `min_kept * n` pixels
+      with the largest (weighted) losses are kept, and no other.
+    min_kept: Pixels per image; those of a batch are counted together.
+  """
+
+  thresh: float | None = 0.7
+  min_kept: int = 100_000
+
+
+def loss_divisor(
+  labels: jax.Array,
+  *,
+  ignore_index: int = 255,
+  avg_non_ignore: bool = False,
+  class_weights: Sequence[float] | None = None,
+) -> jax.Array:
+  """What the sum of the pixel losses is divided by (mmseg `cross_entropy`).
+
+  The number of all pixels, ignored ones included; with `avg_non_ignore` that of the labelled ones;
+  with `class_weights` the sum of the weights of the labels. Ignored pixels weigh nothing in that
+  sum; mmseg, which takes the label as an index into the weights, fails on them.
 
   Args:
-    logits: (n, h, w, c) float32.
     labels: (n, h, w) integers in [0, c) or `ignore_index`.
     ignore_index: Label of the pixels without a class.
+    avg_non_ignore: Whether only labelled pixels count; says nothing where there are class weights.
+    class_weights: c factors, 0 or more, or None.
 
   Returns:
-    Scalar float32.
+    Scalar float32, with class weights of JAX's default float type; 1 in place of 0.
   """
+  valid = labels != ignore_index
+  if class_weights is not None:
+    divisor = jnp.sum(_label_weights(labels, valid, jnp.asarray(class_weights, float)))
+  elif avg_non_ignore:
+    divisor = jnp.sum(valid).astype(jnp.float32)
+  else:
+    divisor = jnp.float32(labels.size)
+  return jnp.where(divisor > 0, divisor, 1)
+
+
+def cross_entropy_sum(
+  logits: jax.Array,
+  labels: jax.Array,
+  *,
+  ignore_index: int = 255,
+  class_weights: Sequence[float] | None = None,
+  ohem: Ohem | None = None,
+) -> jax.Array:
+  """Sum of the cross-entropy over the pixels that have a class.
+
+  Args:
+    logits: (n, h, w, c) floats; computed with in float32 at least.
+    labels: (n, h, w) integers in [0, c) or `ignore_index`.
+    ignore_index: Label of the pixels without a class.
+    class_weights: c factors of the pixel losses by label, or None.
+    ohem: Which pixels are summed over; None for all. No gradient goes through the choice.
+
+  Returns:
+    Scalar float32 (float64 of float64 logits).
+  """
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   valid = labels != ignore_index
   targets = jnp.where(valid, labels, 0).astype(jnp.int32)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-  return jnp.sum(jnp.where(valid, losses, 0.0)) / labels.size
+  losses = jnp.where(valid, losses, 0)
+  weighted = losses
+  if class_weights is not None:
+    weighted = losses * _label_weights(labels, valid, jnp.asarray(class_weights, losses.dtype))
+  if ohem is None:
+    return jnp.sum(weighted)
+  min_kept = ohem.min_kept * len(labels)
+  if ohem.thresh is None:
+    kept = _largest(jax.lax.stop_gradient(weighted), valid, count=min_kept)
+  else:
+    probabilities = jnp.exp(-jax.lax.stop_gradient(losses))
+    kept = _improbable(probabilities, valid, thresh=ohem.thresh, min_kept=min_kept)
+  return jnp.sum(jnp.where(kept, weighted, 0))
+
+
+def cross_entropy(
+  logits: jax.Array,
+  labels: jax.Array,
+  *,
+  ignore_index: int = 255,
+  avg_non_ignore: bool = False,
+  class_weights: Sequence[float] | None = None,
+  ohem: Ohem | None = None,
+) -> jax.Array:
+  """Cross-entropy of a batch: `cross_entropy_sum` by `loss_divisor`.
+
+  The divisor does not depend on `ohem`, as in mmseg: the pixels left out count in it.
+
+  Args:
+    logits: (n, h, w, c) floats.
+    labels: (n, h, w) integers in [0, c) or `ignore_index`.
+    ignore_index: Label of the pixels without a class.
+    avg_non_ignore: See `loss_divisor`.
+    class_weights: c factors, 0 or more, or None.
+    ohem: Which pixels are summed over; None for all.
+
+  Returns:
+    Scalar float32; 0 where no pixel has a class.
+  """
+  total = cross_entropy_sum(
+    logits, labels, ignore_index=ignore_index, class_weights=class_weights, ohem=ohem
+  )
+  divisor = loss_divisor(
+    labels, ignore_index=ignore_index, avg_non_ignore=avg_non_ignore, class_weights=class_weights
+  )
+  return total / divisor
 
 
 def pixel_accuracy(logits: jax.Array, labels: jax.Array, *, ignore_index: int = 255) -> jax.Array:
@@ -38,3 +140,29 @@ def pixel_accuracy(logits: jax.Array, labels: jax.Array, *, ignore_index: int = 
   valid = labels != ignore_index
   correct = (jnp.argmax(logits, axis=-1) == labels) & valid
   return jnp.sum(correct) / jnp.maximum(jnp.sum(valid), 1)
+
+
+def _label_weights(labels: jax.Array, valid: jax.Array, class_weights: jax.Array) -> jax.Array:
+  """Weight of each pixel's class, 0 where it has none: shape of `labels`, type of the weights."""
+  targets = jnp.where(valid, labels, 0).astype(jnp.int32)
+  return jnp.where(valid, class_weights[targets], 0)
+
+
+def _improbable(
+  probabilities: jax.Array, valid: jax.Array, *, thresh: float, min_kept: int
+) -> jax.Array:
+  """Valid pixels below the larger of `thresh` and the smallest probability but `min_kept`.
+
+  Where there are no more valid pixels than `min_kept`, the largest probability takes its place.
+  """
+  ascending = jnp.sort(jnp.where(valid, probabilities, jnp.inf), axis=None)
+  last_valid = jnp.maximum(jnp.sum(valid) - 1, 0)
+  limit = jnp.maximum(ascending[jnp.minimum(min_kept, last_valid)], thresh)
+  return valid & (probabilities < limit)
+
+
+def _largest(losses: jax.Array, valid: jax.Array, *, count: int) -> jax.Array:
+  """The `count` valid pixels with the largest losses, or all if there are no more."""
+  descending = jnp.argsort(jnp.where(valid, losses, -jnp.inf), axis=None, descending=True)
+  kept = jnp.zeros(losses.size, bool).at[descending[:count]].set(True)
+  return valid & kept.reshape(losses.shape)

@@ -1,4 +1,6 @@
-"""SGD with momentum, weight decay on everything and the poly schedule: the published recipe."""
+"""SGD with momentum, weight decay and the poly schedule: the published recipe and its variants."""
+
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -6,20 +8,28 @@ import optax
 
 
 def poly_schedule(
-  *, learning_rate: float, min_learning_rate: float, power: float, steps: int
+  *,
+  learning_rate: float,
+  min_learning_rate: float,
+  power: float,
+  steps: int,
+  version: Literal['v0', 'v1'],
 ) -> optax.Schedule:
-  """`min + (lr - min) * (1 - t / (steps - 1)) ** power` (mmengine `PolyLR`).
+  """`min + (lr - min) * (1 - t / last) ** power`.
 
   Args:
     learning_rate: Value at step 0.
-    min_learning_rate: Value at step `steps - 1` and after.
+    min_learning_rate: Value at step `last` and after.
     power: Exponent.
     steps: Length of the training.
+    version: 'v0': `last` is `steps`, which no step of the training reaches (mmcv's
+      `PolyLrUpdaterHook`, mmsegmentation 0.x). 'v1': `last` is `steps - 1` (mmengine's `PolyLR`,
+      mmsegmentation 1.x).
 
   Returns:
     A function from the 0-based step to the learning rate, float32.
   """
-  last = max(steps - 1, 1)
+  last = {'v0': steps, 'v1': max(steps - 1, 1)}[version]
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
     # The difference is taken in integers: `1 - step / last` can end below zero, and its power is
@@ -31,16 +41,48 @@ def poly_schedule(
 
 
 def sgd(
-  schedule: optax.Schedule, *, momentum: float, weight_decay: float
+  schedule: optax.Schedule,
+  *,
+  momentum: float,
+  weight_decay: float,
+  decay_norm_and_bias: bool = True,
+  head_schedule: optax.Schedule | None = None,
 ) -> optax.GradientTransformation:
   """`torch.optim.SGD`: g += decay * p; v = momentum * v + g; p -= lr * v.
 
   Args:
     schedule: Learning rate by step.
     momentum: Factor of the running sum, in [0, 1).
-    weight_decay: Factor of the parameters added to their gradients, before the momentum; biases and
-      norms included.
+    weight_decay: Factor of the parameters added to their gradients, before the momentum.
+    decay_norm_and_bias: Whether biases and norms decay, too; else only arrays of more than one
+      axis, which are the kernels.
+    head_schedule: Learning rate by step of what lies below a top-level key that ends in 'head',
+      None for `schedule`. A head that learns `mult` times as fast (mmengine's `lr_mult` under
+      `custom_keys`) has a poly schedule of its own from `mult * learning_rate` down to the same
+      `min_learning_rate`; the floor is not multiplied.
+
+  Returns:
+    A transformation of trees like the parameters, with a state of arrays.
   """
+  decay = optax.add_decayed_weights(weight_decay, None if decay_norm_and_bias else _are_kernels)
+  if head_schedule is None:
+    return optax.chain(decay, optax.sgd(schedule, momentum=momentum))
+  # Only steps are counted below the masks, so that no placeholder gets into the state.
   return optax.chain(
-    optax.add_decayed_weights(weight_decay), optax.sgd(schedule, momentum=momentum)
+    decay,
+    optax.trace(momentum),
+    optax.masked(optax.scale_by_learning_rate(schedule), _are_outside_heads),
+    optax.masked(optax.scale_by_learning_rate(head_schedule), _are_in_heads),
   )
+
+
+def _are_kernels(params: Any) -> Any:
+  return jax.tree.map(lambda array: array.ndim > 1, params)
+
+
+def _are_in_heads(params: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(lambda path, _: str(path[0].key).endswith('head'), params)
+
+
+def _are_outside_heads(params: Any) -> Any:
+  return jax.tree.map(lambda in_head: not in_head, _are_in_heads(params))

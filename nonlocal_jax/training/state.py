@@ -2,16 +2,17 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from nonlocal_jax.models import normalize
-from nonlocal_jax.training.loss import cross_entropy, pixel_accuracy
+from nonlocal_jax.models import NonLocalNet, normalize
+from nonlocal_jax.models.layers import BatchNorm
+from nonlocal_jax.training.loss import Ohem, cross_entropy_sum, loss_divisor, pixel_accuracy
 
 Metrics = dict[str, jax.Array]
 Batch = Mapping[str, jax.Array]
@@ -19,7 +20,7 @@ Batch = Mapping[str, jax.Array]
 
 @functools.partial(
   jax.tree_util.register_dataclass,
-  data_fields=['step', 'params', 'batch_stats', 'opt_state', 'rng'],
+  data_fields=['step', 'params', 'batch_stats', 'opt_state', 'rng', 'ema'],
   meta_fields=[],
 )
 @dataclasses.dataclass
@@ -32,6 +33,7 @@ class TrainState:
     batch_stats: Running statistics of its batch normalisations.
     opt_state: State of the optimizer.
     rng: Key from which each step folds its own.
+    ema: Exponential moving average of `params`, None if none is kept.
   """
 
   step: jax.Array
@@ -39,15 +41,21 @@ class TrainState:
   batch_stats: nnx.State
   opt_state: Any
   rng: jax.Array
+  ema: nnx.State | None = None
 
   @property
   def variables(self) -> nnx.State:
-    """Parameters and running statistics in one, as evaluation takes them."""
-    return nnx.merge_state(self.params, self.batch_stats)
+    """Parameters, averaged if an average is kept, and running statistics: what is evaluated."""
+    return nnx.merge_state(self.params if self.ema is None else self.ema, self.batch_stats)
 
   @classmethod
   def create(
-    cls, variables: nnx.State, tx: optax.GradientTransformation, *, seed: int
+    cls,
+    variables: nnx.State,
+    tx: optax.GradientTransformation,
+    *,
+    seed: int,
+    keep_ema: bool = False,
   ) -> 'TrainState':
     """The state before the first step, from parameters and running statistics."""
     params, batch_stats = nnx.split_state(variables, nnx.Param, nnx.BatchStat)
@@ -57,7 +65,33 @@ class TrainState:
       batch_stats=batch_stats,
       opt_state=tx.init(params),
       rng=jax.random.key(seed),
+      ema=jax.tree.map(jnp.copy, params) if keep_ema else None,
     )
+
+
+def training_graphdef(
+  model: NonLocalNet,
+  *,
+  batch_norm: Literal['global', 'per_device', 'frozen'] = 'global',
+  devices: int = 1,
+  rematerialize: bool = False,
+) -> nnx.GraphDef:
+  """The static part of a network, set up to be trained.
+
+  Args:
+    model: The network, or shapes in place of its arrays.
+    batch_norm: Over what batch normalisation takes its statistics: the global batch (SyncBN), each
+      device's part of it, or the running ones, which then stay (mmseg `norm_eval`).
+    devices: How many devices share a batch.
+    rematerialize: See `ResNet`.
+
+  Returns:
+    What `make_train_step` takes; `model` is changed.
+  """
+  groups = devices if batch_norm == 'per_device' else 1
+  model.set_attributes(BatchNorm, groups=groups, frozen=batch_norm == 'frozen')
+  model.backbone.rematerialize = rematerialize
+  return nnx.graphdef(model)
 
 
 def make_train_step(
@@ -66,14 +100,28 @@ def make_train_step(
   *,
   auxiliary_weight: float,
   ignore_index: int = 255,
+  avg_non_ignore: bool = False,
+  class_weights: Sequence[float] | None = None,
+  ohem: Ohem | None = None,
+  compute_dtype: jax.typing.DTypeLike = jnp.float32,
+  accumulate: int = 1,
+  ema_decay: float | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The pure function of one training step, to be compiled with `jax.jit`.
 
   Args:
-    graphdef: Static part of the network.
+    graphdef: Static part of the network, see `training_graphdef`.
     tx: The optimizer.
     auxiliary_weight: Factor of the auxiliary head's loss.
     ignore_index: Label of the pixels without a class.
+    avg_non_ignore: See `loss.loss_divisor`, as for `class_weights`.
+    class_weights: Weight of each class in the loss; None for 1 each.
+    ohem: See `loss.cross_entropy_sum`.
+    compute_dtype: Of activations; parameters, statistics, softmax and loss are float32.
+    accumulate: Equal parts of the batch that go through the network one after the other, their
+      gradients added. The divisor of the loss is that of the whole batch; batch normalisation sees
+      one part at a time.
+    ema_decay: Weight of the old average in `TrainState.ema`; None if none is kept.
 
   Returns:
     A function of the state and a batch `image` (n, h, w, 3) uint8 RGB, `label` (n, h, w) uint8,
@@ -81,38 +129,87 @@ def make_train_step(
     `loss_decode`, `loss_auxiliary`, `accuracy` (share of the labelled pixels) and `update_norm` (of
     the change to the parameters), scalars.
   """
+  pixel_loss = functools.partial(
+    cross_entropy_sum, ignore_index=ignore_index, class_weights=class_weights, ohem=ohem
+  )
 
-  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    labels = batch['label'].astype(jnp.int32)
-    images = normalize(batch['image'], batch['size'])
-    dropout_key = jax.random.fold_in(state.rng, state.step)
+  def gradients(
+    params: nnx.State, batch_stats: nnx.State, part: Batch, whole: Batch, dropout_key: jax.Array
+  ) -> tuple[nnx.State, tuple[nnx.State, Metrics]]:
+    """Of a part of a batch, its share of the loss of the whole."""
+    labels = part['label'].astype(jnp.int32)
+    images = normalize(part['image'], part['size']).astype(compute_dtype)
+    divisor = loss_divisor(
+      whole['label'],
+      ignore_index=ignore_index,
+      avg_non_ignore=avg_non_ignore,
+      class_weights=class_weights,
+    )
+    labelled, all_labelled = (jnp.sum(x != ignore_index) for x in (labels, whole['label']))
 
     def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
-      model = nnx.merge(graphdef, params, state.batch_stats, copy=True)
-      logits, auxiliary_logits = model.training_logits(images, rngs=nnx.Rngs(dropout=dropout_key))
-      logits = model.upsample(logits, labels.shape[1:])
-      auxiliary_logits = model.upsample(auxiliary_logits, labels.shape[1:])
-      loss_decode = cross_entropy(logits, labels, ignore_index=ignore_index)
-      loss_auxiliary = cross_entropy(auxiliary_logits, labels, ignore_index=ignore_index)
+      model = nnx.merge(graphdef, params, batch_stats, copy=True)
+      logits, auxiliary_logits = (
+        model.upsample(x.astype(jnp.promote_types(x.dtype, jnp.float32)), labels.shape[1:])
+        for x in model.training_logits(images, rngs=nnx.Rngs(dropout=dropout_key))
+      )
+      loss_decode = pixel_loss(logits, labels) / divisor
+      loss_auxiliary = pixel_loss(auxiliary_logits, labels) / divisor
       loss = loss_decode + auxiliary_weight * loss_auxiliary
+      accuracy = pixel_accuracy(logits, labels, ignore_index=ignore_index)
       metrics = {
         'loss': loss,
         'loss_decode': loss_decode,
         'loss_auxiliary': loss_auxiliary,
-        'accuracy': pixel_accuracy(logits, labels, ignore_index=ignore_index),
+        'accuracy': accuracy * labelled / jnp.maximum(all_labelled, 1),
       }
       return loss, (nnx.state(model, nnx.BatchStat), metrics)
 
-    grads, (batch_stats, metrics) = jax.grad(loss_of, has_aux=True)(state.params)
+    return jax.grad(loss_of, has_aux=True)(params)
+
+  def accumulated_gradients(
+    state: TrainState, batch: Batch, dropout_key: jax.Array
+  ) -> tuple[nnx.State, tuple[nnx.State, Metrics]]:
+    # Part i has the samples i, i + accumulate, ...: each device's share stays where it is.
+    parts = jax.tree.map(
+      lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), dict(batch)
+    )
+
+    def add(carry, part_and_number):
+      part, number = part_and_number
+      *sums, batch_stats = carry
+      key = jax.random.fold_in(dropout_key, number)
+      grads, (batch_stats, metrics) = gradients(state.params, batch_stats, part, batch, key)
+      return (*jax.tree.map(jnp.add, sums, [grads, metrics]), batch_stats), None
+
+    names = ('loss', 'loss_decode', 'loss_auxiliary', 'accuracy')
+    dtype = jnp.promote_types(compute_dtype, jnp.float32)
+    zero_metrics = {name: jnp.zeros((), dtype) for name in names}
+    start = (jax.tree.map(jnp.zeros_like, state.params), zero_metrics, state.batch_stats)
+    (grads, metrics, batch_stats), _ = jax.lax.scan(add, start, (parts, jnp.arange(accumulate)))
+    return grads, (batch_stats, metrics)
+
+  def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    dropout_key = jax.random.fold_in(state.rng, state.step)
+    if accumulate == 1:
+      grads, (batch_stats, metrics) = gradients(
+        state.params, state.batch_stats, batch, batch, dropout_key
+      )
+    else:
+      grads, (batch_stats, metrics) = accumulated_gradients(state, batch, dropout_key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    metrics['update_norm'] = optax.tree.norm(updates)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema_decay is not None:
+      ema = optax.incremental_update(params, ema, step_size=1 - ema_decay)
     next_state = TrainState(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       batch_stats=batch_stats,
       opt_state=opt_state,
       rng=state.rng,
+      ema=ema,
     )
-    return next_state, metrics
+    return next_state, {**metrics, 'update_norm': optax.tree.norm(updates)}
 
   return train_step

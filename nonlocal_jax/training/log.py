@@ -1,0 +1,134 @@
+"""What a run says of itself: `log.jsonl`, TensorBoard, a picture of the curves."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from nonlocal_jax.files import write_whole
+from nonlocal_jax.parallel import is_first_process
+
+LOG = 'log.jsonl'
+
+
+class TrainingLog:
+  """Metrics of a run: lines of `log.jsonl` and points of TensorBoard curves.
+
+  Use as a context manager. Of several processes only the first writes; all know the scores.
+  """
+
+  def __init__(self, workdir: Path, *, batch_size: int, start: int):
+    """Opens the log of a run that stands at step `start`; what it says of later steps goes.
+
+    Args:
+      workdir: Where the run lies.
+      batch_size: Images in a global batch.
+      start: Steps taken.
+    """
+    self._batch_size = batch_size
+    self._step, self._time, self._waited = start, time.perf_counter(), 0.0
+    path = workdir / LOG
+    lines = [line for line in read_log(path) if line['step'] <= start]
+    self.evaluations = [line for line in lines if 'mIoU' in line]
+    self._writer = None
+    if is_first_process():
+      write_whole(path, ''.join(json.dumps(line) + '\n' for line in lines))
+      self._writer = SummaryWriter(str(workdir), purge_step=start + 1)
+    self._file = (path if is_first_process() else Path(os.devnull)).open('a')
+
+  def __enter__(self) -> Self:
+    """Nothing to do."""
+    return self
+
+  def __exit__(self, *unused) -> None:
+    """Closes the files."""
+    self._file.close()
+    if self._writer is not None:
+      self._writer.close()
+
+  @contextmanager
+  def waiting(self):
+    """Counts the time spent here as waiting for data."""
+    started = time.perf_counter()
+    yield
+    self._waited += time.perf_counter() - started
+
+  def has(self, step: int) -> bool:
+    """Whether the evaluation at `step` is there."""
+    return any(line['step'] == step for line in self.evaluations)
+
+  @property
+  def best(self) -> dict[str, Any]:
+    """The evaluation with the highest mIoU, the first of equals; {} before any."""
+    return max(self.evaluations, key=lambda line: line['mIoU'], default={})
+
+  def write(self, step: int, metrics: Mapping[str, float], *, lr: float) -> dict[str, str]:
+    """Logs the metrics of a step; returns what the progress bar shows."""
+    now = time.perf_counter()
+    elapsed = max(now - self._time, 1e-9)
+    rate = (step - self._step) * self._batch_size / elapsed
+    waiting = self._waited / elapsed
+    self._step, self._time, self._waited = step, now, 0.0
+    speed = {'images_per_second': rate, 'waiting_for_data': waiting}
+    self._write(step, {**metrics, 'lr': lr, **speed}, 'train')
+    return {
+      'loss': f'{metrics["loss"]:.4f}',
+      'aux': f'{metrics["loss_auxiliary"]:.4f}',
+      'acc': f'{metrics["accuracy"]:.3f}',
+      'lr': f'{lr:.5f}',
+      'images/s': f'{rate:.1f}',
+      'waiting': f'{waiting:.0%}',
+    }
+
+  def write_evaluation(self, step: int, summary: Mapping[str, float], picture: np.ndarray) -> bool:
+    """Logs the scores of an evaluation and examples of predictions.
+
+    Args:
+      step: Steps taken.
+      summary: Scores in percent, with 'mIoU'.
+      picture: (h, w, 3) uint8 RGB.
+
+    Returns:
+      Whether mIoU is higher than ever before.
+    """
+    if self.has(step):  # the same again, of a run that was complete
+      return False
+    is_best = summary['mIoU'] > self.best.get('mIoU', -np.inf)
+    self.evaluations.append({'step': step, **summary})
+    self._write(step, summary, 'val')
+    if self._writer is not None:
+      self._writer.add_image('val/predictions', picture, step, dataformats='HWC')
+    self._time, self._waited = time.perf_counter(), 0.0
+    return is_best
+
+  def _write(self, step: int, values: Mapping[str, float], group: str) -> None:
+    self._file.write(json.dumps({'step': step, **values}) + '\n')
+    self._file.flush()
+    if self._writer is not None:
+      for name, value in values.items():
+        self._writer.add_scalar(f'{group}/{name}', value, step)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+  """The complete lines of a `log.jsonl`; none if there is no such file."""
+  if not path.exists():
+    return []
+  lines = path.read_text().splitlines(keepends=True)
+  return [json.loads(line) for line in lines if line.endswith('\n')]
+
+
+def summary_table(evaluations: list[dict[str, Any]]) -> str:
+  """The best and the last evaluation, a line each."""
+  best = max(evaluations, key=lambda line: line['mIoU'])
+  names = [name for name in best if name != 'step']
+  lines = [f'{"":6}{"step":>9}' + ''.join(f'{name:>8}' for name in names)]
+  for title, line in (('best', best), ('last', evaluations[-1])):
+    scores = ''.join(f'{line[name]:8.2f}' for name in names)
+    lines.append(f'{title:6}{line["step"]:9,}{scores}')
+  return '\n'.join(lines)

@@ -1,0 +1,47 @@
+"""One sentence for whatever Orbax raises."""
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import logging
+
+from nonlocal_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def one_error(what: str) -> Iterator[None]:
+  """Turns whatever Orbax raises into one error, without the lines that its threads add.
+
+  Args:
+    what: Which of the user's files cannot be read or written.
+
+  Raises:
+    UserError: `what` and the reason.
+  """
+  hook, verbosity = sys.unraisablehook, logging.get_verbosity()
+  sys.unraisablehook = _unless_abandoned(hook)
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+    sys.unraisablehook = hook  # after an error, threads that Orbax abandoned have more to say
+  except UserError:
+    raise
+  except Exception as error:  # damaged files, full disks: Orbax has no narrower type for them
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    system_error = re.search(r'([^:]*) \[os_error_code', lines[0])
+    raise UserError(f'{what}: {system_error[1].strip() if system_error else lines[0]}.') from error
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+def _unless_abandoned(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+  """`hook`, but silent about reads and writes still under way when Orbax gave up at a first one."""
+
+  def filtered(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != 'Event loop is closed':
+      hook(unraisable)
+
+  return filtered

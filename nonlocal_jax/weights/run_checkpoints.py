@@ -1,0 +1,205 @@
+"""The Orbax checkpoints of a training run: network, optimizer and place in the data."""
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.parallel import is_first_process
+from nonlocal_jax.weights.arrays import Arrays, checksum, from_arrays, to_arrays
+from nonlocal_jax.weights.orbax_errors import one_error
+
+CHECKPOINTS = 'checkpoints'
+SET_ASIDE = 'unreadable_checkpoints'
+
+
+def has_checkpoint(workdir: Path) -> bool:
+  """Whether there is a complete checkpoint in `workdir`; those under way have other names."""
+  directory = workdir / CHECKPOINTS
+  return directory.is_dir() and any(entry.name.isdigit() for entry in directory.iterdir())
+
+
+class Restored(NamedTuple):
+  """A checkpoint that was read.
+
+  Attributes:
+    step: Steps taken.
+    model: Parameters and running statistics.
+    training: What else was saved, as a pytree of arrays.
+    data: State of the iterator over training batches.
+  """
+
+  step: int
+  model: nnx.State
+  training: Any
+  data: dict[str, int]
+
+
+class RunCheckpoints:
+  """The checkpoints below a workdir. What can be read is as it was saved: checksums are compared.
+
+  Use as a context manager: leaving waits for what is still being written.
+  """
+
+  def __init__(self, workdir: Path, *, keep: int | None):
+    """Opens the checkpoints in `workdir`; the newest `keep` stay, None: nothing will be written."""
+    self._workdir = workdir
+    self._directory = (workdir / CHECKPOINTS).absolute()
+    self._what = f'the checkpoints in {self._directory} cannot be written'
+    with one_error(self._what):
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=keep, create=keep is not None, cleanup_tmp_directories=keep is not None
+        ),
+      )
+
+  def __enter__(self) -> 'RunCheckpoints':
+    """Nothing to do."""
+    return self
+
+  def __exit__(self, error_type: type | None, *unused) -> None:
+    """Waits for pending writes."""
+    try:
+      with one_error(self._what):
+        self._manager.close()
+    except UserError:
+      if error_type is None:  # otherwise there is an error already
+        raise
+
+  def latest_step(self) -> int | None:
+    """Step of the newest complete checkpoint."""
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    step: int,
+    *,
+    model: nnx.State,
+    training: Any = None,
+    data: dict[str, int] | None = None,
+  ) -> None:
+    """Writes in the background; nothing if `step` is there already.
+
+    Args:
+      step: Steps taken.
+      model: Parameters and running statistics.
+      training: Whatever else the next step needs, as a pytree of arrays.
+      data: State of the iterator over training batches.
+
+    Raises:
+      UserError: If this or the save before cannot be written.
+    """
+    if step == self.latest_step():
+      return
+    arrays = to_arrays(model)
+    record = {'checksums': {'model': checksum(arrays), 'training': checksum(training)}}
+    items = {
+      'model': ocp.args.StandardSave(arrays),
+      'record': ocp.args.JsonSave({**record, 'data': data or {}}),
+    }
+    if training is not None:
+      items['training'] = ocp.args.StandardSave(training)
+    with one_error(self._what):
+      self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+  def wait(self) -> None:
+    """Waits for what is being written.
+
+    Raises:
+      UserError: If it cannot be written.
+    """
+    with one_error(self._what):
+      self._manager.wait_until_finished()
+
+  def restore(self, *, model: nnx.State, training: Any) -> Restored:
+    """Reads the newest checkpoint that can be read, with a warning about newer ones.
+
+    Those are moved out of the way, to be looked at or deleted by hand.
+
+    Args:
+      model: Parameters and running statistics of the same structure, shapes and shardings.
+      training: A pytree of the same structure, shapes and shardings as was saved.
+
+    Raises:
+      UserError: If none can be read.
+    """
+    unreadable = []
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        restored = self._restore(step, model, training)
+      except UserError as error:
+        unreadable.append((step, error))
+        continue
+      for broken, error in unreadable:
+        self._set_aside(broken, error)
+      return restored
+    reasons = '; '.join(str(error).removesuffix('.') for _, error in unreadable)
+    raise UserError(f'no checkpoint in {self._directory} can be read: {reasons}.')
+
+  def restore_model(self, target: Arrays) -> tuple[int, Arrays]:
+    """Reads the step and the network of the newest checkpoint, arrays like `target`.
+
+    Raises:
+      UserError: If there is no checkpoint, or it cannot be read.
+    """
+    step = self.latest_step()
+    if step is None:
+      raise UserError(f'{self._workdir} holds no checkpoint yet; train longer or give another.')
+    with one_error(self._unreadable(step)):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          model=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
+        ),
+      )
+    self._check(step, model=restored.model, record=restored.record)
+    return step, restored.model
+
+  def delete_after(self, step: int) -> None:
+    """Deletes the checkpoints of later steps."""
+    for later in self._manager.all_steps():
+      if later > step:
+        self._manager.delete(later)
+
+  def _restore(self, step: int, model: nnx.State, training: Any) -> Restored:
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (to_arrays(model), training))
+    with one_error(self._unreadable(step)):
+      restored = self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          model=ocp.args.StandardRestore(abstract[0]),
+          training=ocp.args.StandardRestore(abstract[1]),
+          record=ocp.args.JsonRestore(),
+        ),
+      )
+    record = restored.record
+    self._check(step, model=restored.model, training=restored.training, record=record)
+    return Restored(step, from_arrays(restored.model, model), restored.training, record['data'])
+
+  def _check(self, step: int, *, record: dict[str, Any], **items: Any) -> None:
+    for name, item in items.items():
+      if checksum(item) != record['checksums'][name]:
+        raise UserError(f'{self._unreadable(step)}: the checksum of {name} differs.')
+
+  def _unreadable(self, step: int) -> str:
+    return f'the checkpoint of step {step} in {self._workdir} cannot be read'
+
+  def _set_aside(self, step: int, error: UserError) -> None:
+    place = self._workdir / SET_ASIDE / str(step)
+    if is_first_process():
+      place.parent.mkdir(exist_ok=True)
+      number = 0
+      while place.exists():
+        number += 1
+        place = place.with_name(f'{step}.{number}')
+      (self._directory / str(step)).rename(place)
+      print(f'warning: {error} It was moved to {place}.', file=sys.stderr)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f'set aside {step}')
+    self._manager.reload()

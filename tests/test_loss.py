@@ -1,0 +1,151 @@
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from jax.sharding import PartitionSpec
+from numpy.testing import assert_allclose
+
+from nonlocal_jax.training.loss import Ohem, cross_entropy, cross_entropy_sum, loss_divisor
+from tests.mmseg_import import mmseg_module
+
+WEIGHTS = (0.5, 2.0, 1.25, 0.8)
+ACCEPTED_PIXELS = 40  # of the 2 * 5 * 6 in a batch, the others are ignored
+
+
+@pytest.fixture
+def logits(rng) -> np.ndarray:
+  return rng.normal(scale=2, size=(2, 5, 6, 4)).astype(np.float32)
+
+
+@pytest.fixture
+def labels(rng) -> np.ndarray:
+  return rng.integers(0, 4, size=(2, 5, 6))
+
+
+@pytest.fixture
+def labels_and_ignored(rng, labels) -> np.ndarray:
+  labels.flat[rng.permutation(labels.size)[ACCEPTED_PIXELS:]] = 255
+  return labels
+
+
+def reference(
+  logits: np.ndarray, labels: np.ndarray, *, ohem: Ohem | None = None, **options
+) -> tuple[float, np.ndarray]:
+  """Loss and gradient by mmsegmentation, put together as in its decode heads."""
+  module = mmseg_module('mmseg.models.losses').CrossEntropyLoss(**options)
+  tensor = torch.as_tensor(logits).permute(0, 3, 1, 2).requires_grad_()
+  target = torch.as_tensor(labels)
+  weight = None
+  if ohem is not None:
+    sampler = mmseg_module('mmseg.structures.sampler').OHEMPixelSampler
+    context = types.SimpleNamespace(ignore_index=255, loss_decode=module)
+    weight = sampler(context, **ohem._asdict()).sample(tensor, target[:, None])
+  loss = module(tensor, target, weight=weight, ignore_index=255)
+  loss.backward()
+  return loss.item(), tensor.grad.permute(0, 2, 3, 1).numpy()
+
+
+def assert_same(logits, labels, *, expected, **options) -> None:
+  loss_and_gradient = jax.jit(jax.value_and_grad(lambda x, y: cross_entropy(x, y, **options)))
+  loss, gradient = loss_and_gradient(jnp.asarray(logits), jnp.asarray(labels))
+  assert loss.dtype == jnp.float32
+  assert_allclose(loss, expected[0], rtol=2e-6)
+  assert_allclose(gradient, expected[1], atol=1e-7)
+
+
+@pytest.mark.parametrize('avg_non_ignore', [False, True])
+def test_loss_with_ignored_pixels_is_that_of_mmseg(logits, labels_and_ignored, avg_non_ignore):
+  expected = reference(logits, labels_and_ignored, avg_non_ignore=avg_non_ignore)
+  assert_same(logits, labels_and_ignored, expected=expected, avg_non_ignore=avg_non_ignore)
+
+
+@pytest.mark.parametrize('avg_non_ignore', [False, True])
+def test_loss_with_class_weights_is_that_of_mmseg(logits, labels, avg_non_ignore):
+  expected = reference(logits, labels, class_weight=WEIGHTS, avg_non_ignore=avg_non_ignore)
+  options = {'class_weights': WEIGHTS, 'avg_non_ignore': avg_non_ignore}
+  assert_same(logits, labels, expected=expected, **options)
+
+
+def test_ignored_pixels_have_no_class_weight(logits, labels_and_ignored):
+  """In float64: mmsegmentation fails where both come together."""
+  valid = labels_and_ignored != 255
+  chosen, targets = logits[valid].astype(np.float64), labels_and_ignored[valid]
+  weights = np.asarray(WEIGHTS)[targets]
+  probabilities = np.exp(chosen) / np.exp(chosen).sum(-1, keepdims=True)
+  losses = -np.log(probabilities[np.arange(len(targets)), targets])
+  gradient = np.zeros(logits.shape)
+  gradient[valid] = (probabilities - np.eye(4)[targets]) * (weights / weights.sum())[:, None]
+  expected = (np.average(losses, weights=weights), gradient)
+  assert_same(logits, labels_and_ignored, expected=expected, class_weights=WEIGHTS)
+
+
+@pytest.mark.parametrize('min_kept', [7, 19, 20, 1000])
+@pytest.mark.parametrize('thresh', [0.01, 0.3, None])
+def test_ohem_is_that_of_mmseg(logits, labels_and_ignored, thresh, min_kept):
+  """A batch of two has room for `2 * min_kept`: less than, just about and more than are valid."""
+  ohem = Ohem(thresh, min_kept)
+  expected = reference(logits, labels_and_ignored, ohem=ohem)
+  assert_same(logits, labels_and_ignored, expected=expected, ohem=ohem)
+  kept = np.count_nonzero(expected[1].any(-1))
+  if thresh != 0.3:
+    limit = ACCEPTED_PIXELS - 1 if thresh else ACCEPTED_PIXELS  # mmseg's, the best one stays out
+    assert kept == min(2 * min_kept, limit)
+
+
+@pytest.mark.parametrize('thresh', [0.3, None])
+def test_ohem_with_class_weights_is_that_of_mmseg(logits, labels, thresh):
+  ohem = Ohem(thresh, min_kept=9)
+  expected = reference(logits, labels, ohem=ohem, class_weight=WEIGHTS)
+  assert_same(logits, labels, expected=expected, ohem=ohem, class_weights=WEIGHTS)
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {},
+    {'avg_non_ignore': True},
+    {'class_weights': WEIGHTS},
+    {'ohem': Ohem(0.7, 3), 'avg_non_ignore': True},
+    {'ohem': Ohem(None, 3), 'avg_non_ignore': True},
+  ],
+)
+def test_loss_and_gradient_are_zero_where_all_pixels_are_ignored(logits, labels, options):
+  expected = (0.0, np.zeros_like(logits))
+  assert_same(logits, np.full_like(labels, 255), expected=expected, **options)
+
+
+def test_bfloat16_logits_are_computed_with_in_float32(logits, labels_and_ignored):
+  rounded = jnp.asarray(logits, jnp.bfloat16)
+  expected, gradient = reference(np.asarray(rounded, np.float32), labels_and_ignored)
+  labels = jnp.asarray(labels_and_ignored)
+  loss, actual = jax.jit(jax.value_and_grad(cross_entropy))(rounded, labels)
+  assert loss.dtype == jnp.float32
+  assert_allclose(loss, expected, rtol=2e-6)
+  assert actual.dtype == jnp.bfloat16
+  assert_allclose(actual.astype(np.float32), gradient, rtol=2**-8, atol=1e-7)
+
+
+def test_sum_and_divisor_of_uint8_labels(logits, labels_and_ignored):
+  """As labels come from a loader; a part of a batch is divided by the divisor of the whole."""
+  labels = jnp.asarray(labels_and_ignored, jnp.uint8)
+  expected, _ = reference(logits, labels_and_ignored, avg_non_ignore=True)
+  divisor = loss_divisor(labels, avg_non_ignore=True)
+  assert divisor == ACCEPTED_PIXELS
+  assert loss_divisor(labels) == labels.size
+  parts = [cross_entropy_sum(logits[i : i + 1], labels[i : i + 1]) / divisor for i in range(2)]
+  assert_allclose(sum(parts), expected, rtol=2e-6)
+
+
+@pytest.mark.parametrize('thresh', [0.3, None])
+def test_ohem_chooses_among_the_pixels_of_all_devices(rng, thresh):
+  logits = rng.normal(scale=2, size=(4, 3, 4, 5)).astype(np.float32)
+  logits[0] *= 0.1  # the hard pixels are not spread evenly
+  labels = rng.choice([0, 1, 2, 3, 4, 255], size=(4, 3, 4))
+  ohem = Ohem(thresh, min_kept=5)
+  expected = reference(logits, labels, ohem=ohem)
+  assert jax.device_count() == 4
+  sharding = jax.NamedSharding(jax.make_mesh((4,), ('batch',)), PartitionSpec('batch'))
+  assert_same(*jax.device_put((logits, labels), sharding), expected=expected, ohem=ohem)
