@@ -17,14 +17,17 @@ import torch
 from absl import flags
 
 import main
+from configs import custom
 from nonlocal_jax.command_line import run_program
 from nonlocal_jax.data.synthetic import write_demo_set
+from nonlocal_jax.training.loop import train_and_evaluate
 from scripts import convert_checkpoint
 from tests import peer
 
 jax.config.update('jax_default_matmul_precision', 'highest')
 # Many tests compile the same program again.
 _compilation_cache = tempfile.TemporaryDirectory()
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _compilation_cache.name  # for programs that tests start
 jax.config.update('jax_compilation_cache_dir', _compilation_cache.name)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 torch.set_num_threads(os.cpu_count() or 1)
@@ -51,6 +54,31 @@ def demo_set(tmp_path_factory):
   directory = tmp_path_factory.mktemp('data') / 'demo_set'
   write_demo_set(directory, train=24, val=5)
   return directory
+
+
+@pytest.fixture(scope='session')
+def training_config(demo_set, tmp_path_factory):
+  """The custom config, shrunk: four steps of a tiny network on the demo set as a user's folder."""
+  config = custom.get_config()
+  config.data.source_dir = str(demo_set)
+  config.data.data_dir = str(tmp_path_factory.mktemp('prepared'))
+  config.data.num_classes = 8
+  config.model.depth = 14
+  config.model.width = 4
+  config.train.steps = 4
+  config.train.batch_size = 4
+  config.train.scale = config.eval.scale = (96, 96)
+  config.train.crop = (64, 64)
+  config.train.log_every = 1
+  config.eval.every = config.checkpoint.every = 2
+  return config
+
+
+@pytest.fixture(scope='session')
+def trained(training_config, tmp_path_factory):
+  """A finished run: its workdir and last evaluation."""
+  workdir = tmp_path_factory.mktemp('run') / 'workdir'
+  return workdir, train_and_evaluate(training_config, workdir)
 
 
 @pytest.fixture

@@ -87,10 +87,14 @@ def test_training_steps_equal_the_original_in_float64(rng):
       lambda x: jnp.asarray(x, jnp.float64),
       from_state_dict(arrays, architecture, source='peer', dtype=np.float64),
     )
-    schedule = poly_schedule(learning_rate=0.01, min_learning_rate=1e-4, power=0.9, steps=100)
+    schedule = poly_schedule(
+      learning_rate=0.01, min_learning_rate=1e-4, power=0.9, steps=100, version='v1'
+    )
     tx = sgd(schedule, momentum=0.9, weight_decay=5e-4)
     state = TrainState.create(variables, tx, seed=0)
-    train_step = jax.jit(make_train_step(graphdef, tx, auxiliary_weight=0.4))
+    train_step = jax.jit(
+      make_train_step(graphdef, tx, auxiliary_weight=0.4, compute_dtype=jnp.float64)
+    )
     losses = peer.train(
       model,
       ((np.asarray(normalize(b['image'], b['size']), np.float64), b['label']) for b in batches),

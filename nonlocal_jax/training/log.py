@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from nonlocal_jax.errors import UserError
 from nonlocal_jax.files import write_whole
 from nonlocal_jax.parallel import is_first_process
 
@@ -33,7 +34,7 @@ class TrainingLog:
     """
     self._batch_size = batch_size
     self._step, self._time, self._waited = start, time.perf_counter(), 0.0
-    path = workdir / LOG
+    self._path = path = workdir / LOG
     lines = [line for line in read_log(path) if line['step'] <= start]
     self.evaluations = [line for line in lines if 'mIoU' in line]
     self._writer = None
@@ -46,11 +47,23 @@ class TrainingLog:
     """Nothing to do."""
     return self
 
-  def __exit__(self, *unused) -> None:
+  def __exit__(self, error_type: type | None, *unused) -> None:
     """Closes the files."""
-    self._file.close()
-    if self._writer is not None:
-      self._writer.close()
+    try:
+      with self._one_error():
+        self._file.close()
+        if self._writer is not None:
+          self._writer.close()
+    except UserError:
+      if error_type is None:  # otherwise there is an error already
+        raise
+
+  @contextmanager
+  def _one_error(self):
+    try:
+      yield
+    except OSError as error:
+      raise UserError(f'{self._path} cannot be written: {error.strerror or error}.') from error
 
   @contextmanager
   def waiting(self):
@@ -63,10 +76,9 @@ class TrainingLog:
     """Whether the evaluation at `step` is there."""
     return any(line['step'] == step for line in self.evaluations)
 
-  @property
-  def best(self) -> dict[str, Any]:
-    """The evaluation with the highest mIoU, the first of equals; {} before any."""
-    return max(self.evaluations, key=lambda line: line['mIoU'], default={})
+  def would_be_best(self, summary: Mapping[str, float]) -> bool:
+    """Whether the mIoU of an evaluation is higher than ever before."""
+    return all(summary['mIoU'] > line['mIoU'] for line in self.evaluations)
 
   def write(self, step: int, metrics: Mapping[str, float], *, lr: float) -> dict[str, str]:
     """Logs the metrics of a step; returns what the progress bar shows."""
@@ -86,30 +98,26 @@ class TrainingLog:
       'waiting': f'{waiting:.0%}',
     }
 
-  def write_evaluation(self, step: int, summary: Mapping[str, float], picture: np.ndarray) -> bool:
+  def write_evaluation(self, step: int, summary: Mapping[str, float], picture: np.ndarray) -> None:
     """Logs the scores of an evaluation and examples of predictions.
 
     Args:
       step: Steps taken.
       summary: Scores in percent, with 'mIoU'.
       picture: (h, w, 3) uint8 RGB.
-
-    Returns:
-      Whether mIoU is higher than ever before.
     """
     if self.has(step):  # the same again, of a run that was complete
-      return False
-    is_best = summary['mIoU'] > self.best.get('mIoU', -np.inf)
+      return
     self.evaluations.append({'step': step, **summary})
     self._write(step, summary, 'val')
     if self._writer is not None:
       self._writer.add_image('val/predictions', picture, step, dataformats='HWC')
     self._time, self._waited = time.perf_counter(), 0.0
-    return is_best
 
   def _write(self, step: int, values: Mapping[str, float], group: str) -> None:
-    self._file.write(json.dumps({'step': step, **values}) + '\n')
-    self._file.flush()
+    with self._one_error():
+      self._file.write(json.dumps({'step': step, **values}) + '\n')
+      self._file.flush()
     if self._writer is not None:
       for name, value in values.items():
         self._writer.add_scalar(f'{group}/{name}', value, step)

@@ -134,8 +134,10 @@ def train_and_evaluate(
       def evaluate_and_log(step: int) -> Evaluation:
         evaluation = evaluate(state.variables)
         summary = evaluation.scores.summary()
-        if log.write_evaluation(step, summary, picture_of(evaluation, dataset)):
+        if log.would_be_best(summary):  # saved before it is logged, and so never missed
           best_weights.save(step, model=state.variables)
+          best_weights.wait()
+        log.write_evaluation(step, summary, picture_of(evaluation, dataset))
         scores = '  '.join(f'{name} {value:.2f}' for name, value in summary.items())
         bar.write(f'step {step}: {scores}', file=sys.stderr)
         return evaluation

@@ -1,0 +1,268 @@
+"""Runs that are stopped, killed or damaged, and go on."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import main
+from nonlocal_jax.compilation_cache import use_compilation_cache
+from nonlocal_jax.data.loader import TrainIterator
+from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UserError
+from nonlocal_jax.training import loop
+from nonlocal_jax.training.loop import train_and_evaluate
+from nonlocal_jax.weights.arrays import to_arrays
+from nonlocal_jax.weights.loading import read_weights
+
+ROOT = Path(main.__file__).parent
+
+
+def read_log(workdir: Path) -> list[dict]:
+  return [json.loads(line) for line in (workdir / 'log.jsonl').read_text().splitlines()]
+
+
+def assert_same_run(workdir: Path, expected: Path):
+  """Weights and best weights bit by bit, losses and scores of every step."""
+  for part in ('', 'best'):
+    arrays, wanted = (to_arrays(read_weights(path / part)[1]) for path in (workdir, expected))
+    assert arrays.keys() == wanted.keys()
+    for name, array in wanted.items():
+      np.testing.assert_array_equal(arrays[name], array, err_msg=name)
+  timing = ('images_per_second', 'waiting_for_data')
+  logs = [
+    [{key: value for key, value in line.items() if key not in timing} for line in read_log(path)]
+    for path in (workdir, expected)
+  ]
+  assert logs[0] == logs[1]
+
+
+@pytest.fixture
+def stopped_at_2(trained, tmp_path):
+  """The run as it stands when killed after step 3, in the middle of a line of its log."""
+  workdir = tmp_path / 'workdir'
+  shutil.copytree(trained[0], workdir)
+  shutil.rmtree(workdir / 'checkpoints/4')
+  with (workdir / 'log.jsonl').open('a') as log:
+    log.write('{"step": 3, "los')
+  return workdir
+
+
+def test_a_continued_run_ends_bit_by_bit_as_one_that_never_stopped(
+  training_config, trained, stopped_at_2, capsys
+):
+  continued = train_and_evaluate(training_config, stopped_at_2, checkpoint=Path('none.pth'))
+  np.testing.assert_array_equal(continued.confusion, trained[1].confusion)
+  assert_same_run(stopped_at_2, trained[0])
+  said = capsys.readouterr().out
+  assert f'goes on at step 2 of {stopped_at_2}; none.pth is not read again' in said
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(training_config, trained, stopped_at_2):
+  lines = [line for line in read_log(trained[0]) if line['step'] <= 2 and 'mIoU' not in line]
+  (stopped_at_2 / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+  shutil.rmtree(stopped_at_2 / 'best/checkpoints')
+  train_and_evaluate(training_config, stopped_at_2)
+  assert_same_run(stopped_at_2, trained[0])
+
+
+def test_a_finished_run_is_evaluated_again_and_stays_as_it_is(training_config, trained, tmp_path):
+  workdir = tmp_path / 'workdir'
+  shutil.copytree(trained[0], workdir)
+  again = train_and_evaluate(training_config, workdir)
+  np.testing.assert_array_equal(again.confusion, trained[1].confusion)
+  assert_same_run(workdir, trained[0])
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves(training_config, trained, tmp_path, monkeypatch, number):
+  """Noted before step 2, seen with its results or, as step 3 is already under way, after that."""
+  workdir, before = tmp_path / 'workdir', signal.getsignal(number)
+  give_batch = TrainIterator.__next__
+
+  def give_batch_and_signal(self):
+    batch = give_batch(self)
+    if self.get_state() == {'next_batch': 2}:
+      signal.raise_signal(number)
+    return batch
+
+  config = training_config.copy_and_resolve_references()
+  config.train.log_every = config.checkpoint.every = config.eval.every = 4
+  monkeypatch.setattr(TrainIterator, '__next__', give_batch_and_signal)
+  with pytest.raises(RunStopped, match=f'stopped by {signal.Signals(number).name} after step 3,'):
+    train_and_evaluate(config, workdir)
+  assert signal.getsignal(number) is before
+  assert [path.name for path in (workdir / 'checkpoints').iterdir()] == ['3']
+  monkeypatch.undo()
+  train_and_evaluate(config, workdir)
+  expected, found = (to_arrays(read_weights(path)[1]) for path in (trained[0], workdir))
+  for name, array in expected.items():
+    np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_a_signal_gives_an_exit_status_of_its_own(program, monkeypatch, capsys):
+  def stop(*unused, **options):
+    raise RunStopped('stopped by SIGTERM after step 3')
+
+  monkeypatch.setattr(main, 'train_and_evaluate', stop)
+  assert program(f'--config={ROOT}/configs/demo.py') == (STOPPED_STATUS, '')
+  assert STOPPED_STATUS not in (0, 1, 130, 143)
+  assert capsys.readouterr().err == 'stopped by SIGTERM after step 3\n'
+
+
+def damage(checkpoint: Path):
+  """Flips a bit in the middle of the largest file."""
+  path = max((p for p in checkpoint.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def test_a_damaged_newest_checkpoint_is_set_aside(training_config, trained, tmp_path, capsys):
+  workdir = tmp_path / 'workdir'
+  shutil.copytree(trained[0], workdir)
+  damage(workdir / 'checkpoints/4')
+  train_and_evaluate(training_config, workdir)
+  assert_same_run(workdir, trained[0])
+  assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'2', '4'}
+  assert [path.name for path in (workdir / 'unreadable_checkpoints').iterdir()] == ['4']
+  said = capsys.readouterr()
+  assert re.search(r'warning: the checkpoint of step 4 in .* cannot be read: .*moved to', said.err)
+  assert f'goes on at step 2 of {workdir}' in said.out
+
+
+def test_where_all_are_damaged_nothing_is_touched(training_config, trained, tmp_path):
+  workdir = tmp_path / 'workdir'
+  shutil.copytree(trained[0], workdir)
+  for step in (2, 4):
+    damage(workdir / f'checkpoints/{step}')
+  before = {p: p.read_bytes() for p in (workdir / 'checkpoints').rglob('*') if p.is_file()}
+  with pytest.raises(UserError, match=r'no checkpoint in .* can be read: .*step 4.*; .*step 2'):
+    train_and_evaluate(training_config, workdir)
+  after = {p: p.read_bytes() for p in (workdir / 'checkpoints').rglob('*') if p.is_file()}
+  assert before == after
+
+
+# Orbax gives up at a first error, and leaves other writes as they are.
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.filterwarnings("ignore:coroutine '.*' was never awaited:RuntimeWarning")
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
+  training_config, trained, tmp_path, monkeypatch
+):
+  """Files may not grow beyond 4 KiB from the second save on."""
+  workdir, save = tmp_path / 'workdir', loop.save
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def save_on_a_full_disk(checkpoints, state, batches):
+    if int(state.step) == 4:
+      checkpoints.wait()
+      resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    save(checkpoints, state, batches)
+    checkpoints.wait()
+
+  monkeypatch.setattr(loop, 'save', save_on_a_full_disk)
+  try:
+    with pytest.raises(UserError, match=r'the checkpoints in .* cannot be written: .*'):
+      train_and_evaluate(training_config, workdir)
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  monkeypatch.undo()
+  train_and_evaluate(training_config, workdir)
+  assert_same_run(workdir, trained[0])
+  assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'2', '4'}
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
+  training_config, demo_set, tmp_path
+):
+  """SIGKILL as soon as the log has reached a step; the compiled step is found in the cache."""
+  values = {
+    'data.source_dir': demo_set,
+    'data.data_dir': training_config.data.data_dir,
+    'data.num_classes': 8,
+    'model.depth': 14,
+    'model.width': 4,
+    'train.steps': 30,
+    'train.batch_size': 4,
+    'train.scale': (96, 96),
+    'eval.scale': (96, 96),
+    'train.crop': (64, 64),
+    'train.log_every': 1,
+    'eval.every': 15,
+    'checkpoint.every': 5,
+  }
+  config = training_config.copy_and_resolve_references()
+  config.train.steps, config.eval.every, config.checkpoint.every = 30, 15, 5
+  train_and_evaluate(config, tmp_path / 'reference')
+  workdir = tmp_path / 'killed'
+  arguments = [f'--config.{key}={value}' for key, value in values.items()]
+  command = [
+    sys.executable, ROOT / 'main.py', f'--config={ROOT}/configs/custom.py', *arguments,
+    f'--workdir={workdir}',
+  ]  # fmt: skip
+  for reached in (3, 12, 17):
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
+      deadline = time.monotonic() + 120
+      while run.poll() is None and time.monotonic() < deadline:
+        log = workdir / 'log.jsonl'
+        if log.exists() and f'{{"step": {reached},' in log.read_text():
+          break
+        time.sleep(0.01)
+      run.kill()
+      said = run.stdout.read().decode()
+    assert run.returncode == -signal.SIGKILL, said
+  finished = subprocess.run(command, capture_output=True, text=True)
+  assert finished.returncode == 0, finished.stderr
+  assert re.search(r'goes on at step (10|15) of', finished.stdout)
+  assert_same_run(workdir, tmp_path / 'reference')
+
+
+def test_the_compilation_cache_is_in_the_users_cache_directory(monkeypatch, tmp_path):
+  before = jax.config.jax_compilation_cache_dir
+  use_compilation_cache()
+  assert jax.config.jax_compilation_cache_dir == before  # what was chosen stays
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+  try:
+    jax.config.update('jax_compilation_cache_dir', None)
+    use_compilation_cache()
+    assert Path(jax.config.jax_compilation_cache_dir).parent == tmp_path / 'nonlocal_jax'
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
+    jax.config.update('jax_compilation_cache_max_size', -1)
+
+
+def test_a_second_start_compiles_nothing(demo_set, training_config, tmp_path):
+  environment = {**os.environ, 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+  environment.pop('JAX_COMPILATION_CACHE_DIR')
+  values = {
+    'data.source_dir': demo_set,
+    'data.data_dir': training_config.data.data_dir,
+    'data.num_classes': 8,
+    'model.depth': 14,
+    'model.width': 4,
+    'train.steps': 1,
+    'train.batch_size': 4,
+    'train.scale': (96, 96),
+    'eval.scale': (96, 96),
+    'train.crop': (64, 64),
+  }
+  arguments = [f'--config.{key}={value}' for key, value in values.items()]
+  programs = []
+  for workdir in ('a', 'b'):
+    command = [
+      sys.executable, ROOT / 'main.py', f'--config={ROOT}/configs/custom.py', *arguments,
+      f'--workdir={tmp_path}/{workdir}',
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    programs.append({path.name for path in (tmp_path / 'cache').rglob('*-cache')})
+  assert any('train_step' in name for name in programs[0])
+  assert programs[0] == programs[1]
