@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.sharding import PartitionSpec
 from numpy.testing import assert_allclose
 
+from nonlocal_jax.parallel import data_mesh, over_batch
 from nonlocal_jax.training.loss import Ohem, cross_entropy, cross_entropy_sum, loss_divisor
 from tests.mmseg_import import mmseg_module
 
@@ -147,5 +147,5 @@ def test_ohem_chooses_among_the_pixels_of_all_devices(rng, thresh):
   ohem = Ohem(thresh, min_kept=5)
   expected = reference(logits, labels, ohem=ohem)
   assert jax.device_count() == 4
-  sharding = jax.NamedSharding(jax.make_mesh((4,), ('batch',)), PartitionSpec('batch'))
-  assert_same(*jax.device_put((logits, labels), sharding), expected=expected, ohem=ohem)
+  sharded = jax.device_put((logits, labels), over_batch(data_mesh()))
+  assert_same(*sharded, expected=expected, ohem=ohem)

@@ -89,7 +89,7 @@ def random_arrays(rng) -> dict[str, np.ndarray]:
 
 
 def as_state(arrays: dict[str, np.ndarray]) -> nnx.State:
-  return nnx.State.from_flat_path(
+  return nnx.from_flat_state(
     {tuple(name.split('.')): nnx.Param(jnp.asarray(array)) for name, array in arrays.items()}
   )
 
