@@ -2,9 +2,13 @@
 
 import functools
 import os
+import socket
+import subprocess
 import sys
 import tempfile
 import types
+from collections.abc import Sequence
+from pathlib import Path
 
 os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -75,6 +79,22 @@ def training_config(demo_set, tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def training_arguments(training_config):
+  """Arguments of main.py for the same config."""
+  keys = (
+    *('data.source_dir', 'data.data_dir', 'data.num_classes', 'model.depth', 'model.width'),
+    *('train.steps', 'train.batch_size', 'train.scale', 'train.crop', 'train.log_every'),
+    *('eval.scale', 'eval.every', 'checkpoint.every'),
+  )
+  values = (
+    (section, name, training_config[section][name])
+    for section, name in map(lambda key: key.split('.'), keys)
+  )
+  settings = [f'--config.{section}.{name}={value}' for section, name, value in values]
+  return [f'--config={custom.__file__}', *settings]
+
+
+@pytest.fixture(scope='session')
 def trained(training_config, tmp_path_factory):
   """A finished run: its workdir and last evaluation."""
   workdir = tmp_path_factory.mktemp('run') / 'workdir'
@@ -126,6 +146,39 @@ def run_in_process(monkeypatch, run, *arguments: object) -> tuple[object, str]:
   except SystemExit as exit_:
     return (1, exit_.code) if isinstance(exit_.code, str) else (exit_.code, '')
   return None, ''
+
+
+def run_two_processes(*arguments: object, workdirs: Sequence[Path]) -> list[str]:
+  """Runs main.py on two processes of two devices each; returns what each says."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  together = ['--distributed', f'--coordinator=localhost:{port}', '--processes=2']
+  environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  processes = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        main.__file__,
+        *arguments,
+        *together,
+        f'--process={index}',
+        f'--workdir={workdir}',
+      ],
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+    for index, workdir in enumerate(workdirs)
+  ]
+  try:
+    said = [process.communicate(timeout=300)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [process.returncode for process in processes] == [0, 0], said
+  return said
 
 
 @pytest.fixture(scope='session')

@@ -1,10 +1,6 @@
 """Evaluation on several devices and processes, and what an interrupted one leaves."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +8,7 @@ import pytest
 
 from nonlocal_jax.data.transforms import decode_label
 from nonlocal_jax.evaluation import evaluator
+from tests.conftest import run_two_processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,30 +38,7 @@ def test_two_processes_of_two_devices_count_each_image_once(
   arguments, program, photos, peer_checkpoint, tmp_path
 ):
   assert program(*arguments, '--workdir=alone') == (None, '')  # on four devices
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = free.getsockname()[1]
-  together = ['--distributed', f'--coordinator=localhost:{port}', '--processes=2']
-  environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
-  processes = [
-    subprocess.Popen(
-      [
-        sys.executable,
-        ROOT / 'main.py',
-        *arguments,
-        *together,
-        f'--process={index}',
-        f'--workdir={tmp_path}/process{index}',
-      ],
-      env=environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
-    for index in (0, 1)
-  ]
-  said = [process.communicate(timeout=300)[0] for process in processes]
-  assert [process.returncode for process in processes] == [0, 0], said
+  said = run_two_processes(*arguments, workdirs=[tmp_path / 'process0', tmp_path / 'process1'])
   found = confusion_in(tmp_path / 'process0')
   np.testing.assert_array_equal(found, confusion_in(tmp_path / 'alone'))
   labels = [decode_label(path.read_bytes()) for path in (photos / 'labels/val').iterdir()]

@@ -182,33 +182,17 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
-  training_config, demo_set, tmp_path
+  training_config, training_arguments, tmp_path
 ):
   """SIGKILL as soon as the log has reached a step; the compiled step is found in the cache."""
-  values = {
-    'data.source_dir': demo_set,
-    'data.data_dir': training_config.data.data_dir,
-    'data.num_classes': 8,
-    'model.depth': 14,
-    'model.width': 4,
-    'train.steps': 30,
-    'train.batch_size': 4,
-    'train.scale': (96, 96),
-    'eval.scale': (96, 96),
-    'train.crop': (64, 64),
-    'train.log_every': 1,
-    'eval.every': 15,
-    'checkpoint.every': 5,
-  }
   config = training_config.copy_and_resolve_references()
   config.train.steps, config.eval.every, config.checkpoint.every = 30, 15, 5
   train_and_evaluate(config, tmp_path / 'reference')
   workdir = tmp_path / 'killed'
-  arguments = [f'--config.{key}={value}' for key, value in values.items()]
-  command = [
-    sys.executable, ROOT / 'main.py', f'--config={ROOT}/configs/custom.py', *arguments,
-    f'--workdir={workdir}',
-  ]  # fmt: skip
+  longer = {'train.steps': 30, 'eval.every': 15, 'checkpoint.every': 5}
+  settings = [f'--config.{key}={value}' for key, value in longer.items()]
+  main_py = [sys.executable, ROOT / 'main.py', *training_arguments]
+  command = [*main_py, *settings, f'--workdir={workdir}']
   for reached in (3, 12, 17):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as run:
       deadline = time.monotonic() + 120
@@ -240,28 +224,13 @@ def test_the_compilation_cache_is_in_the_users_cache_directory(monkeypatch, tmp_
     jax.config.update('jax_compilation_cache_max_size', -1)
 
 
-def test_a_second_start_compiles_nothing(demo_set, training_config, tmp_path):
+def test_a_second_start_compiles_nothing(training_arguments, tmp_path):
   environment = {**os.environ, 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
   environment.pop('JAX_COMPILATION_CACHE_DIR')
-  values = {
-    'data.source_dir': demo_set,
-    'data.data_dir': training_config.data.data_dir,
-    'data.num_classes': 8,
-    'model.depth': 14,
-    'model.width': 4,
-    'train.steps': 1,
-    'train.batch_size': 4,
-    'train.scale': (96, 96),
-    'eval.scale': (96, 96),
-    'train.crop': (64, 64),
-  }
-  arguments = [f'--config.{key}={value}' for key, value in values.items()]
   programs = []
   for workdir in ('a', 'b'):
-    command = [
-      sys.executable, ROOT / 'main.py', f'--config={ROOT}/configs/custom.py', *arguments,
-      f'--workdir={tmp_path}/{workdir}',
-    ]  # fmt: skip
+    main_py = [sys.executable, ROOT / 'main.py', *training_arguments]
+    command = [*main_py, '--config.train.steps=1', f'--workdir={tmp_path}/{workdir}']
     subprocess.run(command, check=True, capture_output=True, env=environment)
     programs.append({path.name for path in (tmp_path / 'cache').rglob('*-cache')})
   assert any('train_step' in name for name in programs[0])

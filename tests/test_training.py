@@ -1,6 +1,8 @@
 """Training: devices, resumption, what a run leaves behind."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from numpy.testing import assert_allclose
 import nonlocal_jax
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.parallel import data_mesh, over_batch, replicated, shard_batch
+from nonlocal_jax.training.log import summary_table
 from nonlocal_jax.training.loop import train_and_evaluate
 from nonlocal_jax.training.optimizer import sgd
 from nonlocal_jax.training.state import TrainState, make_train_step
@@ -21,6 +24,7 @@ from nonlocal_jax.weights.arrays import to_arrays
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.torch_names import Architecture, to_state_dict
 from nonlocal_jax.weights.torch_writer import write_torch_checkpoint
+from tests.conftest import run_two_processes
 
 
 def read_log(workdir: Path) -> list[dict]:
@@ -177,3 +181,106 @@ def test_a_trained_network_becomes_a_file_of_pytorch(trained, converter, tmp_pat
   assert saved['meta']['CLASSES'][0] == 'class 0'
   again, here = nonlocal_jax.load(tmp_path / 'x.pth'), nonlocal_jax.load(workdir)
   assert again.description.test_scale == here.description.test_scale == (96, 96)
+
+
+def test_two_processes_train_as_one_and_only_the_first_speaks(
+  trained, training_arguments, tmp_path
+):
+  """Two of two devices beside one of four: the same losses, scores and weights but for rounding."""
+  said = run_two_processes(*training_arguments, workdirs=[tmp_path / 'workdir'] * 2)
+  logs = [read_log(path) for path in (tmp_path / 'workdir', trained[0])]
+  assert [line['step'] for line in logs[0]] == [line['step'] for line in logs[1]]
+  for line, expected in zip(*logs, strict=True):
+    for name in ('loss', 'loss_decode', 'loss_auxiliary', 'lr', 'mIoU', 'aAcc'):
+      if name in expected:
+        assert line[name] == pytest.approx(expected[name], rel=1e-4), (line, expected)
+  found, arrays = (to_arrays(read_weights(p)[1]) for p in (tmp_path / 'workdir', trained[0]))
+  for name, array in arrays.items():
+    assert_allclose(found[name], array, atol=1e-4 * np.abs(array).max() + 1e-5, err_msg=name)
+  assert "4 device(s) (cpu) of 2 process(es), mesh {'data': 4}; batch 4, 1 on each" in said[0]
+  assert not re.search('mIoU|step|images', said[1])
+
+
+def test_the_first_lines_say_what_the_run_is(training_config, tmp_path, capsys):
+  config = training_config.copy_and_resolve_references()
+  config.train.steps = 1
+  config.train.batch_size = 8
+  config.train.accumulate = 2
+  config.train.ema_decay = 0.5
+  config.train.dtype = 'bfloat16'
+  train_and_evaluate(config, tmp_path / 'workdir')
+  said = capsys.readouterr().out
+  model = Architecture((1, 1, 1, 1), 4, 8).state_shapes()
+  size = sum(array.size for array in jax.tree.leaves(nnx.split_state(model, nnx.Param, ...)[0]))
+  assert 'custom: from scratch\n' in said
+  assert (
+    "4 device(s) (cpu) of 1 process(es), mesh {'data': 4}; batch 8, 2 on each device, in 2" in said
+  )
+  assert re.search(rf'{size:,} parameters; a training step needs 0\.\d\d GiB on each device', said)
+  assert '1 steps of SGD: learning rate 0.01 to 0.0001, poly 0.9 (v0), heads x 1.0' in said
+  assert 'global batch normalisation; bfloat16; average of weights with decay 0.5\n' in said
+
+
+def test_fine_tuning_with_other_classes_needs_a_word(training_config, trained, tmp_path, capsys):
+  """With a learning rate of zero all parameters stay but those of the new classifiers."""
+  config = training_config.copy_and_resolve_references()
+  config.data.num_classes = 9
+  config.train.steps = 1
+  config.optimizer.learning_rate = config.optimizer.min_learning_rate = 0.0
+  with pytest.raises(
+    UserError, match=r'8 classes, but .* 9 classes; to go on with other classes, '
+  ):
+    train_and_evaluate(config, tmp_path / 'workdir', checkpoint=trained[0])
+  assert not (tmp_path / 'workdir').exists()
+  train_and_evaluate(config, tmp_path / 'workdir', checkpoint=trained[0], new_classifier=True)
+  said = capsys.readouterr().out
+  assert (
+    f'from {trained[0]} but for new classifiers in both heads (8 classes there, 9 here)' in said
+  )
+  found, given = (
+    to_arrays(nnx.split_state(read_weights(path)[1], nnx.Param, ...)[0])
+    for path in (tmp_path / 'workdir', trained[0])
+  )
+  for name, array in given.items():
+    if 'conv_seg' in name:
+      assert found[name].shape[-1] == 9
+    else:
+      np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+  config.data.num_classes = 8
+  train_and_evaluate(config, tmp_path / 'same', checkpoint=trained[0])
+  found = to_arrays(nnx.split_state(read_weights(tmp_path / 'same')[1], nnx.Param, ...)[0])
+  for name, array in given.items():
+    np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_the_averaged_weights_are_what_is_kept_and_goes_on(training_config, tmp_path):
+  """Stopped after two steps of four, the end is that of a run that was not."""
+  config = training_config.copy_and_resolve_references()
+  config.train.ema_decay = 0.5
+  config.eval.every = 4
+  train_and_evaluate(config, tmp_path / 'whole')
+  shutil.copytree(tmp_path / 'whole', tmp_path / 'stopped')
+  shutil.rmtree(tmp_path / 'stopped/checkpoints/4')
+  train_and_evaluate(config, tmp_path / 'stopped')
+  found, expected = (to_arrays(read_weights(tmp_path / x)[1]) for x in ('stopped', 'whole'))
+  for name, array in expected.items():
+    np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_the_best_weights_are_kept_beside_the_last(trained):
+  log = [line for line in read_log(trained[0]) if 'mIoU' in line]
+  best = max(log, key=lambda line: line['mIoU'])['step']
+  assert [path.name for path in (trained[0] / 'best/checkpoints').iterdir()] == [str(best)]
+  assert nonlocal_jax.load(trained[0] / 'best').description.test_scale == (96, 96)
+
+
+def test_the_table_has_the_best_and_the_last():
+  lines = [
+    {'step': step, 'aAcc': 50.0 + step, 'mIoU': miou}
+    for step, miou in ((1000, 1.25), (2000, 30.5), (3000, 30.5), (4000, 29.0))
+  ]
+  assert summary_table(lines).splitlines()[1:] == [
+    'best      2,000 2050.00   30.50',
+    'last      4,000 4050.00   29.00',
+  ]

@@ -120,6 +120,8 @@ def train_and_evaluate(
     start, steps = int(state.step), config.train.steps
     best_weights.delete_after(start)
     batches.start_prefetch()
+    if is_first_process():
+      print('Compiling the training step', file=sys.stderr)
     train_step = compile_step(config, state, tx, mesh)
     if is_first_process():
       size = sum(array.size for array in jax.tree.leaves(state.params))
