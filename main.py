@@ -49,9 +49,7 @@ def main(argv: list[str]) -> None:
   workdir = Path(_WORKDIR.value or f'runs/{config.name}')
   if _MODE.value == 'train':
     checkpoint = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
-    train_and_evaluate(
-      config, workdir, checkpoint=checkpoint, new_classifier=_NEW_CLASSIFIER.value
-    )
+    train_and_evaluate(config, workdir, checkpoint=checkpoint, new_classifier=_NEW_CLASSIFIER.value)
     print(f'Results are in {workdir}.')
   else:
     if not _CHECKPOINT.value:

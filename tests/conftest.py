@@ -10,7 +10,10 @@ import types
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'
+# The programs of the tests are small, and there are many: compiling them quickly counts.
+os.environ['XLA_FLAGS'] = (
+  '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
+)
 os.environ['JAX_PLATFORMS'] = 'cpu'
 
 import cv2
@@ -154,7 +157,8 @@ def run_two_processes(*arguments: object, workdirs: Sequence[Path]) -> list[str]
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
   together = ['--distributed', f'--coordinator=localhost:{port}', '--processes=2']
-  environment = {**os.environ, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  flags = os.environ['XLA_FLAGS'].replace('device_count=4', 'device_count=2')
+  environment = {**os.environ, 'XLA_FLAGS': flags}
   processes = [
     subprocess.Popen(
       [

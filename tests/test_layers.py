@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
 from flax import nnx
@@ -12,7 +11,6 @@ from numpy.testing import assert_allclose
 from nonlocal_jax.models.layers import BatchNorm, conv, resize_bilinear
 from nonlocal_jax.models.segmentor import MEAN, STD, normalize
 from nonlocal_jax.training.loss import cross_entropy, pixel_accuracy
-from nonlocal_jax.training.optimizer import poly_schedule, sgd
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:
@@ -99,44 +97,3 @@ def test_loss_and_gradient_are_finite_where_all_pixels_are_ignored():
   assert loss == 0
   assert not np.any(gradient)
   assert pixel_accuracy(logits, labels) == 0
-
-
-@pytest.mark.parametrize(
-  ('steps', 'step', 'expected'),
-  [
-    (40_000, 0, 0.01),
-    (40_000, 1, 0.0099997772),
-    (40_000, 10_000, 0.0077416488),
-    (40_000, 20_000, 0.0054051593),
-    (40_000, 30_000, 0.0029428365),
-    (40_000, 39_999, 1e-4),
-    (20_000, 19_999, 1e-4),
-  ],
-)
-def test_poly_schedule_has_the_golden_values(steps, step, expected):
-  schedule = poly_schedule(learning_rate=0.01, min_learning_rate=1e-4, power=0.9, steps=steps)
-  assert_allclose(schedule(step), expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize('steps', [1, 2, 300, 1500, 20_000, 40_000, 80_000, 160_000])
-def test_compiled_poly_schedule_ends_at_its_minimum(steps):
-  schedule = poly_schedule(learning_rate=0.01, min_learning_rate=1e-4, power=0.9, steps=steps)
-  last = jax.jit(schedule)(jnp.asarray([steps - 1, steps, 2 * steps], jnp.int32))
-  expected = [1e-4] * 3 if steps > 1 else [0.01, 1e-4, 1e-4]
-  assert_allclose(last, expected, rtol=1e-6)
-
-
-def test_sgd_is_torch_sgd(rng):
-  start = rng.normal(size=6).astype(np.float32)
-  gradients = rng.normal(size=(5, 6)).astype(np.float32)
-  theirs = torch.nn.Parameter(torch.as_tensor(start.copy()))
-  optimizer = torch.optim.SGD([theirs], lr=0.01, momentum=0.9, weight_decay=5e-4)
-  tx = sgd(lambda step: 0.01 / (1 + step), momentum=0.9, weight_decay=5e-4)
-  ours, state = jnp.asarray(start), tx.init(jnp.asarray(start))
-  for step, gradient in enumerate(gradients):
-    optimizer.param_groups[0]['lr'] = 0.01 / (1 + step)
-    theirs.grad = torch.as_tensor(gradient)
-    optimizer.step()
-    updates, state = tx.update(jnp.asarray(gradient), state, ours)
-    ours = optax.apply_updates(ours, updates)
-  assert_allclose(ours, theirs.detach(), rtol=1e-6)

@@ -27,6 +27,7 @@ def custom(source: Path, **settings: object) -> list[str]:
   return [config, *(f'--config.{key}={value}' for key, value in values.items())]
 
 
+DEMO = f'--config={ROOT}/configs/demo.py'
 MATCHING = {'data.num_classes': 19, 'data.ignore_labels': '(20,)', 'model.width': 8}
 
 
@@ -151,28 +152,31 @@ def test_published_configs_evaluate_as_the_original(
     (['--mode=eval'], '--mode=eval needs --checkpoint'),
     (['--checkpoint=x.pth'], 'x.pth does not exist'),
     (['--new_classifier'], '--new_classifier is for the network of a --checkpoint; give one'),
-    (['--config.train.dtype=float16'], 'train.dtype is float16; it must be float32 or bfloat16'),
-    (['--config.train.batch_norm=local'], 'it must be global or per_device or frozen'),
-    (['--config.train.ema_decay=1.0'], 'train.ema_decay is 1.0; it must be in [0, 1)'),
-    (['--config.train.class_weights=(1.0,)'], 'class_weights has 1 weights, but there are 8'),
-    (['--config.optimizer.schedule=v2'], 'optimizer.schedule is v2; it must be v0 or v1'),
+    (
+      [DEMO, '--config.train.dtype=float16'],
+      'dtype is float16; it must be float32 or bfloat16',
+    ),
+    ([DEMO, '--config.train.batch_norm=local'], 'it must be global or per_device or frozen'),
+    ([DEMO, '--config.train.ema_decay=1.0'], 'train.ema_decay is 1.0; it must be in [0, 1)'),
+    ([DEMO, '--config.train.class_weights=(1.0,)'], 'class_weights has 1 weights, but there are 8'),
+    ([DEMO, '--config.optimizer.schedule=v2'], 'optimizer.schedule is v2; it must be v0 or v1'),
     ([f'--config={ROOT}/configs/ade20k_r50.py:20k'], "no variant '20k' was published"),
     (
       [f'--config={ROOT}/configs/ade20k_r50.py', '--config.data.data_dir=/nowhere'],
       'ade20k-train was not prepared in /nowhere: give its folder as --config.data.source_dir=DIR',
     ),
     (
-      [f'--config={ROOT}/configs/demo.py', '--config.model.dept=50'],
+      [DEMO, '--config.model.dept=50'],
       'has no such field: dept. Did you mean "depth"',
     ),
-    ([f'--config={ROOT}/configs/demo.py', '--config.model.depth=deep'], 'depth'),
-    ([f'--config={ROOT}/configs/demo.py', '--config.model.depth=51'], 'depth is 51; it must be'),
-    ([f'--config={ROOT}/configs/demo.py', '--config.data.num_classes=9'], 'demo has 8 classes'),
-    ([f'--config={ROOT}/configs/demo.py', '--config.train.steps=0'], 'train.steps is 0; it must'),
-    ([f'--config={ROOT}/configs/demo.py', '--config.train.crop=(0,9)'], 'train.crop is (0, 9); it'),
-    ([f'--config={ROOT}/configs/demo.py', '--config.eval.scale=(9,)'], 'eval.scale is (9,); it'),
+    ([DEMO, '--config.model.depth=deep'], 'depth'),
+    ([DEMO, '--config.model.depth=51'], 'depth is 51; it must be'),
+    ([DEMO, '--config.data.num_classes=9'], 'demo has 8 classes'),
+    ([DEMO, '--config.train.steps=0'], 'train.steps is 0; it must'),
+    ([DEMO, '--config.train.crop=(0,9)'], 'train.crop is (0, 9); it'),
+    ([DEMO, '--config.eval.scale=(9,)'], 'eval.scale is (9,); it'),
     (
-      [f'--config={ROOT}/configs/demo.py', '--config.eval.window_crop=(9,9)'],
+      [DEMO, '--config.eval.window_crop=(9,9)'],
       'eval.window_stride is (); it must be given together with config.eval.window_crop',
     ),
     (

@@ -152,7 +152,7 @@ def test_a_run_starts_from_a_given_backbone_and_then_needs_it_no_more(
   other.train.steps = other.checkpoint.every = 1
   other.optimizer.learning_rate = other.optimizer.min_learning_rate = 0.0
   train_and_evaluate(other, tmp_path / 'workdir')
-  assert f'from the backbone in {backbone}, on 4 device(s)' in capsys.readouterr().out
+  assert f'from the backbone in {backbone}\n4 device(s)' in capsys.readouterr().out
   found = to_state_dict(read_weights(tmp_path / 'workdir')[1])
   for name, array in arrays.items():
     if '.running_' in name:

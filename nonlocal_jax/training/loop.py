@@ -32,7 +32,7 @@ from nonlocal_jax.training.curves import CURVES, write_curves
 from nonlocal_jax.training.initial_weights import read_initial_weights
 from nonlocal_jax.training.log import LOG, TrainingLog, summary_table
 from nonlocal_jax.training.recipe import (
-  check_batch_size,
+  check_recipe,
   compile_step,
   optimizer_of,
   say_start,
@@ -75,7 +75,7 @@ def train_and_evaluate(
     RunStopped: If SIGTERM or SIGINT came, once the state is saved.
   """
   mesh = data_mesh()
-  check_batch_size(config, mesh)
+  check_recipe(config, mesh)
   dataset = dataset_of(config)
   check_same_run(config, workdir, dataset)
   initial = None

@@ -16,12 +16,18 @@ from nonlocal_jax.training.optimizer import poly_schedule, sgd
 from nonlocal_jax.training.state import Metrics, TrainState, make_train_step, training_graphdef
 
 
-def check_batch_size(config: ConfigDict, mesh: Mesh) -> None:
-  """Checks that the devices can share a batch evenly.
+def check_recipe(config: ConfigDict, mesh: Mesh) -> None:
+  """Checks that the devices can share a batch evenly, and that each class has a weight if any has.
 
   Raises:
-    UserError: If they cannot.
+    UserError: If not.
   """
+  num_classes = dataset_of(config).num_classes
+  if config.train.class_weights and len(config.train.class_weights) != num_classes:
+    raise UserError(
+      f'config.train.class_weights has {len(config.train.class_weights)} weights, but there are '
+      f'{num_classes} classes: give one for each.'
+    )
   parts = mesh.size * config.train.accumulate
   if config.train.batch_size % parts:
     accumulated = config.train.accumulate > 1
@@ -73,9 +79,6 @@ def compile_step(
     A function of the state, whose memory it takes over, the batch (see `make_train_step`) and
     `stop` (devices,) bool, both split over the mesh; it returns the next state and the metrics,
     with `stop` whether any of those is true.
-
-  Raises:
-    UserError: If there are not as many class weights as classes.
   """
   options = config.train
   model = architecture_of(config).abstract(
@@ -87,12 +90,6 @@ def compile_step(
     devices=mesh.size,
     rematerialize=options.rematerialize,
   )
-  num_classes = dataset_of(config).num_classes
-  if options.class_weights and len(options.class_weights) != num_classes:
-    raise UserError(
-      f'config.train.class_weights has {len(options.class_weights)} weights, but there are '
-      f'{num_classes} classes: give one for each.'
-    )
   ohem = Ohem(options.ohem_threshold, options.ohem_min_kept) if options.ohem else None
   take_step = make_train_step(
     graphdef,
