@@ -3,8 +3,9 @@
 import contextlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 from absl import logging
 
@@ -35,6 +36,36 @@ def one_error(what: str) -> Iterator[None]:
     raise UserError(f'{what}: {system_error[1].strip() if system_error else lines[0]}.') from error
   finally:
     logging.set_verbosity(verbosity)
+
+
+class QuietThreads:
+  """While this context lasts, Orbax's threads do not print errors that the main one will raise.
+
+  They do so by three ways: hooks of threads and of what is collected, and absl's log.
+  """
+
+  def __enter__(self) -> Self:
+    """Replaces the hooks."""
+    self._hooks = sys.unraisablehook, threading.excepthook
+    self._verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = _unless_abandoned(sys.unraisablehook)
+    threading.excepthook = _unless_of_orbax(threading.excepthook)
+    return self
+
+  def __exit__(self, error_type: type | None, *unused) -> None:
+    """Puts them back; after an error threads that Orbax abandoned have more to say."""
+    if error_type is None:
+      sys.unraisablehook, threading.excepthook = self._hooks
+      logging.set_verbosity(self._verbosity)
+
+
+def _unless_of_orbax(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+  def filtered(arguments: Any) -> None:
+    if not type(arguments.thread).__module__.startswith('orbax.'):
+      hook(arguments)
+
+  return filtered
 
 
 def _unless_abandoned(hook: Callable[[Any], object]) -> Callable[[Any], object]:

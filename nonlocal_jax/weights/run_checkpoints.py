@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.parallel import is_first_process
 from nonlocal_jax.weights.arrays import Arrays, checksum, from_arrays, to_arrays
-from nonlocal_jax.weights.orbax_errors import one_error
+from nonlocal_jax.weights.orbax_errors import QuietThreads, one_error
 
 CHECKPOINTS = 'checkpoints'
 SET_ASIDE = 'unreadable_checkpoints'
@@ -60,7 +60,8 @@ class RunCheckpoints:
       )
 
   def __enter__(self) -> 'RunCheckpoints':
-    """Nothing to do."""
+    """Errors of background writes are raised here and by `save` and `wait`, not printed."""
+    self._quiet = QuietThreads().__enter__()
     return self
 
   def __exit__(self, error_type: type | None, *unused) -> None:
@@ -68,9 +69,12 @@ class RunCheckpoints:
     try:
       with one_error(self._what):
         self._manager.close()
-    except UserError:
+    except UserError as error:
+      self._quiet.__exit__(type(error))
       if error_type is None:  # otherwise there is an error already
         raise
+    else:
+      self._quiet.__exit__(error_type)
 
   def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint."""
