@@ -122,7 +122,7 @@ def test_single_scale_is_the_originals(convention, windows, request):
     (view,) = protocol.views(image.shape[:2])
     resized = np.asarray(normalize(resize_to(image, view.size)[None]))[0]
     expected.append(peer.final_logits(model, resized, image.shape[:2]).argmax(-1))
-  assert agreement(found, expected) > 0.9999
+  assert agreement(found, expected) > 0.9995  # up to ties at rounding
 
 
 def test_multi_scale_flip_v1_is_the_originals(half_pixel, tmp_path):
@@ -136,7 +136,7 @@ def test_multi_scale_flip_v1_is_the_originals(half_pixel, tmp_path):
   images = [image_of(size) for size in sizes]
   found = [predict(predictor, state, shapes[x.shape[:2]], [x])[0] for x in images]
   expected = [_peer_test_time_augmented(model, image, tmp_path) for image in images]
-  assert agreement(found, expected) > 0.9999
+  assert agreement(found, expected) > 0.9995  # up to ties at rounding
 
 
 def _peer_test_time_augmented(model, image, folder):
@@ -174,7 +174,7 @@ def test_multi_scale_flip_v0_is_the_sum_of_its_parts(windows, aligned, monkeypat
   shape = shapes_for(sizes, protocol, most=1)[sizes[0]]
   found = predict(predictor, state, shape, images)
   expected = [_by_hand(model, image, (90, 70), windows) for image in images]
-  assert agreement(found, expected) > 0.9995
+  assert agreement(found, expected) > 0.9995  # up to ties at rounding
 
 
 def _by_hand(model, image, scale, windows):

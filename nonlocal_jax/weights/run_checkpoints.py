@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
@@ -155,11 +156,14 @@ class RunCheckpoints:
     step = self.latest_step()
     if step is None:
       raise UserError(f'{self._workdir} holds no checkpoint yet; train longer or give another.')
+    # As host arrays: the run may have had other devices and processes.
+    as_host_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     with one_error(self._unreadable(step)):
       restored = self._manager.restore(
         step,
         args=ocp.args.Composite(
-          model=ocp.args.StandardRestore(target), record=ocp.args.JsonRestore()
+          model=ocp.args.PyTreeRestore(target, restore_args=as_host_arrays),
+          record=ocp.args.JsonRestore(),
         ),
       )
     self._check(step, model=restored.model, record=restored.record)
