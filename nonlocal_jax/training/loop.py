@@ -140,8 +140,9 @@ def train_and_evaluate(
           best_weights.save(step, model=state.variables)
           best_weights.wait()
         log.write_evaluation(step, summary, picture_of(evaluation, dataset))
-        scores = '  '.join(f'{name} {value:.2f}' for name, value in summary.items())
-        bar.write(f'step {step}: {scores}', file=sys.stderr)
+        if is_first_process():
+          scores = '  '.join(f'{name} {value:.2f}' for name, value in summary.items())
+          bar.write(f'step {step}: {scores}', file=sys.stderr)
         return evaluation
 
       def leave(step: int) -> None:
