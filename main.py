@@ -12,7 +12,7 @@ from configs.common import check_values
 from nonlocal_jax.command_line import config_errors, run_program
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.program import evaluate_checkpoint
-from nonlocal_jax.parallel import join_processes
+from nonlocal_jax.parallel import is_first_process, join_processes
 from nonlocal_jax.training.loop import train_and_evaluate
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -50,7 +50,8 @@ def main(argv: list[str]) -> None:
   if _MODE.value == 'train':
     checkpoint = Path(_CHECKPOINT.value) if _CHECKPOINT.value else None
     train_and_evaluate(config, workdir, checkpoint=checkpoint, new_classifier=_NEW_CLASSIFIER.value)
-    print(f'Results are in {workdir}.')
+    if is_first_process():
+      print(f'Results are in {workdir}.')
   else:
     if not _CHECKPOINT.value:
       raise UserError(
