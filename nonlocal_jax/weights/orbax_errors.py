@@ -4,6 +4,7 @@ import contextlib
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
@@ -24,6 +25,7 @@ def one_error(what: str) -> Iterator[None]:
   """
   hook, verbosity = sys.unraisablehook, logging.get_verbosity()
   sys.unraisablehook = _unless_abandoned(hook)
+  _ignore_abandoned_coroutines()
   logging.set_verbosity(logging.FATAL)
   try:
     yield
@@ -49,6 +51,7 @@ class QuietThreads:
     self._hooks = sys.unraisablehook, threading.excepthook
     self._verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
+    _ignore_abandoned_coroutines()
     sys.unraisablehook = _unless_abandoned(sys.unraisablehook)
     threading.excepthook = _unless_of_orbax(threading.excepthook)
     return self
@@ -58,6 +61,11 @@ class QuietThreads:
     if error_type is None:
       sys.unraisablehook, threading.excepthook = self._hooks
       logging.set_verbosity(self._verbosity)
+
+
+def _ignore_abandoned_coroutines() -> None:
+  """Of several writes Orbax drops the rest at a first error; Python warns when it collects them."""
+  warnings.filterwarnings('ignore', r"coroutine '.*' was never awaited", RuntimeWarning)
 
 
 def _unless_of_orbax(hook: Callable[[Any], object]) -> Callable[[Any], object]:
