@@ -25,7 +25,6 @@ def one_error(what: str) -> Iterator[None]:
   """
   hook, verbosity = sys.unraisablehook, logging.get_verbosity()
   sys.unraisablehook = _unless_abandoned(hook)
-  _ignore_abandoned_coroutines()
   logging.set_verbosity(logging.FATAL)
   try:
     yield
@@ -33,6 +32,10 @@ def one_error(what: str) -> Iterator[None]:
   except UserError:
     raise
   except Exception as error:  # damaged files, full disks: Orbax has no narrower type for them
+    # Of several writes it drops the rest at a first error; Python warns when it collects them.
+    warnings.filterwarnings(
+      'ignore', r"coroutine 'async_serialize.*' was never awaited", RuntimeWarning
+    )
     lines = str(error).strip().splitlines() or [type(error).__name__]
     system_error = re.search(r'([^:]*) \[os_error_code', lines[0])
     raise UserError(f'{what}: {system_error[1].strip() if system_error else lines[0]}.') from error
@@ -51,7 +54,6 @@ class QuietThreads:
     self._hooks = sys.unraisablehook, threading.excepthook
     self._verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)
-    _ignore_abandoned_coroutines()
     sys.unraisablehook = _unless_abandoned(sys.unraisablehook)
     threading.excepthook = _unless_of_orbax(threading.excepthook)
     return self
@@ -61,11 +63,6 @@ class QuietThreads:
     if error_type is None:
       sys.unraisablehook, threading.excepthook = self._hooks
       logging.set_verbosity(self._verbosity)
-
-
-def _ignore_abandoned_coroutines() -> None:
-  """Of several writes Orbax drops the rest at a first error; Python warns when it collects them."""
-  warnings.filterwarnings('ignore', r"coroutine '.*' was never awaited", RuntimeWarning)
 
 
 def _unless_of_orbax(hook: Callable[[Any], object]) -> Callable[[Any], object]:
