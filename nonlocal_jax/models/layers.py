@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from nonlocal_jax.models.convolution import fast_convolution
+
 KAIMING_FAN_OUT = nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
 
@@ -52,6 +54,7 @@ def conv(
     padding=((pad, pad), (pad, pad)),
     use_bias=use_bias,
     kernel_init=kernel_init,
+    conv_general_dilated=fast_convolution,
     promote_dtype=_as_the_input,
     rngs=rngs,
   )
