@@ -30,6 +30,8 @@ def base_config() -> ConfigDict:
   config.model.zero_init = True  # the block starts as the identity
   config.model.align_corners = False  # corner convention of every resize of logits
   config.model.dropout = 0.1
+  # How convolutions are computed on CPUs: 'fast', or 'direct' as elsewhere (for comparisons).
+  config.model.convolution = 'fast'
 
   config.data = ConfigDict()
   config.data.dataset = 'custom'  # cityscapes, ade20k, voc12aug, custom or demo
@@ -173,6 +175,7 @@ def check_values(config: ConfigDict) -> None:
   both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
   _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
   choices = {
+    'model.convolution': ('fast', 'direct'),
     'eval.protocol': ('v0', 'v1'),
     'optimizer.schedule': ('v0', 'v1'),
     'train.batch_norm': ('global', 'per_device', 'frozen'),

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from nonlocal_jax.compiler import compiler_options
 from nonlocal_jax.data.transforms import IGNORE, resize_to
 from nonlocal_jax.evaluation.buckets import Shape
 from nonlocal_jax.evaluation.inference import Predictor
@@ -60,7 +61,7 @@ class PretrainedModel:
     )
     self._predictor_of = functools.cache(self._make_predictor)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     @jax.default_matmul_precision('highest')
     def logits(state: nnx.State, images: jax.Array) -> jax.Array:
       return nnx.merge(self._graphdef, state)(images)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from nonlocal_jax.compiler import compiler_options
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.evaluation.buckets import Shape, ViewShape
 from nonlocal_jax.evaluation.metrics import confusion_matrix
@@ -66,7 +67,7 @@ class Predictor:
     self._align_corners = align_corners
     self._mesh = mesh or data_mesh(jax.local_devices()[:1])
 
-    @functools.partial(jax.jit, static_argnames='padded')
+    @functools.partial(jax.jit, static_argnames='padded', compiler_options=compiler_options())
     @jax.default_matmul_precision(precision)
     def window_logits(
       state: nnx.State, images: jax.Array, sizes: jax.Array, extents: jax.Array, *, padded: bool
@@ -78,7 +79,7 @@ class Predictor:
       logits = model.encode_decode(normalized, sizes=extents if padded else None)
       return logits.reshape(n, count, *logits.shape[1:])
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=compiler_options())
     def predict(views: Sequence[_LogitsOfView], labels: jax.Array) -> Prediction:
       predicted = _most_likely(views, averages=len(protocol.ratios) * protocol.flips > 1)
       predicted = predicted[:, : labels.shape[1]]

@@ -48,7 +48,7 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     )
   dataset = dataset_of(config)
   split = open_splits(config, dataset, workdir, ['val'])['val']
-  graphdef = nnx.graphdef(architecture.abstract(align_corners=config.model.align_corners))
+  graphdef = evaluation_graphdef(config)
   mesh = data_mesh()
   evaluate = evaluator_for(config, graphdef, split, dataset, mesh)
   evaluation = evaluate(jax.device_put(state, replicated(mesh)))
@@ -67,6 +67,14 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     published=published,
   )
   return evaluation
+
+
+def evaluation_graphdef(config: ConfigDict) -> nnx.GraphDef:
+  """The static part of a config's network."""
+  model = architecture_of(config).abstract(
+    align_corners=config.model.align_corners, convolution=config.model.convolution
+  )
+  return nnx.graphdef(model)
 
 
 def evaluator_for(

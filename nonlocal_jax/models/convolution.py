@@ -26,7 +26,7 @@ class _Window(NamedTuple):
   padding: int
 
 
-def convolution(method: Method) -> Callable[..., jax.Array]:
+def convolution_function(method: Method) -> Callable[..., jax.Array]:
   """The function that computes a network's convolutions, for `nnx.Conv(conv_general_dilated=...)`.
 
   Args:
@@ -155,8 +155,7 @@ def _gradients_on_cpu(
     strided = _strided(x, window.stride)
     return of_input, _product_over_positions(strided, gradient, precision)[None, None]
   if _suits_winograd(x, kernel, window):
-    mirrored = jnp.swapaxes(kernel[::-1, ::-1], 2, 3)
-    of_input = winograd.convolve(gradient, mirrored, window.dilation, precision)
+    of_input = winograd.convolve(gradient, kernel, window.dilation, precision, transpose=True)
     return of_input, winograd.kernel_gradient(x, gradient, window.dilation, precision)
   convolve = functools.partial(_convolve_directly, window=window, precision=precision)
   (of_input,) = jax.vjp(lambda x: convolve(x, kernel), x)[1](gradient)

@@ -6,8 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from nonlocal_jax.models.convolution import fast_convolution
+
+# Names of what `jax.checkpoint` has to keep so that only what is cheap is computed twice.
+KEPT = ('convolved', 'batch_statistics')
 
 KAIMING_FAN_OUT = nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
@@ -102,11 +106,13 @@ class BatchNorm(nnx.Module):
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """(n, h, w, channels) -> the same; in training by the batch's statistics, which are kept."""
+    x = checkpoint_name(x, 'convolved')
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if train and not self.frozen:
       wide = wide.reshape(self.groups, -1, *x.shape[1:])
       mean = jnp.mean(wide, axis=(1, 2, 3), keepdims=True)  # (groups, 1, 1, 1, channels)
       var = jnp.mean(jnp.square(wide - mean), axis=(1, 2, 3), keepdims=True)
+      mean, var = (checkpoint_name(value, 'batch_statistics') for value in (mean, var))
       count = wide.size // (self.groups * x.shape[-1])
       unbiased = var * (count / max(count - 1, 1))
       for running, batch in ((self.mean, mean), (self.var, unbiased)):

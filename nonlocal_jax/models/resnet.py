@@ -1,9 +1,19 @@
 """ResNetV1c with dilated last stages (D8): output stride 8 instead of 32 (mmseg `ResNetV1c`)."""
 
+from collections.abc import Sequence
+
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from nonlocal_jax.models.layers import BatchNorm, ConvNorm, clear_outside, conv, strided_sizes
+from nonlocal_jax.models.layers import (
+  KEPT,
+  BatchNorm,
+  ConvNorm,
+  clear_outside,
+  conv,
+  strided_sizes,
+)
 
 STAGE_BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 STAGE_STRIDES = (1, 2, 1, 1)
@@ -50,9 +60,14 @@ class Bottleneck(nnx.Module):
 class ResNet(nnx.Module):
   """Deep-stem ResNet whose last two stages are dilated instead of strided.
 
+  The backward pass keeps what convolutions and statistics gave and computes what is cheap again:
+  normalised and rectified features.
+
   Attributes:
-    rematerialize: Whether the backward pass computes the inside of each bottleneck again instead of
-      keeping it: less memory, a third more time.
+    rematerialize: Whether the backward pass computes the whole inside of each bottleneck again:
+      less memory, a third more time.
+    loops: Whether the equal bottlenecks of a stage are one loop, which compiles once for them all
+      and on CPUs keeps the compiler from taking the second computation for the first.
   """
 
   def __init__(self, *, stage_blocks: tuple[int, ...], width: int = 64, rngs: nnx.Rngs):
@@ -89,6 +104,7 @@ class ResNet(nnx.Module):
       stages.append(nnx.List(blocks))
     self.layer1, self.layer2, self.layer3, self.layer4 = stages
     self.rematerialize = False
+    self.loops = True
 
   def __call__(
     self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
@@ -113,14 +129,38 @@ class ResNet(nnx.Module):
     x = nnx.max_pool(clear_outside(x, sizes), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
     sizes = strided_sizes(sizes, 2)
     features = []
-    run = nnx.remat(_run, static_argnums=2) if self.rematerialize else _run
     for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-      for block in stage:
-        x = run(block, x, train, sizes)
-        sizes = strided_sizes(sizes, block.stride)
+      x = self._run([stage[0]], x, train=train, sizes=sizes)
+      sizes = strided_sizes(sizes, stage[0].stride)
+      for blocks in [stage[1:]] if self.loops else [[block] for block in stage[1:]]:
+        x = self._run(blocks, x, train=train, sizes=sizes)
       features.append(x)
     return features[2], features[3]
 
+  def _run(
+    self, blocks: Sequence[Bottleneck], x: jax.Array, *, train: bool, sizes: jax.Array | None
+  ) -> jax.Array:
+    """Runs equal bottlenecks one after the other; updates their running statistics."""
+    if not blocks:
+      return x
+    graphdef = nnx.graphdef(blocks[0])
+    states = [nnx.state(block) for block in blocks]
 
-def _run(block: Bottleneck, x: jax.Array, train: bool, sizes: jax.Array | None) -> jax.Array:
-  return block(x, train=train, sizes=sizes)
+    def run(x: jax.Array, state: nnx.State) -> tuple[jax.Array, nnx.State | None]:
+      block = nnx.merge(graphdef, state, copy=True)
+      x = block(x, train=train, sizes=sizes)
+      return x, nnx.state(block, nnx.BatchStat) if train else None
+
+    if train:
+      kept = None if self.rematerialize else jax.checkpoint_policies.save_only_these_names(*KEPT)
+      run = jax.checkpoint(run, policy=kept, prevent_cse=len(blocks) == 1)
+    if len(blocks) == 1:
+      x, batch_stats = run(x, states[0])
+      batch_stats = [batch_stats]
+    else:
+      x, stacked = jax.lax.scan(run, x, jax.tree.map(lambda *a: jnp.stack(a), *states))
+      batch_stats = [jax.tree.map(lambda a, i=i: a[i], stacked) for i in range(len(blocks))]
+    if train:
+      for block, state in zip(blocks, batch_stats, strict=True):
+        nnx.update(block, state)
+    return x

@@ -60,34 +60,44 @@ def saves_work(x_shape: Sequence[int], kernel_shape: Sequence[int], dilation: in
 
 
 def convolve(
-  x: jax.Array, kernel: jax.Array, dilation: int, precision: lax.PrecisionLike = None
+  x: jax.Array,
+  kernel: jax.Array,
+  dilation: int,
+  precision: lax.PrecisionLike = None,
+  *,
+  transpose: bool = False,
 ) -> jax.Array:
   """Convolves without stride, the input padded with `dilation` zeros on each side.
 
   Args:
     x: (n, h, w, in_channels) floats.
-    kernel: (3, 3, in_channels, out_channels), the same dtype.
+    kernel: (3, 3, in_channels, out_channels), the same dtype; (3, 3, out_channels, in_channels) in
+      the transpose.
     dilation: Step between the taps.
     precision: Of the products.
+    transpose: Whether to apply the transpose of the convolution with `kernel`, which takes the
+      gradient of its output to that of its input.
 
   Returns:
     (n, h, w, out_channels).
   """
-  in_channels, out_channels = kernel.shape[2:]
+  into, out = (3, 2) if transpose else (2, 3)
+  in_channels, out_channels = kernel.shape[into], kernel.shape[out]
 
   def products(tiles: jax.Array, kernel: jax.Array) -> jax.Array:
-    axes = ((2,), (1,)), ((0,), (0,))
-    return lax.dot_general(tiles, _kernel_tiles(kernel), axes, precision=precision)
+    axes = ((2,), (into - 1,)), ((0,), (0,))
+    transformed = _kernel_tiles(kernel, mirrored=transpose)
+    return lax.dot_general(tiles, transformed, axes, precision=precision)
 
   if in_channels < out_channels:
     tiles = _input_tiles(x, dilation)
     return _concatenated(
-      lambda part: _outputs(products(tiles, part(kernel, 3)), x.shape, dilation),
+      lambda part: _outputs(products(tiles, part(kernel, out)), x.shape, dilation),
       out_channels,
       axis=3,
     )
   total = _summed(
-    lambda part: products(_input_tiles(part(x, 3), dilation), part(kernel, 2)), in_channels
+    lambda part: products(_input_tiles(part(x, 3), dilation), part(kernel, into)), in_channels
   )
   return _outputs(total, x.shape, dilation)
 
@@ -155,7 +165,7 @@ def _concatenated(function: Callable[[Part], jax.Array], channels: int, *, axis:
   if count == 1:
     return function(_part(0, size))
   shape = jax.eval_shape(lambda: function(_part(0, size)))
-  whole = jnp.zeros((*shape.shape[:axis], channels, *shape.shape[axis + 1 :]), shape.dtype)
+  whole = lax.empty((*shape.shape[:axis], channels, *shape.shape[axis + 1 :]), shape.dtype)
   return lax.fori_loop(
     0,
     count,
@@ -221,9 +231,9 @@ def _outputs(products: jax.Array, shape: Sequence[int], dilation: int) -> jax.Ar
 _KERNEL_OF_TILE = np.einsum('ai,bj->baij', _KERNEL, _KERNEL).reshape(_PLACES**2, 9)
 
 
-def _kernel_tiles(kernel: jax.Array) -> jax.Array:
-  """(3, 3, c, d) -> (36, c, d), transformed."""
-  matrix = jnp.asarray(_KERNEL_OF_TILE, kernel.dtype)
+def _kernel_tiles(kernel: jax.Array, *, mirrored: bool) -> jax.Array:
+  """(3, 3, c, d) -> (36, c, d), transformed, perhaps mirrored along both axes first."""
+  matrix = jnp.asarray(_KERNEL_OF_TILE[:, ::-1] if mirrored else _KERNEL_OF_TILE, kernel.dtype)
   taps = kernel.reshape(9, -1)
   return jnp.matmul(matrix, taps, precision='highest').reshape(-1, *kernel.shape[2:])
 

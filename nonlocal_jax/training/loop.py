@@ -15,6 +15,7 @@ from nonlocal_jax.data.builders import PreparedSplit
 from nonlocal_jax.errors import RunStopped, UserError
 from nonlocal_jax.evaluation.evaluator import Evaluation
 from nonlocal_jax.evaluation.program import (
+  evaluation_graphdef,
   evaluator_for,
   picture_of,
   show_evaluation,
@@ -101,8 +102,7 @@ def train_and_evaluate(
     )
 
   state = jax.jit(initial_state, out_shardings=replicated(mesh))()
-  evaluation_graphdef = nnx.graphdef(architecture.abstract(**network))
-  evaluate = evaluator_for(config, evaluation_graphdef, splits['val'], dataset, mesh)
+  evaluate = evaluator_for(config, evaluation_graphdef(config), splits['val'], dataset, mesh)
 
   with (
     RunCheckpoints(workdir, keep=config.checkpoint.keep) as checkpoints,

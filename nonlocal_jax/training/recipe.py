@@ -8,6 +8,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from nonlocal_jax.compiler import compiler_options, return_free_memory
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.experiment import architecture_of, dataset_of
 from nonlocal_jax.parallel import over_batch, replicated
@@ -82,7 +83,9 @@ def compile_step(
   """
   options = config.train
   model = architecture_of(config).abstract(
-    align_corners=config.model.align_corners, dropout=config.model.dropout
+    align_corners=config.model.align_corners,
+    dropout=config.model.dropout,
+    convolution=config.model.convolution,
   )
   graphdef = training_graphdef(
     model,
@@ -115,6 +118,7 @@ def compile_step(
     in_shardings=(everywhere, over, over),
     out_shardings=(everywhere, everywhere),
     donate_argnums=0,
+    compiler_options=compiler_options(),
   )
   n, crop = options.batch_size, tuple(options.crop)
   batch = {
@@ -123,7 +127,10 @@ def compile_step(
     'size': jax.ShapeDtypeStruct((n, 2), jnp.int32),
   }
   with jax.default_matmul_precision(options.precision):
-    return jitted.lower(state, batch, jax.ShapeDtypeStruct((mesh.size,), jnp.bool)).compile()
+    lowered = jitted.lower(state, batch, jax.ShapeDtypeStruct((mesh.size,), jnp.bool))
+    compiled = lowered.compile()
+  return_free_memory()
+  return compiled
 
 
 def say_start(

@@ -12,6 +12,7 @@ from flax import nnx
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import NonLocalNet
+from nonlocal_jax.models.convolution import Method, convolution_function
 from nonlocal_jax.models.resnet import STAGE_BLOCKS
 
 Path = tuple[str | int, ...]
@@ -110,11 +111,28 @@ class Architecture:
     """Parameters and running statistics with shapes in place of arrays; not to be changed."""
     return nnx.state(self.abstract())
 
-  def abstract(self, *, align_corners: bool = False, dropout: float = 0.1) -> NonLocalNet:
-    """The network with shapes in place of arrays; costs no memory."""
-    return nnx.eval_shape(
+  def abstract(
+    self,
+    *,
+    align_corners: bool = False,
+    dropout: float = 0.1,
+    convolution: Method = 'fast',
+    loops: bool = True,
+  ) -> NonLocalNet:
+    """The network with shapes in place of arrays; costs no memory.
+
+    Args:
+      align_corners: See `NonLocalNet`, as for `dropout`.
+      dropout: Share of channels dropped.
+      convolution: How convolutions are computed, see `models.convolution`.
+      loops: Whether equal residual blocks are one loop, see `ResNet`.
+    """
+    model = nnx.eval_shape(
       lambda: self.build(align_corners=align_corners, dropout=dropout, rngs=nnx.Rngs(0))
     )
+    model.set_attributes(nnx.Conv, conv_general_dilated=convolution_function(convolution))
+    model.backbone.loops = loops
+    return model
 
 
 def torch_name(path: Path) -> str:

@@ -1,0 +1,283 @@
+"""MMSegmentation's own figures for benchmark.py, each in a process of its own.
+
+python scripts/benchmark_peer.py NAME JSON
+
+NAME is a function below in MEASURES, JSON its arguments. The last line of stdout is a JSON object
+of figures, among them the peak memory of the process. Nothing of JAX is imported.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import numpy as np
+import torch
+
+Figures = dict[str, Any]
+
+
+class _NoCompiledOperators(types.ModuleType):
+  """What mmcv-lite lacks; NonLocalNet needs none of it, only its import has to succeed."""
+
+  __path__ = ()
+
+  def __getattr__(self, name: str):
+    if name.startswith('__'):
+      raise AttributeError(name)
+    return MagicMock()
+
+
+def main() -> None:
+  """Makes the measurement that the arguments name."""
+  name, arguments = sys.argv[1:]
+  torch.set_num_threads(os.cpu_count() or 1)
+  if importlib.util.find_spec('mmcv._ext') is None:
+    sys.modules['mmcv.ops'] = _NoCompiledOperators('mmcv.ops')
+  importlib.import_module('mmseg.utils').register_all_modules(init_default_scope=True)
+  figures = MEASURES[name](**json.loads(arguments))
+  print(json.dumps({**peak_memory(), **figures}))
+
+
+def peak_memory() -> Figures:
+  """GiB that the process has held: on the GPU if it uses one, and on the host."""
+  host = int(re.findall(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[0]) / 2**20
+  device = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else host
+  return {'peak_gib': round(device, 3), 'peak_host_gib': round(host, 3)}
+
+
+def measure_inference(
+  *,
+  size: Sequence[int],
+  classes: int,
+  width: int,
+  depth: int,
+  stage_blocks: Sequence[int],
+  repeats: int,
+  device: str,
+  started: float,
+) -> Figures:
+  """Predicts an image, again and again: `encode_decode` at its size, then argmax.
+
+  Args:
+    size: (height, width) of the image.
+    classes: Number of classes.
+    width: Base channels of the network.
+    depth: Layers of its backbone.
+    stage_blocks: Its blocks in each stage.
+    repeats: Predictions after the first.
+    device: 'cpu' or 'cuda'.
+    started: `time.time()` at the start of the process.
+
+  Returns:
+    `seconds` of a later prediction, the median; `start_seconds` from the start of the process to
+    the first result.
+  """
+  model = build(classes=classes, width=width, depth=depth, stage_blocks=stage_blocks)
+  randomise(model)
+  model.to(device).eval()
+  image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+  @torch.no_grad()
+  def predict() -> np.ndarray:
+    data = {'inputs': [torch.from_numpy(image).permute(2, 0, 1)]}
+    inputs = model.data_preprocessor(data, False)['inputs']
+    logits = model.encode_decode(inputs, [{'img_shape': tuple(size)}])
+    return logits.argmax(dim=1).cpu().numpy()
+
+  predict()
+  start = time.time() - started
+  later = [seconds_of(predict) for _ in range(repeats)]
+  return {'seconds': statistics.median(later), 'start_seconds': start}
+
+
+def measure_training(
+  *,
+  size: Sequence[int],
+  batch: int,
+  classes: int,
+  width: int,
+  depth: int,
+  stage_blocks: Sequence[int],
+  repeats: int,
+  device: str,
+  started: float,
+) -> Figures:
+  """Takes steps of SGD on the model's own loss.
+
+  Args:
+    size: (height, width) of the crops.
+    batch: Crops in a batch.
+    classes: See `measure_inference`, as for all that follow.
+    width: Base channels of the network.
+    depth: Layers of its backbone.
+    stage_blocks: Its blocks in each stage.
+    repeats: Steps after the first.
+    device: 'cpu' or 'cuda'.
+    started: `time.time()` at the start of the process.
+
+  Returns:
+    `seconds` of a later step, the median; `start_seconds` from the start of the process to the end
+    of the first step.
+  """
+  model = build(classes=classes, width=width, depth=depth, stage_blocks=stage_blocks)
+  model.data_preprocessor.size = tuple(size)
+  model.to(device).train()
+  optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
+  sample_of = importlib.import_module('mmseg.structures').SegDataSample
+  pixels_of = importlib.import_module('mmengine.structures').PixelData
+  generator = torch.Generator().manual_seed(0)
+  images = torch.randint(256, (batch, 3, *size), dtype=torch.uint8, generator=generator)
+  labels = torch.randint(classes, (batch, 1, *size), generator=generator)
+
+  def step() -> float:
+    samples = [
+      sample_of(gt_sem_seg=pixels_of(data=label), metainfo={'img_shape': tuple(size)})
+      for label in labels
+    ]
+    data = model.data_preprocessor({'inputs': list(images), 'data_samples': samples}, True)
+    losses = model.loss(data['inputs'], data['data_samples'])
+    total = sum(value for name, value in losses.items() if 'loss' in name)
+    optimizer.zero_grad()
+    total.backward()
+    optimizer.step()
+    return float(total.detach())
+
+  step()
+  start = time.time() - started
+  later = [seconds_of(step) for _ in range(repeats)]
+  return {'seconds': statistics.median(later), 'start_seconds': start}
+
+
+def measure_evaluation(
+  *,
+  data: str,
+  checkpoint: str,
+  scale: Sequence[int],
+  num_classes: int,
+  ignore_labels: Sequence[int],
+  width: int,
+  depth: int,
+  stage_blocks: Sequence[int],
+  device: str,
+  started: float,
+) -> Figures:
+  """Evaluates weights on the val images of a folder: test pipeline, model, `IoUMetric`.
+
+  Args:
+    data: The folder, with images/val and labels/val.
+    checkpoint: A .pth file.
+    scale: (width, height) of the box that images are resized into.
+    num_classes: Number of classes.
+    ignore_labels: Label values without a class, beside 255.
+    width: Base channels of the network.
+    depth: Layers of its backbone.
+    stage_blocks: Its blocks in each stage.
+    device: 'cpu' or 'cuda'.
+    started: `time.time()` at the start of the process.
+
+  Returns:
+    `total_seconds` from the start of the process to the scores, `seconds` of the evaluation alone,
+    the number of `images` and `mIoU` in percent.
+  """
+  model = build(classes=num_classes, width=width, depth=depth, stage_blocks=stage_blocks)
+  model.load_state_dict(torch.load(checkpoint, weights_only=False)['state_dict'])
+  model.to(device).eval()
+  images = next(Path(data, 'images/val').iterdir())
+  dataset = importlib.import_module('mmseg.datasets').BaseSegDataset(
+    data_root=data,
+    data_prefix={'img_path': 'images/val', 'seg_map_path': 'labels/val'},
+    img_suffix=images.suffix,
+    seg_map_suffix='.png',
+    metainfo={'classes': tuple(f'class {index}' for index in range(num_classes))},
+    pipeline=[
+      {'type': 'LoadImageFromFile'},
+      {'type': 'Resize', 'scale': tuple(scale), 'keep_ratio': True},
+      {'type': 'LoadAnnotations'},
+      {'type': 'PackSegInputs'},
+    ],
+    test_mode=True,
+    lazy_init=True,
+  )
+  dataset.label_map = dict.fromkeys(ignore_labels, 255)
+  dataset.full_init()
+  loader = importlib.import_module('mmengine.runner').Runner.build_dataloader(
+    {
+      'dataset': dataset,
+      'batch_size': 1,
+      'num_workers': min(4, os.cpu_count() or 1),
+      'sampler': {'type': 'DefaultSampler', 'shuffle': False},
+    }
+  )
+  metric = importlib.import_module('mmseg.evaluation').IoUMetric()
+  metric.dataset_meta = dataset.metainfo
+  begun = time.perf_counter()
+  with torch.no_grad():
+    for batch in loader:
+      metric.process(batch, [sample.to_dict() for sample in model.test_step(batch)])
+  scores = metric.evaluate(len(dataset))
+  return {
+    'seconds': time.perf_counter() - begun,
+    'total_seconds': time.time() - started,
+    'images': len(dataset),
+    'mIoU': float(scores['mIoU']),
+  }
+
+
+MEASURES: dict[str, Callable[..., Figures]] = {
+  'inference': measure_inference,
+  'training': measure_training,
+  'evaluation': measure_evaluation,
+}
+
+
+def build(*, classes: int, width: int, depth: int, stage_blocks: Sequence[int]) -> Any:
+  """The network of MMSegmentation's own config, with other channels, blocks and classes."""
+  backbones = importlib.import_module('mmseg.models.backbones')
+  bottleneck, _ = backbones.ResNet.arch_settings[50]
+  backbones.ResNet.arch_settings[depth] = (bottleneck, tuple(stage_blocks))
+  folder = Path(importlib.import_module('mmseg').__file__).parent / '.mim/configs/nonlocal_net'
+  config = importlib.import_module('mmengine.config').Config.fromfile(
+    folder / 'nonlocal_r50-d8_4xb4-80k_ade20k-512x512.py'
+  )
+  model = config.model
+  model.pretrained = None
+  for part in (model.backbone, model.decode_head, model.auxiliary_head):
+    part.norm_cfg = {'type': 'BN', 'requires_grad': True}  # SyncBN wants a process group
+  model.backbone.update(depth=depth, base_channels=width, stem_channels=width)
+  model.decode_head.update(in_channels=32 * width, channels=8 * width, num_classes=classes)
+  model.auxiliary_head.update(in_channels=16 * width, channels=4 * width, num_classes=classes)
+  return importlib.import_module('mmseg.registry').MODELS.build(model)
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module) -> None:
+  """Fills every array so that none is zero and activations keep their scale."""
+  generator = torch.Generator().manual_seed(0)
+  for name, array in model.state_dict().items():
+    if array.ndim > 1:
+      fan_in = array[0].numel()
+      array.copy_(torch.randn(array.shape, generator=generator) * (2 / fan_in) ** 0.5)
+    elif array.is_floating_point():
+      low = 0.5 if name.endswith('running_var') else 0.2 if name.endswith('.weight') else -0.3
+      array.copy_(torch.rand(array.shape, generator=generator) * 0.6 + low)
+
+
+def seconds_of(action: Callable[[], object]) -> float:
+  """How long an action takes."""
+  started = time.perf_counter()
+  action()
+  return time.perf_counter() - started
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,295 @@
+"""The results of benchmark.py: results.md, scaling.png and results.json."""
+
+import datetime
+import json
+import math
+import os
+import platform
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nonlocal_jax.files import whole_file, write_whole
+from nonlocal_jax.models.non_local import MAX_PAIRWISE_WEIGHTS
+from scripts.benchmark_figures import Record, median_of, median_ratio, number, speed_cells
+
+
+def write_results(
+  out: Path, machine: Record, settings: Mapping[str, Any], records: Sequence[Record]
+) -> None:
+  """Writes what was measured so far.
+
+  Args:
+    out: The folder.
+    machine: What the measure 'machine' found.
+    settings: The arguments of the program.
+    records: `section`, `label`, `side`, `options` and figures of each measurement.
+  """
+  machine = {**machine, 'processor': processor(), 'cores': os.cpu_count(), 'date': _today()}
+  results = {'machine': machine, 'settings': settings, 'measurements': records}
+  write_whole(out / 'results.json', json.dumps(results, indent=2) + '\n')
+  write_whole(out / 'results.md', as_markdown(machine, settings, records))
+  write_scaling(out / 'scaling.png', records)
+
+
+def processor() -> str:
+  """Name of the processor."""
+  cpuinfo = Path('/proc/cpuinfo')
+  named = re.search(r'model name\s*:\s*(.*)', cpuinfo.read_text()) if cpuinfo.exists() else None
+  return named[1] if named else platform.processor() or platform.machine()
+
+
+def _today() -> str:
+  return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+def as_markdown(machine: Record, settings: Mapping[str, Any], records: Sequence[Record]) -> str:
+  """All results as tables, with what they mean."""
+  parts = [
+    '# Benchmarks',
+    f'{machine["date"]}: {machine["processor"]}, {machine["cores"]} cores; JAX {machine["jax"]} on '
+    f'{machine["device"]}. R-{settings["depth"]}, width {settings["width"]}, '
+    f'{settings["classes"]} classes, unless a line says otherwise.',
+    'Each figure is of a process of its own; times are medians. Peak GiB is the most that the '
+    'process held '
+    + ('on the device.' if machine['backend'] == 'gpu' else 'resident, libraries included.'),
+  ]
+  measured = [record for record in records if 'error' not in record]
+  tables = {
+    'inference': timed_table,
+    'training': timed_table,
+    'evaluation': evaluation_table,
+    'pipeline': pipeline_table,
+    'compile': compile_table,
+    'network': network_table,
+    'non_local': non_local_table,
+  }
+  for section, table in tables.items():
+    of_section = [record for record in measured if record['section'] == section]
+    if of_section:
+      lines = table(of_section, measured, machine)
+      parts += [f'## {section.replace("_", "-").capitalize()}', NOTES[section]]
+      parts += [GPU_NOTES[section]] if machine['backend'] == 'gpu' and section in GPU_NOTES else []
+      parts += [lines]
+  failed = [record for record in records if 'error' in record]
+  if failed:
+    rows = [[r['section'], r['label'], r['side'], r['error']] for r in failed]
+    parts += ['## Failed', _table(['', '', 'side', 'error'], rows)]
+  return '\n\n'.join(parts) + '\n'
+
+
+NOTES = {
+  'inference': (
+    '`PretrainedModel.predict` on one random uint8 image, whole and at its own size, from the '
+    'image to the labels on the host, random weights, float32 throughout. It pads sides to '
+    'multiples of 128 (769 to 896). MMSegmentation: normalisation, `encode_decode`, argmax. '
+    '"First result" is from the start of the process, with an empty compilation cache and with a '
+    'filled one; peak GiB the same. Ratios are ours / theirs, with the filled cache, medians over '
+    'pairs measured one after the other.'
+  ),
+  'training': (
+    'One step of the recipe on random images and labels: normalisation, both heads, loss, '
+    'gradients, SGD; no data pipeline. MMSegmentation: `model.loss` and a step of '
+    '`torch.optim.SGD`. "First step" is from the start of the process, with an empty compilation '
+    'cache and with a filled one; "compile" is the step alone, with the empty cache.'
+  ),
+  'evaluation': (
+    '`main.py --mode=eval` on a folder, from the files to the scores. "Total" is the whole '
+    'process: imports, preparing the dataset (checks and packs the val images), loading weights, '
+    'compiling or its cache, evaluation; "evaluation" is the last alone, with compiling. '
+    'MMSegmentation: its test pipeline and `IoUMetric` at the same scale, with the same weights; '
+    'it prepares and compiles nothing. Unless a checkpoint was given, the weights are random, and '
+    'mIoU says only whether both compute the same.'
+  ),
+  'pipeline': 'Training batches without the network: decoding, augmentation, batching.',
+  'compile': (
+    'Without a compilation cache. Training: tracing, lowering and compiling of the step. '
+    'Inference: what the first prediction took longer than a later one. "To the first result" is '
+    'from the start of the process.'
+  ),
+  'network': (
+    "Operations of a forward pass, from a normalised image to logits at stride 8, by XLA's cost "
+    'analysis of plain convolutions; a multiply-add is two, products with padding are none. What '
+    "Winograd's algorithm saves is not taken off."
+  ),
+  'non_local': (
+    'Temporary memory of the block alone as XLA states it, compiled and not run; what a kernel '
+    'library allocates inside of a call is not in it, so on CPUs single figures may be too low. '
+    'The slope is the exponent between a row and the one before it: 1 is linear, 2 is quadratic.'
+  ),
+}
+
+GPU_NOTES = {
+  'inference': (
+    'TFLOP/s are the operations listed under Network over the time, images and labels on their way '
+    'to and from the device included. Products are in full float32; the share is of the peak that '
+    'is named. Published rates are of other images and another machine, see each.'
+  ),
+  'training': (
+    'A step is taken for three forward passes without the auxiliary head. Products are in the '
+    "precision that is XLA's default on the device."
+  ),
+}
+
+
+def _by_label(records: Iterable[Record]) -> dict[str, list[Record]]:
+  groups: dict[str, list[Record]] = {}
+  for record in records:
+    groups.setdefault(record['label'], []).append(record)
+  return groups
+
+
+def timed_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
+  """Inference or training: a row for each size."""
+  training = records[0]['section'] == 'training'
+  first = 'first step s' if training else 'first result s'
+  head = ['size', 'seconds', first, 'with cache', 'peak GiB', 'with cache']
+  head += ['compile s'] if training else []
+  head += ['theirs: seconds', first, 'peak GiB', 'time ratio', 'memory ratio']
+  gpu = machine['backend'] == 'gpu'
+  head += ['images/s', 'TFLOP/s', 'share of peak', 'published images/s (V100)'] if gpu else []
+  rows = []
+  for label, group in _by_label(records).items():
+    cells = [label, number(median_of(group, 'ours', 'seconds'))]
+    for figure in ('start_seconds', 'peak_gib'):
+      cells += [number(median_of(group, side, figure)) for side in ('first', 'ours')]
+    cells += [number(median_of(group, 'first', 'compile_seconds'))] if training else []
+    cells += [
+      number(median_of(group, 'theirs', figure))
+      for figure in ('seconds', 'start_seconds', 'peak_gib')
+    ]
+    cells += [number(median_ratio(group, figure)) for figure in ('seconds', 'peak_gib')]
+    rows.append(cells + (speed_cells(group, measured, machine) if gpu else []))
+  return _table(head, rows)
+
+
+def evaluation_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
+  """A row for each side, and the ratios."""
+  head = ['', 'images', 'total s', 'images/s', 'evaluation s', 'images/s', 'peak GiB', 'mIoU']
+  names = {'first': 'empty cache', 'ours': 'filled cache', 'theirs': 'MMSegmentation'}
+  rows = []
+  for side, name in names.items():
+    of_side = [record for record in records if record['side'] == side]
+    if not of_side:
+      continue
+    total, alone, peak = (
+      statistics.median(record[figure] for record in of_side)
+      for figure in ('total_seconds', 'seconds', 'peak_gib')
+    )
+    images = of_side[0]['images']
+    rates = (total, images / total, alone, images / alone, peak, of_side[0]['mIoU'])
+    rows.append([name, str(images), *map(number, rates)])
+  total, alone, peak = (
+    median_ratio(records, key) for key in ('total_seconds', 'seconds', 'peak_gib')
+  )
+  if total is not None:
+    rows.append(['ratio', '', number(total), '', number(alone), '', number(peak), ''])
+  return _table(head, rows)
+
+
+def pipeline_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
+  """Batches and images per second."""
+  rows = [
+    [
+      'x'.join(map(str, record['crop'])),
+      str(record['batch']),
+      number(1 / record['seconds']),
+      number(record['batch'] / record['seconds']),
+    ]
+    for record in records
+  ]
+  return _table(['crop', 'batch', 'batches/s', 'images/s'], rows)
+
+
+def compile_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
+  """Seconds of compiling, and how much longer the second depth takes than the first."""
+  rows, before = [], {}
+  for record in records:
+    seconds = record.get('compile_seconds')
+    if seconds is None:
+      seconds = record['first_call_seconds'] - record['seconds']
+    kind = record['label'].split()[0]
+    size = 'x'.join(map(str, [*record['options']['size'], record['options'].get('batch', 1)]))
+    ratio = seconds / before[kind] if kind in before else None
+    before.setdefault(kind, seconds)
+    numbers = map(number, (seconds, ratio, record['start_seconds']))
+    rows.append([record['label'], size, *numbers])
+  head = ['', 'size and batch', 'compile s', 'ratio to the first', 'to the first result s']
+  return _table(head, rows)
+
+
+def network_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
+  """Parameters, and operations at each size."""
+  (record,) = records
+  rows = [[size, number(flops / 1e9)] for size, flops in record['flops'].items()]
+  sentence = f'{record["parameters"]:,} parameters, those of the auxiliary head included.'
+  return f'{sentence}\n\n{_table(["size", "GFLOP"], rows)}'
+
+
+def non_local_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
+  """Memory and slope for each number of positions."""
+  (record,) = records
+  rows = []
+  for index, positions in enumerate(record['positions']):
+    cells = [f'{positions:,}']
+    for name in ('forward', 'gradient'):
+      values = record[name]
+      slope = None
+      if index:
+        longer = positions / record['positions'][index - 1]
+        slope = math.log(values[index] / values[index - 1]) / math.log(longer)
+      cells += [number(values[index] / 2**20), number(slope)]
+    rows.append(cells)
+  table = _table(['positions', 'forward MiB', 'slope', 'with gradient MiB', 'slope'], rows)
+  first = sum(count**2 <= MAX_PAIRWISE_WEIGHTS for count in record['positions'])
+  if len(record['positions']) - first < 2:
+    return table
+  logarithms = [np.log(record[key][first:]) for key in ('positions', 'forward', 'gradient')]
+  forward, gradient = (np.polyfit(logarithms[0], y, 1)[0] for y in logarithms[1:])
+  return (
+    f'{table}\n\nFrom {record["positions"][first]:,} positions on, where queries are worked '
+    f'through in blocks, the fitted exponent is {forward:.2f} forward and {gradient:.2f} with '
+    'gradient.'
+  )
+
+
+def write_scaling(path: Path, records: Iterable[Record]) -> None:
+  """Draws time and peak memory of inference against the image's area, if that was measured."""
+  inference = [r for r in records if r['section'] == 'inference' and 'error' not in r]
+  if not any(record['side'] == 'ours' for record in inference):
+    return
+  figure = Figure(figsize=(9, 4), layout='constrained')
+  canvas = FigureCanvasAgg(figure)
+  titles = {'seconds': 'seconds', 'peak_gib': 'peak GiB'}
+  for axes, (name, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+    for side, who in (('ours', 'nonlocal_jax'), ('theirs', 'MMSegmentation')):
+      points = sorted(
+        (math.prod(group[0]['options']['size']) / 1e6, value)
+        for group in _by_label(inference).values()
+        if (value := median_of(group, side, name)) is not None
+      )
+      if points:
+        axes.plot(*zip(*points, strict=True), marker='o', label=who)
+        axes.legend()
+    axes.set_xlabel('megapixels')
+    axes.set_ylabel(title)
+    axes.set_xlim(0, 1.1 * axes.dataLim.x1)
+    axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+    axes.grid(alpha=0.3)
+  with whole_file(path) as partial:
+    canvas.print_figure(partial, format='png', dpi=110)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A table in Markdown, without the columns that are empty."""
+  columns = [
+    column for column in zip(head, *rows, strict=True) if column[0] == '' or any(column[1:])
+  ]
+  lines = [f'| {" | ".join(cells)} |' for cells in zip(*columns, strict=True)]
+  return '\n'.join([lines[0], '|' + '---|' * len(columns), *lines[1:]])

@@ -1,0 +1,198 @@
+"""benchmark.py: a tiny run, its counts, the peer beside it, what it says on a GPU and of errors."""
+
+import importlib.util
+import json
+import math
+
+import pytest
+from PIL import Image
+
+from nonlocal_jax.models.resnet import STAGE_BLOCKS, STAGE_DILATIONS, STAGE_STRIDES
+from nonlocal_jax.weights.torch_names import Architecture
+from scripts import benchmark
+from scripts.benchmark_analysis import forward_flops
+from scripts.benchmark_measures import measure
+from scripts.benchmark_report import as_markdown
+
+MACHINE = {'jax': '0', 'backend': 'cpu', 'device': 'cpu', 'devices': 1}
+TINY = ('--width=8', '--depth=14', '--classes=8', '--repeats=1')
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+  """Measures in this process, which has imported everything, and the same thing once."""
+  found = {}
+
+  def run_child(child, _):
+    key = child.measure, json.dumps(child.options)
+    if key not in found:
+      found[key] = measure(child.measure, benchmark.started(child))
+    return found[key]
+
+  monkeypatch.setattr(benchmark, 'run_child', run_child)
+
+
+def test_tiny_run(in_this_process, script, tmp_path):
+  names = ('inference', 'training', 'network', 'non_local')
+  sizes = ('--sizes', '64x64', '64x96', '--train-sizes', '32x64x2', '--positions', 64, 256)
+  out = tmp_path / 'out'
+  assert script(benchmark, *TINY, f'--out={out}', '--only', *names, *sizes) == (None, '')
+
+  records = json.loads((out / 'results.json').read_text())['measurements']
+  sides = [(record['section'], record['label'], record['side']) for record in records]
+  assert sides == [
+    ('network', '', 'ours'),
+    ('inference', '64x64', 'first'),
+    ('inference', '64x64', 'ours'),
+    ('inference', '64x96', 'first'),
+    ('inference', '64x96', 'ours'),
+    ('training', '32x64, batch 2', 'first'),
+    ('training', '32x64, batch 2', 'ours'),
+    ('non_local', '', 'ours'),
+  ]
+  for record in records:
+    timed = {name: value for name, value in record.items() if name.endswith('seconds')}
+    assert all(0 < seconds < 1000 for seconds in timed.values())
+    assert len(timed) == (3 if record['section'] in ('inference', 'training') else 0)
+    assert 0 < record['peak_gib'] < 100
+  assert sorted(records[0]['flops']) == ['32x64', '64x64', '64x96']
+  assert min(records[-1]['forward'] + records[-1]['gradient']) > 0
+
+  text = (out / 'results.md').read_text()
+  for part in ('| 64x64 |', '| 64x96 |', '| 32x64, batch 2 |', 'R-14, width 8', '| 256 |', 'cores'):
+    assert part in text
+  assert 'theirs: ' not in text  # columns of what was not measured are left out
+  with Image.open(out / 'scaling.png') as picture:
+    assert picture.format == 'PNG'
+
+
+def test_beside_the_peer_in_processes_of_their_own(script, tmp_path, monkeypatch):
+  run_child = benchmark.run_child
+
+  def run_some(child, folder):
+    fake = {'machine': MACHINE, 'first': {'start_seconds': 9.0}}
+    return fake.get(child.measure) or fake.get(child.side) or run_child(child, folder)
+
+  monkeypatch.setattr(benchmark, 'run_child', run_some)
+  arguments = ('--only', 'inference', '--sizes', '64x64', '--peer', '--rounds=1')
+  assert script(benchmark, *TINY, f'--out={tmp_path}', *arguments) == (None, '')
+  first, ours, theirs = json.loads((tmp_path / 'results.json').read_text())['measurements']
+  assert [r['side'] for r in (first, ours, theirs)] == ['first', 'ours', 'theirs']
+  table = (tmp_path / 'results.md').read_text().split('## Inference')[1].strip().splitlines()
+  head, _, row = ([cell.strip() for cell in line.split('|')] for line in table[-3:])
+  ratios = (
+    ('time ratio', ours['seconds'] / theirs['seconds']),
+    ('memory ratio', ours['peak_gib'] / theirs['peak_gib']),
+  )
+  for name, expected in ratios:
+    assert float(row[head.index(name)]) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize('size', [(64, 96), (72, 568)])
+def test_operations_are_those_of_convolutions_and_attention(size):
+  """The closed form leaves out what is cheap: normalisation, ReLU, softmax, pooling."""
+  architecture = Architecture.of_depth(26, width=8, num_classes=19)
+  expected = operations(size, STAGE_BLOCKS[26], 8, 19)
+  found = forward_flops(architecture, size)
+  assert expected < found < 1.02 * expected
+
+
+def operations(size, stage_blocks, width, classes):
+  """2 * products of a forward pass to logits at stride 8, without those with padding."""
+  total = 0
+
+  def convolve(size, channels, out_channels, edge, *, stride=1, dilation=1):
+    nonlocal total
+    out = tuple(-(-side // stride) for side in size)
+    taps = 1
+    for side, out_side in zip(size, out, strict=True):
+      offsets = [dilation * (tap - edge // 2) for tap in range(edge)]
+      places = (stride * i + offset for i in range(out_side) for offset in offsets)
+      taps *= sum(0 <= place < side for place in places)
+    total += 2 * taps * channels * out_channels
+    return out
+
+  size = convolve(size, 3, width // 2, 3, stride=2)
+  for channels in (width // 2, width):
+    size = convolve(size, width // 2, channels, 3)
+  size = tuple(-(-side // 2) for side in size)  # max pooling
+  channels = width
+  for stage, blocks in enumerate(stage_blocks):
+    planes = width * 2**stage
+    for block in range(blocks):
+      stride = STAGE_STRIDES[stage] if block == 0 else 1
+      # The first block of a stage has the dilation of the stage before (contract_dilation).
+      dilation = STAGE_DILATIONS[stage] // (2 if block == 0 and STAGE_DILATIONS[stage] > 1 else 1)
+      convolve(size, channels, planes, 1)
+      if block == 0:
+        convolve(size, channels, 4 * planes, 1, stride=stride)
+      size = convolve(size, planes, planes, 3, stride=stride, dilation=dilation)
+      convolve(size, planes, 4 * planes, 1)
+      channels = 4 * planes
+  inner = channels // 4
+  convolve(size, channels, inner, 3)
+  for _ in range(3):  # g, theta, phi
+    convolve(size, inner, inner // 2, 1)
+  total += 2 * 2 * math.prod(size) ** 2 * (inner // 2)
+  convolve(size, inner // 2, inner, 1)
+  convolve(size, inner, inner, 3)
+  convolve(size, channels + inner, inner, 3)
+  convolve(size, inner, classes, 1)
+  return total
+
+
+def test_speed_on_a_gpu():
+  machine = {**MACHINE, 'date': '2026-01-01', 'processor': 'P', 'cores': 16}
+  machine |= {'backend': 'gpu', 'device': 'NVIDIA H100 80GB HBM3'}
+  settings = {'depth': 50, 'width': 64, 'classes': 150}
+  options = {'size': [512, 512], 'depth': 50}
+  cost = {'seconds': 0.02, 'peak_gib': 1.0, 'start_seconds': 9.0, 'compile_seconds': 5.0}
+  records = [
+    {
+      'section': 'network',
+      'label': '',
+      'side': 'ours',
+      'parameters': 1,
+      'flops': {'512x512': 1e12},
+    },
+    {'section': 'inference', 'label': '512x512', 'side': 'ours', 'options': options, **cost},
+    {
+      'section': 'training',
+      'label': '512x512, batch 4',
+      'side': 'ours',
+      'options': {**options, 'batch': 4},
+      **cost,
+    },
+    {'section': 'compile', 'label': '', 'side': 'ours', 'error': 'out of memory'},
+  ]
+  lines = as_markdown(machine, settings, records).splitlines()
+  inference, training = (line for line in lines if line.startswith('| 512x512') and 'TF32' in line)
+  assert '| 50 | 50 | 10.1% of 495 (TF32) | 21.37 ADE20K images' in inference
+  assert '| 200 | 600 | 121.2% of 495 (TF32) |' in training
+  assert 'out of memory' in lines[-1]
+
+
+def test_errors(script, tmp_path, monkeypatch):
+  found = script(benchmark, f'--data={tmp_path}')
+  assert found == (
+    1,
+    'error: --data needs --num-classes, the number of classes in its label files.',
+  )
+  assert 'There is no file' in script(benchmark, f'--checkpoint={tmp_path / "none.pth"}')[1]
+  assert script(benchmark, '--sizes', '64')[0] == 2
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  assert script(benchmark, '--peer', f'--out={tmp_path}') == (
+    1,
+    'error: --peer needs MMSegmentation: pip install -r requirements-dev.txt.',
+  )
+
+
+def test_a_measurement_that_fails_is_told(script, tmp_path, monkeypatch):
+  def run_child(child, _):
+    return {'error': 'no memory'} if child.section == 'network' else MACHINE
+
+  monkeypatch.setattr(benchmark, 'run_child', run_child)
+  found = script(benchmark, f'--out={tmp_path}', '--only', 'network')
+  assert found[0] == 1
+  assert '1 of 1 measurements failed' in found[1]
+  assert 'no memory' in (tmp_path / 'results.md').read_text()
