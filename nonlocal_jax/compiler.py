@@ -5,15 +5,11 @@ import sys
 
 import jax
 
-_CPU_OPTIONS = {
-  # In an order that needs little memory, not one in which much can start early.
-  'xla_cpu_enable_concurrency_optimized_scheduler': False,
-  # Leaves out copies of what loops only read.
-  'xla_cpu_copy_insertion_use_region_analysis': True,
-}
+# In an order that needs little memory, not one in which much can start early.
+_CPU_OPTIONS = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
 
 
-def compiler_options() -> dict[str, bool]:
+def compiler_options() -> dict[str, str]:
   """For `jax.jit(compiler_options=...)`, on the default backend: none but on the CPU."""
   return dict(_CPU_OPTIONS) if jax.default_backend() == 'cpu' else {}
 
