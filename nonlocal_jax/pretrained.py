@@ -14,12 +14,18 @@ from nonlocal_jax.data.transforms import IGNORE, resize_to
 from nonlocal_jax.evaluation.buckets import Shape
 from nonlocal_jax.evaluation.inference import Predictor
 from nonlocal_jax.evaluation.protocol import Protocol, Windows
+from nonlocal_jax.models.convolution import Method
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
 
 
-def load(path: str | os.PathLike[str], *, align_corners: bool | None = None) -> 'PretrainedModel':
+def load(
+  path: str | os.PathLike[str],
+  *,
+  align_corners: bool | None = None,
+  convolution: Method = 'fast',
+) -> 'PretrainedModel':
   """Loads a trained network; depth, width and classes are read off the weights.
 
   Args:
@@ -27,14 +33,17 @@ def load(path: str | os.PathLike[str], *, align_corners: bool | None = None) -> 
       (its newest checkpoint).
     align_corners: The corner convention. By default that of the directory, or what the name of a
       released file says, or else False, mmsegmentation's own default.
+    convolution: How convolutions are computed, see `models.convolution`.
 
   Returns:
     The network, ready to predict.
 
   Raises:
     UserError: If there are no weights of a NonLocalNet.
+    ValueError: If `convolution` is unknown.
   """
-  return PretrainedModel(*read_weights(Path(path), align_corners=align_corners))
+  weights = read_weights(Path(path), align_corners=align_corners)
+  return PretrainedModel(*weights, convolution=convolution)
 
 
 _SHAPE_MULTIPLE = 128
@@ -47,26 +56,35 @@ class PretrainedModel:
     description: What is known about it: architecture, classes, colours, test scale.
   """
 
-  def __init__(self, description: ModelDescription, state: nnx.State):
+  def __init__(
+    self, description: ModelDescription, state: nnx.State, *, convolution: Method = 'fast'
+  ):
     """Puts the weights on the default device.
 
     Args:
       description: What the weights are.
       state: Parameters and running statistics.
+      convolution: How convolutions are computed, see `models.convolution`.
+
+    Raises:
+      ValueError: If `convolution` is unknown.
     """
     self.description = description
+    self._convolution: Method = convolution
     self._state = jax.device_put(state, jax.local_devices()[0])
     self._graphdef = nnx.graphdef(
-      description.architecture.abstract(align_corners=description.align_corners)
+      description.architecture.abstract(
+        align_corners=description.align_corners, convolution=convolution
+      )
     )
     self._predictor_of = functools.cache(self._make_predictor)
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
     @jax.default_matmul_precision('highest')
     def logits(state: nnx.State, images: jax.Array) -> jax.Array:
       return nnx.merge(self._graphdef, state)(images)
 
-    self._logits = logits
+    self._traced_logits = logits
+    self._logits = jax.jit(logits, compiler_options=compiler_options())
 
   @property
   def classes(self) -> tuple[str, ...]:
@@ -112,11 +130,14 @@ class PretrainedModel:
     Returns:
       (n, h, w, classes) float32.
     """
-    return self._logits(self._state, images)
+    # JAX refuses compiler options of a program inside another, such as the caller's own `jax.jit`.
+    run = self._traced_logits if isinstance(images, jax.core.Tracer) else self._logits
+    return run(self._state, images)
 
   def with_test_scale(self, scale: tuple[int, int]) -> 'PretrainedModel':
     """The same network, tested on images resized into another box, (width, height)."""
-    return PretrainedModel(dataclasses.replace(self.description, test_scale=scale), self._state)
+    description = dataclasses.replace(self.description, test_scale=scale)
+    return PretrainedModel(description, self._state, convolution=self._convolution)
 
   def _make_predictor(self, multi_scale_flip: bool) -> Predictor:
     description, windows = self.description, None

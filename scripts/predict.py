@@ -13,6 +13,7 @@ import glob
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,6 +28,7 @@ from nonlocal_jax.data.transforms import decode_image
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
 from nonlocal_jax.files import whole_file
+from nonlocal_jax.models.convolution import Method
 from nonlocal_jax.pretrained import PretrainedModel
 from nonlocal_jax.progress import progress_bar
 
@@ -61,9 +63,19 @@ def main() -> None:
     action=argparse.BooleanOptionalAction,
     help='the corner convention, for files that do not tell it',
   )
+  parser.add_argument(
+    '--convolution',
+    choices=get_args(Method),
+    default='fast',
+    help="how CPUs compute convolutions; 'direct' as other platforms do (default: fast)",
+  )
   arguments = parser.parse_args()
   images = find_images(arguments.inputs)
-  model = nonlocal_jax.load(arguments.checkpoint, align_corners=arguments.align_corners)
+  model = nonlocal_jax.load(
+    arguments.checkpoint,
+    align_corners=arguments.align_corners,
+    convolution=arguments.convolution,
+  )
   if arguments.scale:
     model = model.with_test_scale(tuple(arguments.scale))
   values = submission_values(model) if arguments.submission else None

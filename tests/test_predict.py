@@ -1,6 +1,7 @@
 """predict.py: images in, label maps and pictures out."""
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -65,6 +66,34 @@ def test_padded_prediction_is_that_of_the_logits(peer_checkpoint):
   several = model.predict(image, multi_scale_flip=True)
   assert several.shape == (60, 80)
   assert 0.3 < np.mean(several == expected) < 1
+
+
+def test_direct_convolutions_are_computed_as_such_and_agree(
+  folder, peer_checkpoint, script, monkeypatch, tmp_path
+):
+  """Of the network that the script has loaded, by the operations that are traced."""
+  load, loaded = nonlocal_jax.load, []
+
+  def keep_loaded(*arguments, **options):
+    loaded.append(load(*arguments, **options))
+    return loaded[-1]
+
+  monkeypatch.setattr(nonlocal_jax, 'load', keep_loaded)
+  arguments = [folder / 'a.png', f'--checkpoint={peer_checkpoint}', *SCALE]
+  for options in ([], ['--convolution=direct']):
+    out = f'--out={tmp_path / str(len(loaded))}'
+    assert script(predict, *arguments, out, *options) == (None, '')
+  images = nonlocal_jax.models.normalize(image_of((48, 56))[None])
+  of_fast, of_direct = (
+    str(jax.make_jaxpr(model.with_test_scale((96, 72)).logits)(images)) for model in loaded
+  )
+  assert 'platform_index' in of_fast
+  assert 'platform_index' not in of_direct
+  convolutions = of_direct.count(' conv_general_dilated[')
+  assert convolutions > 0
+  assert of_fast.count(' dot_general[') > convolutions // 2 > of_direct.count(' dot_general[')
+  fast, direct = (np.array(Image.open(tmp_path / name / 'a.png')) for name in ('0', '1'))
+  assert np.mean(fast == direct) > 0.999
 
 
 @pytest.mark.parametrize(
