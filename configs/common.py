@@ -32,6 +32,9 @@ def base_config() -> ConfigDict:
   config.model.dropout = 0.1
   # How convolutions are computed on CPUs: 'fast', or 'direct' as elsewhere (for comparisons).
   config.model.convolution = 'fast'
+  # Of the non-local block: 'blocks' of queries, or 'cudnn' on an NVIDIA GPU, which rounds what goes
+  # in to bfloat16.
+  config.model.attention = 'blocks'
 
   config.data = ConfigDict()
   config.data.dataset = 'custom'  # cityscapes, ade20k, voc12aug, custom or demo
@@ -175,6 +178,7 @@ def check_values(config: ConfigDict) -> None:
   both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
   _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
   choices = {
+    'model.attention': ('blocks', 'cudnn'),
     'model.convolution': ('fast', 'direct'),
     'eval.protocol': ('v0', 'v1'),
     'optimizer.schedule': ('v0', 'v1'),
@@ -183,6 +187,8 @@ def check_values(config: ConfigDict) -> None:
   }
   for key, values in choices.items():
     _expect(_value(config, key) in values, config, key, ' or '.join(values))
+  has_block = config.model.non_local or config.model.attention == 'blocks'
+  _expect(has_block, config, 'model.attention', 'blocks without the non-local block')
   _expect(0 <= config.train.ema_decay < 1, config, 'train.ema_decay', 'in [0, 1)')
   _expect(config.optimizer.head_multiplier > 0, config, 'optimizer.head_multiplier', 'positive')
   weights = config.train.class_weights

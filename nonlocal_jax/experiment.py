@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nonlocal_jax.data import synthetic
@@ -21,6 +22,7 @@ from nonlocal_jax.data.datasets import (
 from nonlocal_jax.data.loader import TrainIterator, train_batches
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.protocol import Protocol, Windows
+from nonlocal_jax.models.attention import check_attention
 from nonlocal_jax.parallel import is_first_process
 from nonlocal_jax.weights.torch_names import Architecture
 
@@ -86,6 +88,17 @@ def architecture_of(config: ConfigDict) -> Architecture:
     num_classes=dataset_of(config).num_classes,
     non_local=config.model.non_local,
   )
+
+
+def check_device(config: ConfigDict, mesh: Mesh) -> None:
+  """Checks that the devices of a mesh can compute as the config says.
+
+  Raises:
+    UserError: If they cannot.
+  """
+  if config.model.attention != 'blocks':
+    channels = architecture_of(config).inner_channels
+    check_attention(config.model.attention, channels, mesh.local_devices[0])
 
 
 def protocol_of(config: ConfigDict) -> Protocol:

@@ -170,6 +170,19 @@ def test_published_configs_evaluate_as_the_original(
       'has no such field: dept. Did you mean "depth"',
     ),
     ([DEMO, '--config.model.depth=deep'], 'depth'),
+    ([DEMO, '--config.model.attention=flash'], 'attention is flash; it must be blocks or cudnn'),
+    (
+      [DEMO, '--config.model.attention=cudnn'],
+      'config.model.attention is cudnn, which needs an NVIDIA GPU, and this program runs on cpu',
+    ),
+    (
+      [DEMO, '--config.model.attention=cudnn', '--mode=eval', '--checkpoint=x.pth'],
+      'config.model.attention is cudnn, which needs an NVIDIA GPU, and this program runs on cpu',
+    ),
+    (
+      [DEMO, '--config.model.attention=cudnn', '--config.model.non_local=False'],
+      'attention is cudnn; it must be blocks without the non-local block',
+    ),
     ([DEMO, '--config.model.depth=51'], 'depth is 51; it must be'),
     ([DEMO, '--config.data.num_classes=9'], 'demo has 8 classes'),
     ([DEMO, '--config.train.steps=0'], 'train.steps is 0; it must'),

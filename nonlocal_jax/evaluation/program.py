@@ -17,7 +17,13 @@ from nonlocal_jax.evaluation.inference import Predictor
 from nonlocal_jax.evaluation.metrics import undefined_reasons
 from nonlocal_jax.evaluation.pictures import comparison
 from nonlocal_jax.evaluation.report import protocol_facts, published_line, write_report
-from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, protocol_of
+from nonlocal_jax.experiment import (
+  architecture_of,
+  check_device,
+  dataset_of,
+  open_splits,
+  protocol_of,
+)
 from nonlocal_jax.files import whole_file
 from nonlocal_jax.parallel import data_mesh, is_first_process, replicated
 from nonlocal_jax.weights.description import ModelDescription
@@ -37,9 +43,10 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
 
   Raises:
     UserError: If the weights are of another network than the config's, or the data is not as it
-      should be.
+      should be, or the config asks for what the devices do not have.
   """
-  architecture = architecture_of(config)
+  architecture, mesh = architecture_of(config), data_mesh()
+  check_device(config, mesh)
   description, state = read_weights(checkpoint, align_corners=config.model.align_corners)
   if description.architecture != architecture:
     raise UserError(
@@ -49,7 +56,6 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
   dataset = dataset_of(config)
   split = open_splits(config, dataset, workdir, ['val'])['val']
   graphdef = evaluation_graphdef(config)
-  mesh = data_mesh()
   evaluate = evaluator_for(config, graphdef, split, dataset, mesh)
   evaluation = evaluate(jax.device_put(state, replicated(mesh)))
   published = _published_miou(config, description, images=len(split))
@@ -72,7 +78,9 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
 def evaluation_graphdef(config: ConfigDict) -> nnx.GraphDef:
   """The static part of a config's network."""
   model = architecture_of(config).abstract(
-    align_corners=config.model.align_corners, convolution=config.model.convolution
+    align_corners=config.model.align_corners,
+    convolution=config.model.convolution,
+    attention=config.model.attention,
   )
   return nnx.graphdef(model)
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nonlocal_jax.models.attention import Attention, cudnn_attention
 from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv, inside
 
 Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
@@ -31,6 +32,10 @@ class NonLocalBlock(nnx.Module):
 
   Queries are processed in blocks, each recomputed in the backward pass, so that memory grows with
   the number of positions, not with its square.
+
+  Attributes:
+    attention: How the embedded Gaussian is computed: by such 'blocks', or in one by 'cudnn' on an
+      NVIDIA GPU, see `attention.cudnn_attention` for its precision and limits.
   """
 
   def __init__(
@@ -44,6 +49,7 @@ class NonLocalBlock(nnx.Module):
     norm: bool = True,
     zero_init: bool = True,
     query_block: int | None = None,
+    attention: Attention = 'blocks',
     rngs: nnx.Rngs,
   ):
     """Makes the block.
@@ -60,18 +66,27 @@ class NonLocalBlock(nnx.Module):
         paper). Training from scratch on little data, the block opens sooner when off.
       query_block: Queries processed at a time; None chooses so that `MAX_PAIRWISE_WEIGHTS` are
         held.
+      attention: See the class.
       rngs: Source of the initial values.
 
     Raises:
-      ValueError: If `mode` is unknown.
+      ValueError: If `mode` or `attention` is unknown, or the two do not go together.
     """
     if mode not in get_args(Mode):
       raise ValueError(f'mode is {mode!r}, expected one of {", ".join(get_args(Mode))}')
+    if attention not in get_args(Attention):
+      expected = ', '.join(get_args(Attention))
+      raise ValueError(f'attention is {attention!r}, expected one of {expected}')
+    if attention == 'cudnn' and (mode != 'embedded_gaussian' or query_block is not None):
+      raise ValueError(
+        "attention is 'cudnn', which has no blocks of queries and is for mode 'embedded_gaussian'"
+      )
     inner = max(channels // reduction, 1)
     self.mode = mode
     self.use_scale = use_scale
     self.sub_sample = sub_sample
     self.query_block = query_block
+    self.attention: Attention = attention
 
     def embedding() -> nnx.Conv:
       return conv(channels, inner, 1, use_bias=True, kernel_init=_SMALL_NORMAL, rngs=rngs)
@@ -143,6 +158,8 @@ class NonLocalBlock(nnx.Module):
 
       return over_query_blocks(from_concatenation, query_part, block)
     scale = channels**-0.5 if self.mode == 'embedded_gaussian' and self.use_scale else 1.0
+    if self.attention == 'cudnn':
+      return cudnn_attention(queries, keys, values, scale=scale, present=present)
     transposed_keys = jnp.swapaxes(keys, 1, 2)
     wide = jnp.promote_types(keys.dtype, jnp.float32)
 

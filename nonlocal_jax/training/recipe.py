@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from nonlocal_jax.compiler import compiler_options, return_free_memory
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.experiment import architecture_of, dataset_of
+from nonlocal_jax.experiment import architecture_of, check_device, dataset_of
 from nonlocal_jax.parallel import over_batch, replicated
 from nonlocal_jax.training.loss import Ohem
 from nonlocal_jax.training.optimizer import poly_schedule, sgd
@@ -18,11 +18,13 @@ from nonlocal_jax.training.state import Metrics, TrainState, make_train_step, tr
 
 
 def check_recipe(config: ConfigDict, mesh: Mesh) -> None:
-  """Checks that the devices can share a batch evenly, and that each class has a weight if any has.
+  """Checks that the devices can do what they are asked to, that they can share a batch evenly, and
+  that each class has a weight if any has.
 
   Raises:
     UserError: If not.
   """
+  check_device(config, mesh)
   num_classes = dataset_of(config).num_classes
   if config.train.class_weights and len(config.train.class_weights) != num_classes:
     raise UserError(
@@ -86,6 +88,7 @@ def compile_step(
     align_corners=config.model.align_corners,
     dropout=config.model.dropout,
     convolution=config.model.convolution,
+    attention=config.model.attention,
   )
   graphdef = training_graphdef(
     model,
@@ -168,6 +171,7 @@ def _extras(config: ConfigDict) -> str:
     f'OHEM below {options.ohem_threshold}': options.ohem,
     f'average of weights with decay {options.ema_decay}': options.ema_decay,
     'rematerialised blocks': options.rematerialize,
+    'attention through cuDNN': config.model.attention == 'cudnn',
     'no non-local block': not config.model.non_local,
   }
   return ', '.join(name for name, on in extras.items() if on) or 'no further options'

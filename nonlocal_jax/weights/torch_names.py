@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models import NonLocalNet
+from nonlocal_jax.models import NonLocalBlock, NonLocalNet
+from nonlocal_jax.models.attention import Attention
 from nonlocal_jax.models.convolution import Method, convolution_function
 from nonlocal_jax.models.resnet import STAGE_BLOCKS
 
@@ -81,6 +82,12 @@ class Architecture:
     """Layers of the backbone, as in its name: three a bottleneck, stem and classifier."""
     return 3 * sum(self.stage_blocks) + 2
 
+  @property
+  def inner_channels(self) -> int:
+    """Channels in which the non-local block, if there is one, compares positions."""
+    block = self.abstract().decode_head.nl_block
+    return 0 if block is None else block.g.out_features
+
   def __str__(self) -> str:
     """E.g. 'R-50, width 64, 19 classes'."""
     without = '' if self.non_local else ', without the non-local block'
@@ -117,6 +124,7 @@ class Architecture:
     align_corners: bool = False,
     dropout: float = 0.1,
     convolution: Method = 'fast',
+    attention: Attention = 'blocks',
     loops: bool = True,
   ) -> NonLocalNet:
     """The network with shapes in place of arrays; costs no memory.
@@ -125,12 +133,15 @@ class Architecture:
       align_corners: See `NonLocalNet`, as for `dropout`.
       dropout: Share of channels dropped.
       convolution: How convolutions are computed, see `models.convolution`.
+      attention: How the non-local block computes its softmax, see `NonLocalBlock`.
       loops: Whether equal residual blocks are one loop, see `ResNet`.
     """
     model = nnx.eval_shape(
       lambda: self.build(align_corners=align_corners, dropout=dropout, rngs=nnx.Rngs(0))
     )
     model.set_attributes(nnx.Conv, conv_general_dilated=convolution_function(convolution))
+    if self.non_local:
+      model.set_attributes(NonLocalBlock, attention=attention)
     model.backbone.loops = loops
     return model
 
