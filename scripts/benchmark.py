@@ -4,8 +4,9 @@ python scripts/benchmark.py --out=benchmarks
 python scripts/benchmark.py --out=benchmarks --only inference training --peer
 python scripts/benchmark.py --data=DIR --num-classes=11 --ignore-label=11 --eval-scale=480x360
 
-Each measurement runs in a process of its own, on one device (the evaluation on all). Writes
-OUT/results.md, OUT/scaling.png and OUT/results.json. --peer needs what requirements-dev.txt names.
+Each measurement runs in a process of its own, on one device (the evaluation on all). After each,
+writes OUT/results.md, OUT/scaling.png and OUT/results.json. On a GPU, results.md also holds shares
+of its peak and what was published of a V100. --peer needs what requirements-dev.txt names.
 """
 
 import argparse
@@ -18,26 +19,43 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nonlocal_jax.command_line import run_program
+from nonlocal_jax.data.synthetic import DEMO, write_demo_set
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.resnet import STAGE_BLOCKS
 from nonlocal_jax.progress import progress_bar
-from scripts.benchmark_inputs import evaluated_folder
+from nonlocal_jax.weights.torch_names import Architecture, to_state_dict
+from nonlocal_jax.weights.torch_writer import write_torch_checkpoint
+from scripts.benchmark_measures import random_state
 from scripts.benchmark_report import write_results
 
 SECTIONS = ('inference', 'training', 'evaluation', 'pipeline', 'compile', 'network', 'non_local')
 _ON_FOLDERS = ('evaluation', 'pipeline')
 _FOLDER = Path(__file__).resolve().parent
 _POSITIONS = (1024, 4096, 16384, 65536, 131072)
+_SIZES = ((512, 512), (512, 1024), (769, 769), (1024, 2048))
 _PIPELINE_BATCHES = 20
+
+
+class Defaults(NamedTuple):
+  """Of options that depend on the device."""
+
+  train_sizes: Sequence[tuple[int, int, int]]
+  dtypes: Sequence[str]
+  repeats: int
+
+
+_ON_CPU = Defaults([(256, 256, 2), (512, 512, 1)], ['float32'], repeats=3)
+# The share that a GPU has of a published batch; what takes milliseconds is repeated more often.
+_ON_GPU = Defaults([*_ON_CPU.train_sizes, (512, 512, 4)], ['float32', 'bfloat16'], repeats=20)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +93,11 @@ def main() -> None:
     machine = run_child(Child('machine', '', 'machine', {}), Path(folder))
     if 'error' in machine:
       raise UserError(f'JAX does not run here: {machine["error"]}')
-    children = planned(arguments, Path(folder), gpu=machine['backend'] == 'gpu')
+    gpu = machine['backend'] == 'gpu'
+    for name, value in (_ON_GPU if gpu else _ON_CPU)._asdict().items():
+      if getattr(arguments, name) is None:
+        setattr(arguments, name, value)
+    children = planned(arguments, Path(folder), gpu=gpu)
     records = []
     with progress_bar(len(children), 'Measuring', unit='process') as bar:
       for child in children:
@@ -110,15 +132,23 @@ def parse_arguments() -> argparse.Namespace:
   )
   add('--peer', action='store_true', help='measure MMSegmentation, too, by turns')
   add('--rounds', type=at_least_one, default=3, help='turns with --peer; default: 3')
-  add('--repeats', type=at_least_one, default=3, help='of each timed call; default: 3')
+  add(
+    '--repeats', type=at_least_one, help=f'of timed calls; default: 3, {_ON_GPU.repeats} on a GPU'
+  )
   add('--width', type=at_least_one, default=64, help='base channels; default: 64')
   add('--depth', type=int, choices=STAGE_BLOCKS, default=50, help='default: 50')
   add(
     '--compile-depths', type=int, nargs='+', choices=STAGE_BLOCKS, default=(50, 101), help='50 101'
   )
   add('--classes', type=at_least_one, default=150, help='of random images; default: 150')
-  add('--sizes', type=sides, nargs='+', metavar='HxW', help='of inference; default: the published')
+  add('--sizes', type=sides, nargs='+', default=_SIZES, metavar='HxW', help='of inference')
   add('--train-sizes', type=sides, nargs='+', metavar='HxWxBATCH', help='of training')
+  add(
+    '--dtypes',
+    nargs='+',
+    choices=('float32', 'bfloat16'),
+    help='of activations in training; default: float32, both on a GPU',
+  )
   add('--positions', type=at_least_one, nargs='+', default=_POSITIONS, help='of the block alone')
   add('--data', type=Path, help='folder with images/{train,val}, labels/{train,val}')
   add('--num-classes', type=at_least_one, help='of --data')
@@ -126,15 +156,15 @@ def parse_arguments() -> argparse.Namespace:
   add('--eval-scale', type=sides, default=(2048, 512), metavar='WxH', help='default: 2048x512')
   add('--limit', type=at_least_one, default=50, help='images of each split; default: 50')
   add('--checkpoint', type=Path, help='.pth file to evaluate; default: random weights')
-  parser.set_defaults(
-    sizes=[(512, 512), (512, 1024), (769, 769), (1024, 2048)],
-    train_sizes=[(256, 256, 2), (512, 512, 1)],
-  )
   arguments = parser.parse_args()
-  for name, count in (('sizes', 2), ('train_sizes', 3), ('eval_scale', 2)):
-    values = [arguments.eval_scale] if name == 'eval_scale' else vars(arguments)[name]
+  of_options = {
+    '--sizes': (arguments.sizes, 2),
+    '--train-sizes': (arguments.train_sizes or (), 3),
+    '--eval-scale': ([arguments.eval_scale], 2),
+  }
+  for option, (values, count) in of_options.items():
     if any(len(value) != count for value in values):
-      parser.error(f'--{name.replace("_", "-")} takes {count} numbers with x between them')
+      parser.error(f'{option} takes {count} numbers with x between them')
   return arguments
 
 
@@ -202,7 +232,7 @@ def planned(arguments: argparse.Namespace, folder: Path, *, gpu: bool) -> list[C
     for depth in arguments.compile_depths:
       once = {**images, 'depth': depth, 'repeats': 1}
       *size, batch = arguments.train_sizes[0]
-      training = {**once, 'size': size, 'batch': batch}
+      training = {**once, 'size': size, 'batch': batch, 'dtype': arguments.dtypes[0]}
       children.append(Child('compile', f'training R-{depth}', 'training', training))
       inference = {**once, 'size': arguments.sizes[0]}
       children.append(Child('compile', f'inference R-{depth}', 'inference', inference))
@@ -210,6 +240,49 @@ def planned(arguments: argparse.Namespace, folder: Path, *, gpu: bool) -> list[C
     block = {'channels': 8 * arguments.width, 'positions': arguments.positions}
     children.append(Child('non_local', '', 'non_local', block))
   return children
+
+
+def evaluated_folder(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+  """Makes the folder of images to evaluate and the weights; returns what the measures need."""
+  source, num_classes = arguments.data, arguments.num_classes
+  if source is None:
+    source, num_classes = folder / 'synthetic', DEMO.num_classes
+    write_demo_set(source, train=arguments.limit, val=arguments.limit)
+  linked = folder / 'data'
+  for split in ('train', 'val'):
+    link_first(source, linked, split, arguments.limit)
+  checkpoint = arguments.checkpoint
+  if checkpoint is None:
+    checkpoint = folder / 'random.pth'
+    architecture = Architecture.of_depth(
+      arguments.depth, width=arguments.width, num_classes=num_classes
+    )
+    arrays = to_state_dict(random_state(architecture), num_batches_tracked={})
+    write_torch_checkpoint(checkpoint, arrays, meta={})
+  return {
+    'data': str(linked),
+    'checkpoint': str(checkpoint.absolute()),
+    'num_classes': num_classes,
+    'ignore_labels': list(arguments.ignore_label),
+  }
+
+
+def link_first(source: Path, linked: Path, split: str, limit: int) -> None:
+  """Makes a folder of links to the first images of a split and their labels.
+
+  Raises:
+    UserError: If there are no images with labels.
+  """
+  labels = {path.stem: path for path in (source / 'labels' / split).glob('*.png')}
+  images = sorted(path for path in (source / 'images' / split).glob('*') if path.stem in labels)
+  if not images:
+    raise UserError(f'{source} has no images/{split} with labels/{split} of the same stems.')
+  for kind in ('images', 'labels'):
+    (linked / kind / split).mkdir(parents=True)
+  for image in images[:limit]:
+    label = labels[image.stem]
+    (linked / 'images' / split / image.name).symlink_to(image.absolute())
+    (linked / 'labels' / split / label.name).symlink_to(label.absolute())
 
 
 def timed_calls(
@@ -220,8 +293,9 @@ def timed_calls(
   for size in arguments.sizes:
     yield 'x'.join(map(str, size)), 'inference', {**repeated, 'size': size}
   for *size, batch in arguments.train_sizes:
-    label = f'{size[0]}x{size[1]}, batch {batch}'
-    yield label, 'training', {**repeated, 'size': size, 'batch': batch}
+    for dtype in arguments.dtypes:
+      label = f'{size[0]}x{size[1]}, batch {batch}, {dtype}'
+      yield label, 'training', {**repeated, 'size': size, 'batch': batch, 'dtype': dtype}
   if data:
     network = {'width': arguments.width, 'depth': arguments.depth}
     yield '', 'evaluation', {**data, **network, 'scale': arguments.eval_scale}
@@ -235,17 +309,9 @@ def run_child(child: Child, folder: Path) -> dict[str, Any]:
     folder: Gets the compilation caches.
   """
   script = 'benchmark_peer.py' if child.side == 'theirs' else 'benchmark_measures.py'
-  environment = {**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
-  environment['JAX_TRACEBACK_FILTERING'] = 'off'  # so that an error's last line says what it is
-  if child.cached:
-    cache = folder / 'compiled' / f'{child.section} {child.label}'
-    environment |= {
-      'JAX_ENABLE_COMPILATION_CACHE': 'true',
-      'JAX_COMPILATION_CACHE_DIR': str(cache),
-    }
   with subprocess.Popen(
     [sys.executable, str(_FOLDER / script), child.measure, json.dumps(started(child))],
-    env=environment,
+    env=environment_of(child, folder),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
@@ -260,6 +326,22 @@ def run_child(child: Child, folder: Path) -> dict[str, Any]:
   if process.returncode > 0:
     return {'error': last_line(said)}
   return json.loads(last_line(printed))
+
+
+def environment_of(child: Child, folder: Path) -> dict[str, str]:
+  """The environment of a measurement's process, see `run_child`."""
+  environment = {**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+  environment['JAX_TRACEBACK_FILTERING'] = 'off'  # so that an error's last line says what it is
+  if child.measure == 'network':
+    # Elsewhere JAX counts the operations of compiled programs only.
+    environment['JAX_PLATFORMS'] = 'cpu'
+  if child.cached:
+    cache = folder / 'compiled' / f'{child.section} {child.label}'
+    environment |= {
+      'JAX_ENABLE_COMPILATION_CACHE': 'true',
+      'JAX_COMPILATION_CACHE_DIR': str(cache),
+    }
+  return environment
 
 
 def started(child: Child) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 python scripts/benchmark_measures.py NAME JSON
 
-NAME is a function below in MEASURES, JSON its arguments. The last line of stdout is a JSON object
-of figures, among them the peak memory of the process.
+NAME is a key of MEASURES below, JSON the arguments of its function. The last line of stdout is a
+JSON object of figures, among them the peak memory of the process.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
@@ -29,14 +30,14 @@ from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS, peak_memory_gib
 from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, train_batches_of
+from nonlocal_jax.models import NonLocalBlock
+from nonlocal_jax.models.segmentor import OUTPUT_STRIDE
 from nonlocal_jax.parallel import data_mesh, replicated, shard_batch
 from nonlocal_jax.pretrained import PretrainedModel
 from nonlocal_jax.training.recipe import compile_step, optimizer_of
 from nonlocal_jax.training.state import TrainState
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.torch_names import Architecture
-from scripts.benchmark_analysis import measure_network, measure_non_local
-from scripts.benchmark_inputs import random_state
 
 Figures = dict[str, Any]
 
@@ -50,8 +51,10 @@ def main() -> None:
 
 
 def measure(name: str, options: Mapping[str, Any]) -> Figures:
-  """Figures of one of `MEASURES`, and the peak memory of this process."""
+  """Figures of one of `MEASURES`, with the peak memory of this process if they have none."""
   figures = MEASURES[name](**options)
+  if 'peak_gib' in figures:
+    return figures
   return {**of_device_or_host(peak_memory_gib()), **figures}
 
 
@@ -81,7 +84,7 @@ def measure_inference(
   repeats: int,
   started: float,
 ) -> Figures:
-  """Predicts an image, again and again.
+  """Predicts images of one size, one after the other.
 
   Args:
     size: (height, width) of the image.
@@ -111,10 +114,15 @@ def measure_inference(
     num_batches_tracked={},
   )
   model = PretrainedModel(description, random_state(architecture))
-  image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-  first = seconds_of(lambda: model.predict(image))
+  rng = np.random.default_rng(0)
+
+  def predict() -> float:
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    return seconds_of(lambda: model.predict(image))
+
+  first = predict()
   start = time.time() - started
-  later = [seconds_of(lambda: model.predict(image)) for _ in range(repeats)]
+  later = [predict() for _ in range(repeats)]
   return {
     'seconds': statistics.median(later),
     'first_call_seconds': first,
@@ -126,6 +134,7 @@ def measure_training(
   *,
   size: Sequence[int],
   batch: int,
+  dtype: str,
   classes: int,
   width: int,
   depth: int,
@@ -137,6 +146,7 @@ def measure_training(
   Args:
     size: (height, width) of the crops.
     batch: Crops in a batch.
+    dtype: Of activations, see configs/common.py.
     classes: See `measure_inference`, as for all that follow.
     width: Base channels of the network.
     depth: Layers of its backbone.
@@ -148,7 +158,7 @@ def measure_training(
     `start_seconds` from the start of the process to the end of the first step.
   """
   config = custom_config(classes=classes, width=width, depth=depth)
-  config.train.batch_size, config.train.crop = batch, tuple(size)
+  config.train.batch_size, config.train.crop, config.train.dtype = batch, tuple(size), dtype
   mesh = data_mesh(jax.local_devices()[:1])
   _, tx = optimizer_of(config)
 
@@ -161,21 +171,25 @@ def measure_training(
   train_step = compile_step(config, state, tx, mesh)
   compile_seconds = time.perf_counter() - compiling
   rng = np.random.default_rng(0)
-  samples = {
-    'image': rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8),
-    'label': rng.integers(0, classes, (batch, *size), dtype=np.uint8),
-    'size': np.tile(np.array(size, np.int32), (batch, 1)),
-  }
+  stop = shard_batch({'flag': np.zeros(1, np.bool)}, mesh)['flag']
 
-  def step() -> None:
-    nonlocal state
-    stop = shard_batch({'flag': np.zeros(1, np.bool)}, mesh)['flag']
-    state, metrics = train_step(state, shard_batch(samples, mesh), stop)
-    jax.block_until_ready((state, metrics))
+  def step() -> float:
+    samples = {
+      'image': rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8),
+      'label': rng.integers(0, classes, (batch, *size), dtype=np.uint8),
+      'size': np.tile(np.array(size, np.int32), (batch, 1)),
+    }
+
+    def take() -> None:
+      nonlocal state
+      state, metrics = train_step(state, shard_batch(samples, mesh), stop)
+      jax.block_until_ready((state, metrics))
+
+    return seconds_of(take)
 
   step()
   start = time.time() - started
-  later = [seconds_of(step) for _ in range(repeats)]
+  later = [step() for _ in range(repeats)]
   return {
     'seconds': statistics.median(later),
     'compile_seconds': compile_seconds,
@@ -274,6 +288,78 @@ def measure_pipeline(
   }
 
 
+def measure_network(
+  *, sizes: Sequence[Sequence[int]], classes: int, width: int, depth: int
+) -> Figures:
+  """Counts parameters, and the operations of a forward pass by XLA's cost analysis.
+
+  Args:
+    sizes: (height, width) of images.
+    classes: Number of classes.
+    width: Base channels of the network.
+    depth: Layers of its backbone.
+
+  Returns:
+    `parameters`, and `flops` by size ('512x1024'), from a normalised image to logits at stride 8.
+  """
+  architecture = Architecture.of_depth(depth, width=width, num_classes=classes)
+  params, _ = nnx.split_state(architecture.state_shapes(), nnx.Param, nnx.BatchStat)
+  return {
+    'parameters': sum(array.size for array in jax.tree.leaves(params)),
+    'flops': {f'{h}x{w}': forward_flops(architecture, (h, w)) for h, w in sizes},
+  }
+
+
+def forward_flops(architecture: Architecture, size: tuple[int, int]) -> float:
+  """Operations from a normalised image to logits at stride 8; a multiply-add is two.
+
+  XLA counts a loop's body once and Winograd's products in place of those of the convolution, so the
+  network is taken without both.
+  """
+  model = architecture.abstract(convolution='direct', loops=False)
+  if model.decode_head.nl_block is not None:
+    positions = [-(-side // OUTPUT_STRIDE) for side in size]
+    model.decode_head.nl_block.query_block = positions[0] * positions[1]
+  graphdef, state = nnx.split(model)
+
+  def logits(state: nnx.State, image: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state).encode_decode(image)
+
+  image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
+  return jax.jit(logits).lower(state, image).cost_analysis()['flops']
+
+
+def measure_non_local(*, channels: int, positions: Sequence[int]) -> Figures:
+  """Compiles the non-local block alone and asks for its temporary memory.
+
+  Args:
+    channels: Of its input.
+    positions: Numbers of positions, powers of two.
+
+  Returns:
+    Bytes for each number, `forward` and `gradient` (forward and backward pass).
+  """
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: NonLocalBlock(channels, rngs=nnx.Rngs(0))))
+
+  def forward(state: nnx.State, x: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state)(x)
+
+  def loss(state: nnx.State, x: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.square(forward(state, x)))
+
+  def temporary_bytes(function: Callable, count: int) -> int:
+    height = 2 ** (count.bit_length() // 2)
+    x = jax.ShapeDtypeStruct((1, height, count // height, channels), jnp.float32)
+    memory: Any = jax.jit(function).lower(state, x).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+  return {
+    'positions': list(positions),
+    'forward': [temporary_bytes(forward, count) for count in positions],
+    'gradient': [temporary_bytes(jax.grad(loss, argnums=(0, 1)), count) for count in positions],
+  }
+
+
 MEASURES: Mapping[str, Callable[..., Figures]] = {
   'machine': measure_machine,
   'inference': measure_inference,
@@ -283,6 +369,21 @@ MEASURES: Mapping[str, Callable[..., Figures]] = {
   'network': measure_network,
   'non_local': measure_non_local,
 }
+
+
+def random_state(architecture: Architecture) -> nnx.State:
+  """Random parameters and statistics, none of which is zero; activations keep their scale."""
+  rng = np.random.default_rng(0)
+  arrays = {}
+  for path, variable in nnx.to_flat_state(architecture.state_shapes()):
+    if len(variable.shape) > 1:
+      fan_in = np.prod(variable.shape[:-1])
+      values = rng.standard_normal(variable.shape, np.float32) * np.sqrt(2 / fan_in)
+    else:
+      low = {'var': 0.5, 'scale': 0.2}.get(str(path[-1]), -0.3)
+      values = rng.uniform(low, low + 0.6, variable.shape)
+    arrays[path] = variable.replace(values.astype(np.float32))
+  return nnx.from_flat_state(arrays)
 
 
 def custom_config(*, classes: int, width: int = 64, depth: int = 50) -> ConfigDict:

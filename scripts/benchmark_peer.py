@@ -2,8 +2,9 @@
 
 python scripts/benchmark_peer.py NAME JSON
 
-NAME is a function below in MEASURES, JSON its arguments. The last line of stdout is a JSON object
-of figures, among them the peak memory of the process. Nothing of JAX is imported.
+NAME is a key of MEASURES below, JSON the arguments of its function. The last line of stdout is a
+JSON object of figures, among them the peak memory of the process. Nothing of JAX is imported. On a
+GPU, products are of the precision that nonlocal_jax takes there: float32, TF32 in training.
 """
 
 import importlib
@@ -41,6 +42,9 @@ def main() -> None:
   """Makes the measurement that the arguments name."""
   name, arguments = sys.argv[1:]
   torch.set_num_threads(os.cpu_count() or 1)
+  torch.backends.cudnn.benchmark = True  # as in mmsegmentation's own default_runtime.py
+  torch.backends.cudnn.allow_tf32 = name == 'training'
+  torch.backends.cuda.matmul.allow_tf32 = name == 'training'
   if importlib.util.find_spec('mmcv._ext') is None:
     sys.modules['mmcv.ops'] = _NoCompiledOperators('mmcv.ops')
   importlib.import_module('mmseg.utils').register_all_modules(init_default_scope=True)
@@ -66,7 +70,7 @@ def measure_inference(
   device: str,
   started: float,
 ) -> Figures:
-  """Predicts an image, again and again: `encode_decode` at its size, then argmax.
+  """Predicts images of one size, one after the other: `encode_decode`, then argmax.
 
   Args:
     size: (height, width) of the image.
@@ -85,18 +89,22 @@ def measure_inference(
   model = build(classes=classes, width=width, depth=depth, stage_blocks=stage_blocks)
   randomise(model)
   model.to(device).eval()
-  image = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+  rng = np.random.default_rng(0)
 
   @torch.no_grad()
-  def predict() -> np.ndarray:
+  def labels_of(image: np.ndarray) -> np.ndarray:
     data = {'inputs': [torch.from_numpy(image).permute(2, 0, 1)]}
     inputs = model.data_preprocessor(data, False)['inputs']
     logits = model.encode_decode(inputs, [{'img_shape': tuple(size)}])
     return logits.argmax(dim=1).cpu().numpy()
 
+  def predict() -> float:
+    image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+    return seconds_of(lambda: labels_of(image))
+
   predict()
   start = time.time() - started
-  later = [seconds_of(predict) for _ in range(repeats)]
+  later = [predict() for _ in range(repeats)]
   return {'seconds': statistics.median(later), 'start_seconds': start}
 
 
@@ -104,6 +112,7 @@ def measure_training(
   *,
   size: Sequence[int],
   batch: int,
+  dtype: str,
   classes: int,
   width: int,
   depth: int,
@@ -117,6 +126,7 @@ def measure_training(
   Args:
     size: (height, width) of the crops.
     batch: Crops in a batch.
+    dtype: Of products; 'bfloat16' through `torch.autocast`.
     classes: See `measure_inference`, as for all that follow.
     width: Base channels of the network.
     depth: Layers of its backbone.
@@ -136,25 +146,29 @@ def measure_training(
   sample_of = importlib.import_module('mmseg.structures').SegDataSample
   pixels_of = importlib.import_module('mmengine.structures').PixelData
   generator = torch.Generator().manual_seed(0)
-  images = torch.randint(256, (batch, 3, *size), dtype=torch.uint8, generator=generator)
-  labels = torch.randint(classes, (batch, 1, *size), generator=generator)
 
-  def step() -> float:
+  def take(images: torch.Tensor, labels: torch.Tensor) -> float:
     samples = [
       sample_of(gt_sem_seg=pixels_of(data=label), metainfo={'img_shape': tuple(size)})
       for label in labels
     ]
     data = model.data_preprocessor({'inputs': list(images), 'data_samples': samples}, True)
-    losses = model.loss(data['inputs'], data['data_samples'])
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == 'bfloat16'):
+      losses = model.loss(data['inputs'], data['data_samples'])
     total = sum(value for name, value in losses.items() if 'loss' in name)
     optimizer.zero_grad()
     total.backward()
     optimizer.step()
-    return float(total.detach())
+    return float(total.detach())  # waits for the device
+
+  def step() -> float:
+    images = torch.randint(256, (batch, 3, *size), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(classes, (batch, 1, *size), generator=generator)
+    return seconds_of(lambda: take(images, labels))
 
   step()
   start = time.time() - started
-  later = [seconds_of(step) for _ in range(repeats)]
+  later = [step() for _ in range(repeats)]
   return {'seconds': statistics.median(later), 'start_seconds': start}
 
 

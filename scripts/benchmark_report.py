@@ -17,7 +17,30 @@ from matplotlib.figure import Figure
 
 from nonlocal_jax.files import whole_file, write_whole
 from nonlocal_jax.models.non_local import MAX_PAIRWISE_WEIGHTS
-from scripts.benchmark_figures import Record, median_of, median_ratio, number, speed_cells
+
+Record = Mapping[str, Any]
+
+# Dense products in TFLOP/s as NVIDIA states them, by a part of the device's name.
+PEAK_TFLOPS = {
+  'V100': {'float32': 15.7},
+  'A100': {'float32': 19.5, 'TF32': 156, 'bfloat16': 312},
+  'H100 PCIe': {'float32': 51.2, 'TF32': 378, 'bfloat16': 756},
+  'H100 80GB HBM3': {'float32': 66.9, 'TF32': 494.7, 'bfloat16': 989.4},
+  'H200': {'float32': 66.9, 'TF32': 494.7, 'bfloat16': 989.4},
+}
+# On V100s (mmseg `configs/nonlocal_net/README.md`) with R-50 and R-101: images/s by size of the
+# benchmark's image, GB in training by crop and batch on each of them; and on which images.
+PUBLISHED_RATES = {
+  '512x512': ({50: 21.37, 101: 13.97}, 'ADE20K images, 512 pixels high'),
+  '769x769': ({50: 1.52, 101: 1.05}, 'Cityscapes images, each in 8 windows of 769x769'),
+  '1024x2048': ({50: 2.72, 101: 1.95}, 'Cityscapes images, whole (the 512x1024 models)'),
+}
+PUBLISHED_MEMORY = {
+  '512x512x4': ({50: 9.1, 101: 12.6}, 'ADE20K'),
+  '512x1024x2': ({50: 7.4, 101: 10.9}, 'Cityscapes'),
+  '769x769x2': ({50: 8.9, 101: 12.8}, 'Cityscapes'),
+}
+_TRAINING_PASSES = 3  # a backward pass is taken for two forward passes
 
 
 def write_results(
@@ -35,7 +58,8 @@ def write_results(
   results = {'machine': machine, 'settings': settings, 'measurements': records}
   write_whole(out / 'results.json', json.dumps(results, indent=2) + '\n')
   write_whole(out / 'results.md', as_markdown(machine, settings, records))
-  write_scaling(out / 'scaling.png', records)
+  if records[-1]['section'] == 'inference':
+    write_scaling(out / 'scaling.png', records)
 
 
 def processor() -> str:
@@ -129,11 +153,12 @@ GPU_NOTES = {
   'inference': (
     'TFLOP/s are the operations listed under Network over the time, images and labels on their way '
     'to and from the device included. Products are in full float32; the share is of the peak that '
-    'is named. Published rates are of other images and another machine, see each.'
+    'NVIDIA states for the arithmetic named. Published are images/s of a V100, of the images named.'
   ),
   'training': (
     'A step is taken for three forward passes without the auxiliary head. Products are in the '
-    "precision that is XLA's default on the device."
+    "precision that is XLA's default for the dtype on the device: TF32 for float32 where there is "
+    'that. Published is the memory of a V100 in the same training, of float32.'
   ),
 }
 
@@ -153,7 +178,7 @@ def timed_table(records: Sequence[Record], measured: Sequence[Record], machine: 
   head += ['compile s'] if training else []
   head += ['theirs: seconds', first, 'peak GiB', 'time ratio', 'memory ratio']
   gpu = machine['backend'] == 'gpu'
-  head += ['images/s', 'TFLOP/s', 'share of peak', 'published images/s (V100)'] if gpu else []
+  head += ['images/s', 'TFLOP/s', 'share of peak', 'published (V100)'] if gpu else []
   rows = []
   for label, group in _by_label(records).items():
     cells = [label, number(median_of(group, 'ours', 'seconds'))]
@@ -284,6 +309,62 @@ def write_scaling(path: Path, records: Iterable[Record]) -> None:
     axes.grid(alpha=0.3)
   with whole_file(path) as partial:
     canvas.print_figure(partial, format='png', dpi=110)
+
+
+def median_ratio(records: Sequence[Record], figure: str) -> float | None:
+  """Median of ours / theirs over pairs that were measured one after the other."""
+  ours, theirs = (
+    [record[figure] for record in records if record['side'] == side] for side in ('ours', 'theirs')
+  )
+  ratios = [mine / other for mine, other in zip(ours, theirs, strict=False)]
+  return statistics.median(ratios) if ratios else None
+
+
+def median_of(records: Iterable[Record], side: str, figure: str) -> float | None:
+  """Median of a figure on one side, None if it was not measured."""
+  values = [r[figure] for r in records if r['side'] == side and figure in r]
+  return statistics.median(values) if values else None
+
+
+def speed_cells(group: Sequence[Record], measured: Sequence[Record], machine: Record) -> list[str]:
+  """Images/s, TFLOP/s, share of the device's peak, and what was published of V100s."""
+  seconds, options = median_of(group, 'ours', 'seconds'), group[0]['options']
+  network = next((record for record in measured if record['section'] == 'network'), None)
+  if seconds is None or network is None:
+    return [''] * 4
+  training, batch = group[0]['section'] == 'training', options.get('batch', 1)
+  size = 'x'.join(map(str, options['size']))
+  passes = _TRAINING_PASSES if training else 1
+  teraflops = passes * batch * network['flops'][size] / seconds / 1e12
+  peak = peak_of(machine['device'], options['dtype'] if training else 'highest')
+  share = peak and f'{teraflops / peak[0]:.1%} of {peak[0]} ({peak[1]})'
+  published, unit = PUBLISHED_RATES.get(size), ''
+  if training:
+    published, unit = PUBLISHED_MEMORY.get(f'{size}x{batch}'), ' GB'
+  values, of_what = published or ({}, '')
+  value = values.get(options['depth'])
+  known = '' if value is None else f'{value}{unit} ({of_what})'
+  return [number(batch / seconds), number(teraflops), share or '', known]
+
+
+def peak_of(device: str, arithmetic: str) -> tuple[float, str] | None:
+  """The peak in TFLOP/s of a device, and of which products; None if it is not known.
+
+  Args:
+    device: What JAX calls it.
+    arithmetic: 'highest' (of `jax_default_matmul_precision`), or the dtype of activations at the
+      default precision, at which XLA takes TF32 for float32 where there is that.
+  """
+  peaks = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in device), {})
+  name = {'highest': 'float32', 'float32': 'TF32' if 'TF32' in peaks else 'float32'}.get(
+    arithmetic, arithmetic
+  )
+  return (peaks[name], name) if name in peaks else None
+
+
+def number(value: float | None) -> str:
+  """Three significant digits; nothing for None."""
+  return '' if value is None else f'{value:.3g}' if value < 1000 else f'{value:,.0f}'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -3,16 +3,16 @@
 import importlib.util
 import json
 import math
+import time
 
 import pytest
 from PIL import Image
 
 from nonlocal_jax.models.resnet import STAGE_BLOCKS, STAGE_DILATIONS, STAGE_STRIDES
 from nonlocal_jax.weights.torch_names import Architecture
-from scripts import benchmark
-from scripts.benchmark_analysis import forward_flops
-from scripts.benchmark_measures import measure
-from scripts.benchmark_report import as_markdown
+from scripts import benchmark, benchmark_peer
+from scripts.benchmark_measures import forward_flops, measure
+from scripts.benchmark_report import as_markdown, peak_of
 
 MACHINE = {'jax': '0', 'backend': 'cpu', 'device': 'cpu', 'devices': 1}
 TINY = ('--width=8', '--depth=14', '--classes=8', '--repeats=1')
@@ -34,7 +34,7 @@ def in_this_process(monkeypatch):
 
 def test_tiny_run(in_this_process, script, tmp_path):
   names = ('inference', 'training', 'network', 'non_local')
-  sizes = ('--sizes', '64x64', '64x96', '--train-sizes', '32x64x2', '--positions', 64, 256)
+  sizes = ('--sizes', '64x96', '--train-sizes', '32x64x2', '--positions', 64, 256)
   out = tmp_path / 'out'
   assert script(benchmark, *TINY, f'--out={out}', '--only', *names, *sizes) == (None, '')
 
@@ -42,12 +42,10 @@ def test_tiny_run(in_this_process, script, tmp_path):
   sides = [(record['section'], record['label'], record['side']) for record in records]
   assert sides == [
     ('network', '', 'ours'),
-    ('inference', '64x64', 'first'),
-    ('inference', '64x64', 'ours'),
     ('inference', '64x96', 'first'),
     ('inference', '64x96', 'ours'),
-    ('training', '32x64, batch 2', 'first'),
-    ('training', '32x64, batch 2', 'ours'),
+    ('training', '32x64, batch 2, float32', 'first'),
+    ('training', '32x64, batch 2, float32', 'ours'),
     ('non_local', '', 'ours'),
   ]
   for record in records:
@@ -55,37 +53,58 @@ def test_tiny_run(in_this_process, script, tmp_path):
     assert all(0 < seconds < 1000 for seconds in timed.values())
     assert len(timed) == (3 if record['section'] in ('inference', 'training') else 0)
     assert 0 < record['peak_gib'] < 100
-  assert sorted(records[0]['flops']) == ['32x64', '64x64', '64x96']
+  assert sorted(records[0]['flops']) == ['32x64', '64x96']
   assert min(records[-1]['forward'] + records[-1]['gradient']) > 0
 
   text = (out / 'results.md').read_text()
-  for part in ('| 64x64 |', '| 64x96 |', '| 32x64, batch 2 |', 'R-14, width 8', '| 256 |', 'cores'):
+  for part in ('| 64x96 |', '| 32x64, batch 2, float32 |', 'R-14, width 8', '| 256 |', 'cores'):
     assert part in text
   assert 'theirs: ' not in text  # columns of what was not measured are left out
   with Image.open(out / 'scaling.png') as picture:
     assert picture.format == 'PNG'
 
 
-def test_beside_the_peer_in_processes_of_their_own(script, tmp_path, monkeypatch):
+def test_on_a_folder_beside_the_peer_in_a_process_of_its_own(script, tmp_path, monkeypatch):
   run_child = benchmark.run_child
+  figures = {'seconds': 0.5, 'total_seconds': 4.0, 'peak_gib': 2.0, 'images': 2, 'mIoU': 1.0}
 
   def run_some(child, folder):
-    fake = {'machine': MACHINE, 'first': {'start_seconds': 9.0}}
-    return fake.get(child.measure) or fake.get(child.side) or run_child(child, folder)
+    if child.measure == 'machine' or child.side == 'theirs':
+      return run_child(child, folder)
+    if child.measure == 'pipeline':
+      return measure('pipeline', {**child.options, 'batches': 1})
+    return figures  # of main.py
 
   monkeypatch.setattr(benchmark, 'run_child', run_some)
-  arguments = ('--only', 'inference', '--sizes', '64x64', '--peer', '--rounds=1')
-  assert script(benchmark, *TINY, f'--out={tmp_path}', *arguments) == (None, '')
-  first, ours, theirs = json.loads((tmp_path / 'results.json').read_text())['measurements']
+  arguments = ('--only', 'evaluation', 'pipeline', '--limit=2', '--eval-scale=96x96')
+  peer = ('--peer', '--rounds=1')
+  assert script(benchmark, *TINY, f'--out={tmp_path}', *arguments, *peer) == (None, '')
+  results = json.loads((tmp_path / 'results.json').read_text())
+  assert results['machine']['backend'] == 'cpu'
+  first, ours, theirs, pipeline = results['measurements']
   assert [r['side'] for r in (first, ours, theirs)] == ['first', 'ours', 'theirs']
-  table = (tmp_path / 'results.md').read_text().split('## Inference')[1].strip().splitlines()
-  head, _, row = ([cell.strip() for cell in line.split('|')] for line in table[-3:])
-  ratios = (
-    ('time ratio', ours['seconds'] / theirs['seconds']),
-    ('memory ratio', ours['peak_gib'] / theirs['peak_gib']),
-  )
-  for name, expected in ratios:
-    assert float(row[head.index(name)]) == pytest.approx(expected, rel=0.01)
+  assert 0 < theirs['seconds'] < theirs['total_seconds'] < 1000
+  assert (theirs['images'], pipeline['images'], pipeline['crop']) == (2, 2, [512, 512])
+  assert 0 <= theirs['mIoU'] <= 100
+  assert pipeline['seconds'] > 0
+  text = (tmp_path / 'results.md').read_text()
+  assert '| 512x512 | 16 |' in text
+  (row,) = (line.split('|') for line in text.splitlines() if line.startswith('| ratio'))
+  ratios = [float(cell) for cell in row[1:-1] if cell.strip() not in ('ratio', '')]
+  expected = [ours[key] / theirs[key] for key in ('total_seconds', 'seconds', 'peak_gib')]
+  assert ratios == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize('measure_name', ['inference', 'training', 'training in bfloat16'])
+def test_times_of_the_peer(measure_name):
+  options = {'classes': 8, 'width': 8, 'depth': 14, 'stage_blocks': STAGE_BLOCKS[14]}
+  options |= {'repeats': 1, 'device': 'cpu', 'started': time.time(), 'size': (32, 64)}
+  if measure_name == 'inference':
+    figures = benchmark_peer.measure_inference(**options)
+  else:
+    dtype = 'bfloat16' if 'bfloat16' in measure_name else 'float32'
+    figures = benchmark_peer.measure_training(batch=2, dtype=dtype, **options)
+  assert 0 < figures['seconds'] < figures['start_seconds'] < 1000
 
 
 @pytest.mark.parametrize('size', [(64, 96), (72, 568)])
@@ -141,35 +160,73 @@ def operations(size, stage_blocks, width, classes):
   return total
 
 
+def test_plan_on_a_gpu(script, tmp_path, monkeypatch):
+  children = []
+
+  def run_child(child, folder):
+    if child.measure == 'machine':
+      return {**MACHINE, 'backend': 'gpu'}
+    children.append((child, benchmark.environment_of(child, folder)))
+    return {'error': 'not measured'}
+
+  monkeypatch.setattr(benchmark, 'run_child', run_child)
+  monkeypatch.delenv('JAX_PLATFORMS')
+  arguments = ('--only', 'training', '--peer', '--rounds=1', f'--out={tmp_path}')
+  assert script(benchmark, *arguments)[0] == 1
+  network, *training = children
+  # The operations, of which only CPUs tell, are for the shares of the peak.
+  assert (network[0].measure, network[1]['JAX_PLATFORMS']) == ('network', 'cpu')
+  assert all('JAX_PLATFORMS' not in environment for _, environment in training)
+  options = [child.options for child, _ in training]
+  assert {option['dtype'] for option in options} == {'float32', 'bfloat16'}
+  assert ([512, 512], 4, 20) in [(o['size'], o['batch'], o['repeats']) for o in options]
+  assert {child.options.get('device') for child, _ in training} == {None, 'cuda'}
+
+
 def test_speed_on_a_gpu():
   machine = {**MACHINE, 'date': '2026-01-01', 'processor': 'P', 'cores': 16}
   machine |= {'backend': 'gpu', 'device': 'NVIDIA H100 80GB HBM3'}
   settings = {'depth': 50, 'width': 64, 'classes': 150}
   options = {'size': [512, 512], 'depth': 50}
   cost = {'seconds': 0.02, 'peak_gib': 1.0, 'start_seconds': 9.0, 'compile_seconds': 5.0}
-  records = [
-    {
-      'section': 'network',
-      'label': '',
-      'side': 'ours',
-      'parameters': 1,
-      'flops': {'512x512': 1e12},
-    },
-    {'section': 'inference', 'label': '512x512', 'side': 'ours', 'options': options, **cost},
+  flops = {'parameters': 1, 'flops': {'512x512': 1e12}}
+  training = [
     {
       'section': 'training',
-      'label': '512x512, batch 4',
+      'label': f'512x512, batch 4, {dtype}',
       'side': 'ours',
-      'options': {**options, 'batch': 4},
+      'options': {**options, 'batch': 4, 'dtype': dtype},
       **cost,
-    },
+    }
+    for dtype in ('float32', 'bfloat16')
+  ]
+  records = [
+    {'section': 'network', 'label': '', 'side': 'ours', **flops},
+    {'section': 'inference', 'label': '512x512', 'side': 'ours', 'options': options, **cost},
+    *training,
     {'section': 'compile', 'label': '', 'side': 'ours', 'error': 'out of memory'},
   ]
   lines = as_markdown(machine, settings, records).splitlines()
-  inference, training = (line for line in lines if line.startswith('| 512x512') and 'TF32' in line)
-  assert '| 50 | 50 | 10.1% of 495 (TF32) | 21.37 ADE20K images' in inference
-  assert '| 200 | 600 | 121.2% of 495 (TF32) |' in training
+  inference, wide, narrow = (line for line in lines if line.startswith('| 512x512') and '%' in line)
+  assert '| 50 | 50 | 74.7% of 66.9 (float32) | 21.37 (ADE20K images' in inference
+  assert '| 200 | 600 | 121.3% of 494.7 (TF32) | 9.1 GB (ADE20K) |' in wide
+  assert '| 200 | 600 | 60.6% of 989.4 (bfloat16) | 9.1 GB (ADE20K) |' in narrow
   assert 'out of memory' in lines[-1]
+
+
+@pytest.mark.parametrize(
+  ('device', 'arithmetic', 'peak'),
+  [
+    ('Tesla V100-SXM2-16GB', 'float32', (15.7, 'float32')),
+    ('Tesla V100-SXM2-16GB', 'bfloat16', None),
+    ('NVIDIA A100-SXM4-80GB', 'float32', (156, 'TF32')),
+    ('NVIDIA A100-SXM4-80GB', 'highest', (19.5, 'float32')),
+    ('NVIDIA H100 PCIe', 'bfloat16', (756, 'bfloat16')),
+    ('another', 'highest', None),
+  ],
+)
+def test_peak_is_that_of_the_arithmetic(device, arithmetic, peak):
+  assert peak_of(device, arithmetic) == peak
 
 
 def test_errors(script, tmp_path, monkeypatch):
