@@ -1,6 +1,5 @@
-"""Layers, loss and optimizer against PyTorch."""
+"""Layers against PyTorch."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from numpy.testing import assert_allclose
 
 from nonlocal_jax.models.layers import BatchNorm, conv, resize_bilinear
 from nonlocal_jax.models.segmentor import MEAN, STD, normalize
-from nonlocal_jax.training.loss import cross_entropy, pixel_accuracy
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:
@@ -75,25 +73,3 @@ def test_normalize_gives_exact_zeros_where_padded(rng):
   assert_allclose(normalized[1, :2], expected[1, :2], rtol=1e-6, atol=1e-6)
   assert not normalized[0, :, 3:].any()
   assert not normalized[1, 2:].any()
-
-
-def test_cross_entropy_divides_by_all_pixels(rng):
-  logits = rng.normal(size=(2, 5, 6, 4)).astype(np.float32)
-  labels = rng.integers(0, 4, size=(2, 5, 6))
-  labels[:, :2] = 255
-  per_pixel = torch.nn.functional.cross_entropy(
-    to_torch(logits), torch.as_tensor(labels), ignore_index=255, reduction='none'
-  )
-  actual = cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
-  assert_allclose(actual, per_pixel.mean(), rtol=1e-6)
-  correct = (logits.argmax(-1) == labels).sum() / (labels != 255).sum()
-  assert_allclose(pixel_accuracy(jnp.asarray(logits), jnp.asarray(labels)), correct, rtol=1e-6)
-
-
-def test_loss_and_gradient_are_finite_where_all_pixels_are_ignored():
-  logits = jnp.ones((1, 2, 2, 3))
-  labels = jnp.full((1, 2, 2), 255)
-  loss, gradient = jax.value_and_grad(cross_entropy)(logits, labels)
-  assert loss == 0
-  assert not np.any(gradient)
-  assert pixel_accuracy(logits, labels) == 0

@@ -8,7 +8,13 @@ import torch
 from numpy.testing import assert_allclose
 
 from nonlocal_jax.parallel import data_mesh, over_batch
-from nonlocal_jax.training.loss import Ohem, cross_entropy, cross_entropy_sum, loss_divisor
+from nonlocal_jax.training.loss import (
+  Ohem,
+  loss_divisor,
+  pixel_accuracy,
+  pixel_losses,
+  sum_of_losses,
+)
 from tests.mmseg_import import mmseg_module
 
 WEIGHTS = (0.5, 2.0, 1.25, 0.8)
@@ -48,12 +54,52 @@ def reference(
   return loss.item(), tensor.grad.permute(0, 2, 3, 1).numpy()
 
 
+def cross_entropy(logits, labels, *, avg_non_ignore=False, class_weights=None, ohem=None):
+  """As a training step puts it together."""
+  total = sum_of_losses(
+    pixel_losses(logits, labels).losses, labels, class_weights=class_weights, ohem=ohem
+  )
+  options = {'avg_non_ignore': avg_non_ignore, 'class_weights': class_weights}
+  return total / loss_divisor(labels, **options)
+
+
 def assert_same(logits, labels, *, expected, **options) -> None:
   loss_and_gradient = jax.jit(jax.value_and_grad(lambda x, y: cross_entropy(x, y, **options)))
   loss, gradient = loss_and_gradient(jnp.asarray(logits), jnp.asarray(labels))
   assert loss.dtype == jnp.float32
   assert_allclose(loss, expected[0], rtol=2e-6)
   assert_allclose(gradient, expected[1], atol=1e-7)
+
+
+@pytest.mark.parametrize('align_corners', [False, True])
+@pytest.mark.parametrize('size', [(5, 6), (3, 4), (33, 41)])  # fewer rows than parts, and more
+def test_pixel_losses_of_upsampled_logits_are_those_of_pytorch(rng, logits, size, align_corners):
+  labels = rng.choice([0, 1, 2, 3, 255], size=(2, *size))
+  weights = rng.normal(size=labels.shape)  # a loss that is not the plain sum
+
+  def total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    losses, hits = pixel_losses(logits, jnp.asarray(labels), align_corners=align_corners)
+    return jnp.sum(losses * weights), (losses, hits)
+
+  gradient, (losses, hits) = jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(logits))
+  tensor = torch.as_tensor(logits).double().permute(0, 3, 1, 2).requires_grad_()
+  upsampled = torch.nn.functional.interpolate(
+    tensor, size, mode='bilinear', align_corners=align_corners
+  )
+  expected = torch.nn.functional.cross_entropy(
+    upsampled, torch.as_tensor(labels), ignore_index=255, reduction='none'
+  )
+  (expected * torch.as_tensor(weights)).sum().backward()
+  assert_allclose(losses, expected.detach(), rtol=1e-5, atol=1e-6)
+  assert_allclose(gradient, tensor.grad.permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
+  expected_hits = upsampled.argmax(1).numpy() == labels
+  np.testing.assert_array_equal(hits, expected_hits)
+  accuracy = pixel_accuracy(hits, jnp.asarray(labels))
+  assert_allclose(accuracy, expected_hits.sum() / (labels != 255).sum(), rtol=1e-6)
+
+
+def test_accuracy_is_zero_where_no_pixel_has_a_class():
+  assert pixel_accuracy(jnp.zeros((1, 2, 2), bool), jnp.full((1, 2, 2), 255)) == 0
 
 
 @pytest.mark.parametrize('avg_non_ignore', [False, True])
@@ -135,7 +181,8 @@ def test_sum_and_divisor_of_uint8_labels(logits, labels_and_ignored):
   divisor = loss_divisor(labels, avg_non_ignore=True)
   assert divisor == ACCEPTED_PIXELS
   assert loss_divisor(labels) == labels.size
-  parts = [cross_entropy_sum(logits[i : i + 1], labels[i : i + 1]) / divisor for i in range(2)]
+  losses = pixel_losses(jnp.asarray(logits), labels).losses
+  parts = [sum_of_losses(losses[i : i + 1], labels[i : i + 1]) / divisor for i in range(2)]
   assert_allclose(sum(parts), expected, rtol=2e-6)
 
 

@@ -5,7 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+
+from nonlocal_jax.models.layers import apply_axis_matrices, bilinear_matrix
+
+_PARTS = 8  # of the rows of an image that the loss is computed in
 
 
 class Ohem(NamedTuple):
@@ -54,31 +59,82 @@ def loss_divisor(
   return jnp.where(divisor > 0, divisor, 1)
 
 
-def cross_entropy_sum(
-  logits: jax.Array,
+class PixelLosses(NamedTuple):
+  """What each pixel of a batch gives to the loss and to the accuracy.
+
+  Attributes:
+    losses: (n, h, w) float32 (float64 of float64 logits), cross-entropy; 0 without a class.
+    hits: (n, h, w) bool, whether the largest logit is that of the pixel's class.
+  """
+
+  losses: jax.Array
+  hits: jax.Array
+
+
+def pixel_losses(
+  logits: jax.Array, labels: jax.Array, *, align_corners: bool = False, ignore_index: int = 255
+) -> PixelLosses:
+  """Cross-entropy of each pixel, of logits upsampled to the size of the labels.
+
+  Upsampled logits are the largest array of a training step where there are many classes. They are
+  held for a part of the rows only, and computed again in the backward pass.
+
+  Args:
+    logits: (n, h, w, c) floats; computed with in float32 at least.
+    labels: (n, out_h, out_w) integers in [0, c) or `ignore_index`.
+    align_corners: See `layers.bilinear_matrix`.
+    ignore_index: Label of the pixels without a class.
+  """
+  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  n, height, width = labels.shape
+  rows, columns = (
+    bilinear_matrix(before, after, align_corners=align_corners)
+    for before, after in zip(logits.shape[1:3], (height, width), strict=True)
+  )
+  parts = min(_PARTS, height)
+  size = -(-height // parts)
+  missing = parts * size - height
+  rows = np.pad(rows, ((0, missing), (0, 0))).reshape(parts, size, -1)
+  labels = jnp.pad(labels, ((0, 0), (0, missing), (0, 0)), constant_values=ignore_index)
+  labels = jnp.moveaxis(labels.reshape(n, parts, size, width), 1, 0)
+
+  @jax.checkpoint
+  def of_part(rows_and_labels: tuple[jax.Array, jax.Array]) -> PixelLosses:
+    rows, labels = rows_and_labels
+    upsampled = apply_axis_matrices(logits, rows, columns)
+    valid = labels != ignore_index
+    targets = jnp.where(valid, labels, 0).astype(jnp.int32)
+    losses = optax.softmax_cross_entropy_with_integer_labels(upsampled, targets)
+    hits = (jnp.argmax(upsampled, axis=-1) == targets) & valid
+    return PixelLosses(jnp.where(valid, losses, 0), hits)
+
+  def put_together(x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(x, 0, 1).reshape(n, parts * size, width)[:, :height]
+
+  return jax.tree.map(put_together, jax.lax.map(of_part, (jnp.asarray(rows), labels)))
+
+
+def sum_of_losses(
+  losses: jax.Array,
   labels: jax.Array,
   *,
   ignore_index: int = 255,
   class_weights: Sequence[float] | None = None,
   ohem: Ohem | None = None,
 ) -> jax.Array:
-  """Sum of the cross-entropy over the pixels that have a class.
+  """Sum of the pixel losses, weighted by class and chosen from.
 
   Args:
-    logits: (n, h, w, c) floats; computed with in float32 at least.
+    losses: (n, h, w) floats, see `PixelLosses`.
     labels: (n, h, w) integers in [0, c) or `ignore_index`.
     ignore_index: Label of the pixels without a class.
     class_weights: c factors of the pixel losses by label, or None.
     ohem: Which pixels are summed over; None for all. No gradient goes through the choice.
 
   Returns:
-    Scalar float32 (float64 of float64 logits).
+    Scalar of the dtype of `losses`.
   """
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   valid = labels != ignore_index
-  targets = jnp.where(valid, labels, 0).astype(jnp.int32)
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-  losses = jnp.where(valid, losses, 0)
   weighted = losses
   if class_weights is not None:
     weighted = losses * _label_weights(labels, valid, jnp.asarray(class_weights, losses.dtype))
@@ -93,53 +149,9 @@ def cross_entropy_sum(
   return jnp.sum(jnp.where(kept, weighted, 0))
 
 
-def cross_entropy(
-  logits: jax.Array,
-  labels: jax.Array,
-  *,
-  ignore_index: int = 255,
-  avg_non_ignore: bool = False,
-  class_weights: Sequence[float] | None = None,
-  ohem: Ohem | None = None,
-) -> jax.Array:
-  """Cross-entropy of a batch: `cross_entropy_sum` by `loss_divisor`.
-
-  The divisor does not depend on `ohem`, as in mmseg: the pixels left out count in it.
-
-  Args:
-    logits: (n, h, w, c) floats.
-    labels: (n, h, w) integers in [0, c) or `ignore_index`.
-    ignore_index: Label of the pixels without a class.
-    avg_non_ignore: See `loss_divisor`.
-    class_weights: c factors, 0 or more, or None.
-    ohem: Which pixels are summed over; None for all.
-
-  Returns:
-    Scalar float32; 0 where no pixel has a class.
-  """
-  total = cross_entropy_sum(
-    logits, labels, ignore_index=ignore_index, class_weights=class_weights, ohem=ohem
-  )
-  divisor = loss_divisor(
-    labels, ignore_index=ignore_index, avg_non_ignore=avg_non_ignore, class_weights=class_weights
-  )
-  return total / divisor
-
-
-def pixel_accuracy(logits: jax.Array, labels: jax.Array, *, ignore_index: int = 255) -> jax.Array:
-  """Share of the pixels that have a class whose largest logit is that class.
-
-  Args:
-    logits: (n, h, w, c) float32.
-    labels: (n, h, w) integers in [0, c) or `ignore_index`.
-    ignore_index: Label of the pixels without a class.
-
-  Returns:
-    Scalar float32 in [0, 1]; 0 where no pixel has a class.
-  """
-  valid = labels != ignore_index
-  correct = (jnp.argmax(logits, axis=-1) == labels) & valid
-  return jnp.sum(correct) / jnp.maximum(jnp.sum(valid), 1)
+def pixel_accuracy(hits: jax.Array, labels: jax.Array, *, ignore_index: int = 255) -> jax.Array:
+  """Share of the pixels that have a class which are hit, a float32 in [0, 1]; 0 if none has one."""
+  return jnp.sum(hits) / jnp.maximum(jnp.sum(labels != ignore_index), 1)
 
 
 def _label_weights(labels: jax.Array, valid: jax.Array, class_weights: jax.Array) -> jax.Array:

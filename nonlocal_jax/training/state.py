@@ -12,7 +12,13 @@ from flax import nnx
 
 from nonlocal_jax.models import NonLocalNet, normalize
 from nonlocal_jax.models.layers import BatchNorm
-from nonlocal_jax.training.loss import Ohem, cross_entropy_sum, loss_divisor, pixel_accuracy
+from nonlocal_jax.training.loss import (
+  Ohem,
+  loss_divisor,
+  pixel_accuracy,
+  pixel_losses,
+  sum_of_losses,
+)
 
 Metrics = dict[str, jax.Array]
 Batch = Mapping[str, jax.Array]
@@ -116,7 +122,7 @@ def make_train_step(
     ignore_index: Label of the pixels without a class.
     avg_non_ignore: See `loss.loss_divisor`, as for `class_weights`.
     class_weights: Weight of each class in the loss; None for 1 each.
-    ohem: See `loss.cross_entropy_sum`.
+    ohem: See `loss.sum_of_losses`.
     compute_dtype: Of activations; parameters, statistics, softmax and loss are float32.
     accumulate: Equal parts of the batch that go through the network one after the other, their
       gradients added. The divisor of the loss is that of the whole batch; batch normalisation sees
@@ -129,8 +135,8 @@ def make_train_step(
     `loss_decode`, `loss_auxiliary`, `accuracy` (share of the labelled pixels) and `update_norm` (of
     the change to the parameters), scalars.
   """
-  pixel_loss = functools.partial(
-    cross_entropy_sum, ignore_index=ignore_index, class_weights=class_weights, ohem=ohem
+  total = functools.partial(
+    sum_of_losses, ignore_index=ignore_index, class_weights=class_weights, ohem=ohem
   )
 
   def gradients(
@@ -149,14 +155,14 @@ def make_train_step(
 
     def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
       model = nnx.merge(graphdef, params, batch_stats, copy=True)
-      logits, auxiliary_logits = (
-        model.upsample(x.astype(jnp.promote_types(x.dtype, jnp.float32)), labels.shape[1:])
-        for x in model.training_logits(images, rngs=nnx.Rngs(dropout=dropout_key))
+      pixels, auxiliary_pixels = (
+        pixel_losses(logits, labels, align_corners=model.align_corners, ignore_index=ignore_index)
+        for logits in model.training_logits(images, rngs=nnx.Rngs(dropout=dropout_key))
       )
-      loss_decode = pixel_loss(logits, labels) / divisor
-      loss_auxiliary = pixel_loss(auxiliary_logits, labels) / divisor
+      loss_decode = total(pixels.losses, labels) / divisor
+      loss_auxiliary = total(auxiliary_pixels.losses, labels) / divisor
       loss = loss_decode + auxiliary_weight * loss_auxiliary
-      accuracy = pixel_accuracy(logits, labels, ignore_index=ignore_index)
+      accuracy = pixel_accuracy(pixels.hits, labels, ignore_index=ignore_index)
       metrics = {
         'loss': loss,
         'loss_decode': loss_decode,
