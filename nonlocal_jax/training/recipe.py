@@ -83,6 +83,32 @@ def compile_step(
     `stop` (devices,) bool, both split over the mesh; it returns the next state and the metrics,
     with `stop` whether any of those is true.
   """
+  compiled = lower_step(config, state, tx, mesh).compile()
+  return_free_memory()
+  return compiled
+
+
+def lower_step(
+  config: ConfigDict,
+  state: TrainState,
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+  *,
+  platform: str | None = None,
+) -> jax.stages.Lowered:
+  """The program of the training step, not yet compiled.
+
+  Args:
+    config: The recipe.
+    state: A state on the mesh, or shapes in place of its arrays.
+    tx: The optimizer.
+    mesh: The devices.
+    platform: For which the program is, e.g. 'cuda'; None for that of the mesh. It can be looked at
+      for any platform, and compiled for that of the mesh.
+
+  Returns:
+    See `compile_step`.
+  """
   options = config.train
   model = architecture_of(config).abstract(
     align_corners=config.model.align_corners,
@@ -130,10 +156,8 @@ def compile_step(
     'size': jax.ShapeDtypeStruct((n, 2), jnp.int32),
   }
   with jax.default_matmul_precision(options.precision):
-    lowered = jitted.lower(state, batch, jax.ShapeDtypeStruct((mesh.size,), jnp.bool))
-    compiled = lowered.compile()
-  return_free_memory()
-  return compiled
+    traced = jitted.trace(state, batch, jax.ShapeDtypeStruct((mesh.size,), jnp.bool))
+    return traced.lower(lowering_platforms=None if platform is None else (platform,))
 
 
 def say_start(

@@ -136,14 +136,23 @@ class Architecture:
       attention: How the non-local block computes its softmax, see `NonLocalBlock`.
       loops: Whether equal residual blocks are one loop, see `ResNet`.
     """
-    model = nnx.eval_shape(
-      lambda: self.build(align_corners=align_corners, dropout=dropout, rngs=nnx.Rngs(0))
-    )
+    parts = self._abstract_parts(align_corners=align_corners, dropout=dropout)
+    model = nnx.merge(*parts, copy=True)
     model.set_attributes(nnx.Conv, conv_general_dilated=convolution_function(convolution))
     if self.non_local:
       model.set_attributes(NonLocalBlock, attention=attention)
     model.backbone.loops = loops
     return model
+
+  @functools.cache  # noqa: B019 see `state_shapes`
+  def _abstract_parts(
+    self, *, align_corners: bool, dropout: float
+  ) -> tuple[nnx.GraphDef[NonLocalNet], nnx.State]:
+    return nnx.split(
+      nnx.eval_shape(
+        lambda: self.build(align_corners=align_corners, dropout=dropout, rngs=nnx.Rngs(0))
+      )
+    )
 
 
 def torch_name(path: Path) -> str:

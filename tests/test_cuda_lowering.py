@@ -1,0 +1,193 @@
+"""The programs of the published models for CUDA: built whole from shapes, looked at, never run."""
+
+import functools
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo
+from ml_collections import ConfigDict
+
+from configs.common import published_config, variant_name
+from nonlocal_jax.evaluation.buckets import shapes_for
+from nonlocal_jax.evaluation.inference import Predictor
+from nonlocal_jax.evaluation.program import evaluation_graphdef
+from nonlocal_jax.experiment import architecture_of, protocol_of
+from nonlocal_jax.models.non_local import MAX_PAIRWISE_WEIGHTS
+from nonlocal_jax.parallel import data_mesh
+from nonlocal_jax.training.recipe import lower_step, optimizer_of
+from nonlocal_jax.training.state import TrainState
+from nonlocal_jax.weights.released import RELEASED
+
+GPUS = 4  # of the published recipes
+# Those that differ in more than the number of steps.
+MODELS = {
+  (model.dataset, model.depth, model.crop): model for model in RELEASED if not model.replaced
+}
+CLASSES = {'cityscapes': 19, 'ade20k': 150, 'voc12aug': 21}
+# Those of the stem, of a first block and a loop's block in each of four stages, and of the heads.
+DECODE_CONVOLUTIONS = 3 + 4 * (4 + 3) + 8
+CONVOLUTIONS = DECODE_CONVOLUTIONS + 2
+# Sizes of images as they are in the sets.
+SIZES = {
+  'cityscapes': [(1024, 2048)],
+  'ade20k': [(512, 683), (768, 512)],
+  'voc12aug': [(375, 500), (500, 333)],
+}
+
+
+class Programs:
+  """Stands in for `jax.jit`: builds programs for CUDA in place of compiling and running them.
+
+  Attributes:
+    texts: Their text in StableHLO, by the function's name, one for all calls with equal shapes.
+    options: What `jax.jit` was called with, by the function's name.
+  """
+
+  def __init__(self, jit):
+    self._jit = jit
+    self.texts: dict[str, str] = {}
+    self.options: dict[str, Mapping] = {}
+
+  def __call__(self, function, **options):
+    name, jitted = function.__name__, self._jit(function, **options)
+    self.options[name] = options
+
+    @functools.cache
+    def build(treedef, shapes):
+      arrays = [x if isinstance(x, bool) else jax.ShapeDtypeStruct(*x) for x in shapes]
+      arguments, keywords = jax.tree.unflatten(treedef, arrays)
+      traced = jitted.trace(*arguments, **keywords)
+      assert name not in self.texts, f'{name} is built for more than one shape'
+      self.texts[name] = traced.lower(lowering_platforms=('cuda',)).as_text()
+      return traced.out_info
+
+    def call(*arguments, **keywords):
+      leaves, treedef = jax.tree.flatten((arguments, keywords))
+      shapes = [x if isinstance(x, bool) else (x.shape, x.dtype) for x in leaves]
+      return build(treedef, tuple(shapes))
+
+    return call
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+  """As if the default backend were a GPU."""
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+
+
+def config_of(model) -> ConfigDict:
+  """The share of one of the GPUs."""
+  config = published_config(model.dataset, model.depth, variant_name(model))
+  config.train.batch_size //= GPUS
+  return config
+
+
+def training_program(config: ConfigDict) -> tuple[str, TrainState]:
+  """The step on one device, and the shapes of its state."""
+  _, tx = optimizer_of(config)
+  create = functools.partial(TrainState.create, tx=tx, seed=config.seed)
+  state = jax.eval_shape(create, architecture_of(config).state_shapes())
+  mesh = data_mesh(jax.devices()[:1])
+  return lower_step(config, state, tx, mesh, platform='cuda').as_text(), state
+
+
+def evaluation_programs(config: ConfigDict, monkeypatch) -> Programs:
+  """Those that the first image of the set is evaluated with."""
+  programs, protocol = Programs(jax.jit), protocol_of(config)
+  with monkeypatch.context() as patched:
+    patched.setattr(jax, 'jit', programs)
+    predictor = Predictor(
+      evaluation_graphdef(config),
+      protocol,
+      num_classes=CLASSES[config.data.dataset],
+      align_corners=config.model.align_corners,
+      precision=config.eval.precision,
+    )
+  sizes = SIZES[config.data.dataset]
+  shape = shapes_for(sizes, protocol, most=1)[sizes[0]]
+  assert shape.padded == (len(sizes) > 1)
+  views = [np.zeros((*view.size[:2], 3), np.uint8) for view in protocol.views(sizes[0])]
+  state = architecture_of(config).state_shapes()
+  predictor(state, shape, [views], [np.zeros(sizes[0], np.uint8)])
+  return programs
+
+
+def precisions(program: str) -> set[str]:
+  """Of all convolutions and matrix products."""
+  pattern = r'stablehlo\.(?:convolution|dot_general).* precision(?:_config)? = \[(.*?)\]'
+  return {name for pair in re.findall(pattern, program) for name in re.findall(r'[A-Z]+', pair)}
+
+
+def check_attention_is_in_blocks(program: str, n: int, sides: tuple[int, int]) -> None:
+  """Some array holds weights of queries over all keys, and none of all queries over them."""
+  positions = sides[0] * sides[1]
+  assert f'{positions}x{positions}' not in program
+  counts = set(map(int, re.findall(rf'tensor<{n}x(\d+)x{positions}xf32>', program)))
+  block = -(-positions // -(-positions // (MAX_PAIRWISE_WEIGHTS // (n * positions))))
+  assert counts == {256, block}  # inner channels of the transposed keys, and queries
+
+
+@pytest.mark.parametrize('model', MODELS.values(), ids=lambda model: model.name)
+def test_training_step(model, on_a_gpu, monkeypatch):
+  made, jit = [], jax.jit
+
+  def keep_options(function, **options):
+    made.append(options)
+    return jit(function, **options)
+
+  config = config_of(model)
+  with monkeypatch.context() as patched:
+    patched.setattr(jax, 'jit', keep_options)
+    program, state = training_program(config)
+  (options,) = made
+  assert options['compiler_options'] == {}
+  # Each forwards and both gradients, but for that of the images: none by Winograd or as a product.
+  assert program.count('stablehlo.convolution') == 3 * CONVOLUTIONS - 1
+  n, (height, width) = config.train.batch_size, model.crop
+  assert n == {'cityscapes': 2, 'ade20k': 4, 'voc12aug': 4}[model.dataset]
+  assert f': tensor<{n}x{height}x{width}x3xui8>' in program
+  assert program.count('tf.aliasing_output') == len(jax.tree.leaves(state))
+  sides = -(-height // 8), -(-width // 8)
+  check_attention_is_in_blocks(program, n, sides)
+  classes = CLASSES[model.dataset]
+  logits = rf'stablehlo\.convolution.*-> tensor<{n}x{sides[0]}x{sides[1]}x{classes}xf32>'
+  assert len(re.findall(logits, program)) == 2  # of both heads
+
+
+@pytest.mark.parametrize('model', MODELS.values(), ids=lambda model: model.name)
+def test_evaluation(model, on_a_gpu, monkeypatch):
+  config = config_of(model)
+  programs = evaluation_programs(config, monkeypatch)
+  assert [options['compiler_options'] for options in programs.options.values()] == [{}, {}]
+  network = programs.texts['window_logits']
+  assert network.count('stablehlo.convolution') == DECODE_CONVOLUTIONS
+  assert precisions(network) == {'HIGHEST'}  # no TF32
+  images = {
+    'cityscapes': (3, 769, 769) if model.window_crop else (1, 1024, 2048),
+    'ade20k': (1, 768, 683),
+    'voc12aug': (1, 769, 683),
+  }[model.dataset]
+  n, height, width = images
+  assert f': tensor<1x{n}x{height}x{width}x3xui8>' in network
+  sides, classes = (-(-height // 8), -(-width // 8)), CLASSES[model.dataset]
+  check_attention_is_in_blocks(network, n, sides)
+  assert f'-> (tensor<1x{n}x{sides[0]}x{sides[1]}x{classes}xf32>' in network
+  assert f'tensor<{classes}x{classes}xi32> {{' in programs.texts['predict']
+
+
+def test_attention_through_cudnn_reaches_training_and_evaluation(monkeypatch):
+  for name, answer in {'check_cudnn_version': 91000, 'check_compute_capability': True}.items():
+    monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, answer=answer: answer)
+  model = next(model for model in MODELS.values() if model.crop == (769, 769))
+  config = config_of(model)
+  config.model.depth, config.model.width = 14, 16
+  config.model.attention = 'cudnn'
+  program, _ = training_program(config)
+  calls = ['fmhaSoftmax', 'fmhaSoftmaxBackward']
+  assert sorted(re.findall(r'@__cudnn\$(\w+)\(', program)) == calls
+  assert not re.search(r'(9409|9410)x(9409|9410)', program)
+  network = evaluation_programs(config, monkeypatch).texts['window_logits']
+  assert re.findall(r'@__cudnn\$(\w+)\(', network) == calls[:1]
