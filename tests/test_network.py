@@ -1,5 +1,7 @@
 """The whole network, forwards and in training, against mmsegmentation."""
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 from numpy.testing import assert_allclose
 
 from nonlocal_jax.models import NonLocalNet, normalize
+from nonlocal_jax.models.folding import fold_batch_norms, folded_graphdef
 from nonlocal_jax.models.heads import dropout_channels
 from nonlocal_jax.training.optimizer import poly_schedule, sgd
 from nonlocal_jax.training.state import TrainState, make_train_step
@@ -41,6 +44,26 @@ def test_logits_equal_the_original(rng, config, align_corners, num_classes, size
   assert actual.shape == (2, *size, num_classes)
   assert np.abs(actual - expected).max() <= 1e-3 * expected.std()
   assert np.mean(actual.argmax(-1) == expected.argmax(-1)) >= 0.9999
+
+
+def test_folded_batch_norms_are_those_of_the_original(rng, peer_model):
+  """In float64, and with nothing of the normalisations left but their offsets."""
+  model = copy.deepcopy(peer_model).double()
+  images = rng.normal(size=(2, 64, 72, 3))
+  expected = peer.logits(model, images)
+  arrays = peer.state_dict(model)
+  architecture = infer_architecture(arrays, source='peer')
+  with jax.enable_x64():
+    state = jax.tree.map(
+      lambda x: x.astype(np.float64), from_state_dict(arrays, architecture, source='peer')
+    )
+    graphdef = folded_graphdef(architecture.abstract())
+    folded = jax.jit(fold_batch_norms)(graphdef, state)
+    for name, array in nnx.to_flat_state(folded):
+      if name[-1] in ('scale', 'mean', 'var'):
+        array[...] = jnp.full_like(array[...], np.nan)
+    actual = np.asarray(jax.jit(lambda s, x: nnx.merge(graphdef, s)(x))(folded, images))
+  assert np.abs(actual - expected).max() <= 1e-9 * expected.std()
 
 
 def test_a_missing_block_is_the_original_without_it(rng, peer_model):

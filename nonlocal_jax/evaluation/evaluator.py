@@ -14,9 +14,11 @@ from nonlocal_jax.data.loader import EvalSample, eval_batches
 from nonlocal_jax.evaluation.buckets import Shape, shapes_for
 from nonlocal_jax.evaluation.inference import Prediction, Predictor
 from nonlocal_jax.evaluation.metrics import Scores, scores
+from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.progress import progress_bar
 
 _EXAMPLES = 4
+_fold = jax.jit(fold_batch_norms)
 T = TypeVar('T')
 
 
@@ -58,7 +60,8 @@ class Evaluator:
     """Plans the evaluation.
 
     Args:
-      predictor: How to predict, and on which devices.
+      predictor: How to predict, and on which devices; with a folded network, see
+        `folding.folded_graphdef`.
       split: The prepared images and labels.
       num_classes: Number of classes.
       label_lookup: See `transforms.label_lookup`.
@@ -80,6 +83,7 @@ class Evaluator:
   def __call__(self, state: nnx.State) -> Evaluation:
     """Evaluates parameters and running statistics on the whole split, with a progress bar."""
     started = time.perf_counter()
+    state = _fold(self._predictor.graphdef, state)
     examples = np.linspace(0, len(self._split) - 1, _EXAMPLES, dtype=int).tolist()
     confusion = np.zeros((self._num_classes, self._num_classes), np.int64)
     shown = {}

@@ -41,7 +41,12 @@ class Prediction(NamedTuple):
 
 
 class Predictor:
-  """Predicts images by a protocol."""
+  """Predicts images by a protocol.
+
+  Attributes:
+    graphdef: Static part of the network.
+    protocol: How images are tested.
+  """
 
   def __init__(
     self,
@@ -63,6 +68,7 @@ class Predictor:
       precision: Of matrix products in the network, see `jax_default_matmul_precision`.
       mesh: The devices that share a batch; by default the first one of this process.
     """
+    self.graphdef = graphdef
     self.protocol = protocol
     self._align_corners = align_corners
     self._mesh = mesh or data_mesh(jax.local_devices()[:1])

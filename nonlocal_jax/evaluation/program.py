@@ -25,6 +25,7 @@ from nonlocal_jax.experiment import (
   protocol_of,
 )
 from nonlocal_jax.files import whole_file
+from nonlocal_jax.models.folding import folded_graphdef
 from nonlocal_jax.parallel import data_mesh, is_first_process, replicated
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
@@ -76,13 +77,13 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
 
 
 def evaluation_graphdef(config: ConfigDict) -> nnx.GraphDef:
-  """The static part of a config's network."""
+  """The static part of a config's network, its batch normalisations folded."""
   model = architecture_of(config).abstract(
     align_corners=config.model.align_corners,
     convolution=config.model.convolution,
     attention=config.model.attention,
   )
-  return nnx.graphdef(model)
+  return folded_graphdef(model)
 
 
 def evaluator_for(

@@ -85,6 +85,7 @@ class BatchNorm(nnx.Module):
     groups: Equal parts of the batch that are normalised each by itself in training; the running
       statistics take their mean. With one for each device nothing is exchanged.
     frozen: Whether it uses the running statistics in training, too, and leaves them as they are.
+    folded: Whether its factors are in the convolution before it, see `folding.fold_batch_norms`.
   """
 
   def __init__(self, channels: int, *, momentum: float = 0.1, epsilon: float = 1e-5):
@@ -103,9 +104,13 @@ class BatchNorm(nnx.Module):
     self.epsilon = epsilon
     self.groups = 1
     self.frozen = False
+    self.folded = False
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """(n, h, w, channels) -> the same; in training by the batch's statistics, which are kept."""
+    if self.folded:
+      assert not train
+      return x + self.bias[...].astype(x.dtype)
     x = checkpoint_name(x, 'convolved')
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if train and not self.frozen:
@@ -123,9 +128,21 @@ class BatchNorm(nnx.Module):
     factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...]
     return ((wide - mean) * factor + self.bias[...]).reshape(x.shape).astype(x.dtype)
 
+  def fold(self) -> jax.Array:
+    """Keeps the offsets as its bias and leaves the factors to the convolution before it.
+
+    Returns:
+      (channels,) float32, what the convolution's kernel is to be multiplied with.
+    """
+    factor = jax.lax.rsqrt(self.var[...] + self.epsilon) * self.scale[...]
+    self.bias[...] = self.bias[...] - self.mean[...] * factor
+    return factor
+
 
 class ConvNorm(nnx.Module):
   """Convolution without bias, batch normalisation, ReLU if asked for (mmcv `ConvModule`)."""
+
+  NORMALIZED = (('conv', 'bn'),)
 
   def __init__(
     self,

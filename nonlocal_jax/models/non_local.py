@@ -38,6 +38,8 @@ class NonLocalBlock(nnx.Module):
       NVIDIA GPU, see `attention.cudnn_attention` for its precision and limits.
   """
 
+  NORMALIZED = (('conv_out', 'bn'),)
+
   def __init__(
     self,
     channels: int,

@@ -24,6 +24,8 @@ EXPANSION = 4
 class Bottleneck(nnx.Module):
   """1x1, 3x3 (stride and dilation here) and 1x1 convolutions beside a shortcut."""
 
+  NORMALIZED = (('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'))
+
   def __init__(
     self, in_channels: int, planes: int, *, stride: int = 1, dilation: int = 1, rngs: nnx.Rngs
   ):
