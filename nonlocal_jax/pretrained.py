@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nonlocal_jax.compiler import compiler_options
+from nonlocal_jax.compiler import Program
 from nonlocal_jax.data.transforms import IGNORE, resize_to
 from nonlocal_jax.evaluation.buckets import Shape
 from nonlocal_jax.evaluation.inference import Predictor
@@ -84,7 +84,7 @@ class PretrainedModel:
       return nnx.merge(self._graphdef, state)(images)
 
     self._traced_logits = logits
-    self._logits = jax.jit(logits, compiler_options=compiler_options())
+    self._logits = Program(logits)
 
   @property
   def classes(self) -> tuple[str, ...]:

@@ -6,7 +6,6 @@ each axis, given as data: no program depends on the size of an image, and class 
 are held for a few rows only.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from nonlocal_jax.compiler import compiler_options
+from nonlocal_jax.compiler import Program
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.evaluation.buckets import Shape, ViewShape
 from nonlocal_jax.evaluation.metrics import confusion_matrix
@@ -73,26 +72,24 @@ class Predictor:
     self._align_corners = align_corners
     self._mesh = mesh or data_mesh(jax.local_devices()[:1])
 
-    @functools.partial(jax.jit, static_argnames='padded', compiler_options=compiler_options())
     @jax.default_matmul_precision(precision)
     def window_logits(
-      state: nnx.State, images: jax.Array, sizes: jax.Array, extents: jax.Array, *, padded: bool
+      state: nnx.State, windows: dict[str, jax.Array], *, padded: bool
     ) -> jax.Array:
       model = nnx.merge(graphdef, state)
-      n, count = images.shape[:2]
-      images, sizes, extents = (x.reshape(-1, *x.shape[2:]) for x in (images, sizes, extents))
-      normalized = normalize(images, sizes)
-      logits = model.encode_decode(normalized, sizes=extents if padded else None)
+      n, count = windows['images'].shape[:2]
+      flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in windows.items()}
+      normalized = normalize(flat['images'], flat['sizes'])
+      logits = model.encode_decode(normalized, sizes=flat['extents'] if padded else None)
       return logits.reshape(n, count, *logits.shape[1:])
 
-    @functools.partial(jax.jit, compiler_options=compiler_options())
     def predict(views: Sequence[_LogitsOfView], labels: jax.Array) -> Prediction:
       predicted = _most_likely(views, averages=len(protocol.ratios) * protocol.flips > 1)
       predicted = predicted[:, : labels.shape[1]]
       return Prediction(predicted, confusion_matrix(predicted, labels, num_classes=num_classes))
 
-    self._window_logits = window_logits
-    self._predict = predict
+    self._window_logits = Program(window_logits, static_argnames=['padded'])
+    self._predict = Program(predict)
 
   def __call__(
     self,
@@ -124,7 +121,7 @@ class Predictor:
       view_images = [images[ratio] for images in views]
       geometry = [views_of_image[ratio] for views_of_image in geometries]
       logits = tuple(
-        self._window_logits(state, **self._shard(chunk), padded=shape.padded)
+        self._window_logits(state, self._shard(chunk), padded=shape.padded)
         for chunk in self._chunks(view_shape, view_images, geometry, n)
       )
       sizes = [label.shape for label in labels]

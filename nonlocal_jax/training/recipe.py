@@ -8,7 +8,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nonlocal_jax.compiler import compiler_options, return_free_memory
+from nonlocal_jax.compiler import compiled, compiler_options
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.experiment import architecture_of, check_device, dataset_of
 from nonlocal_jax.parallel import over_batch, replicated
@@ -83,9 +83,7 @@ def compile_step(
     `stop` (devices,) bool, both split over the mesh; it returns the next state and the metrics,
     with `stop` whether any of those is true.
   """
-  compiled = lower_step(config, state, tx, mesh).compile()
-  return_free_memory()
-  return compiled
+  return compiled(lower_step(config, state, tx, mesh))
 
 
 def lower_step(
