@@ -1,6 +1,7 @@
 """From prepared splits to batches and evaluation samples."""
 
 import pickle
+import sys
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -48,6 +49,20 @@ def test_opened_split_is_a_sequence_that_travels(prepared):
   assert split[-1] == split[11] == pickle.loads(pickle.dumps(split))[11]
   with pytest.raises(IndexError):
     split[12]
+
+
+def test_a_split_is_opened_without_a_change_to_stdout(prepared, monkeypatch):
+  """Threads that make batches open it, while others open it, too, and the main one prints."""
+  split, seen = pickle.loads(pickle.dumps(prepared['train'])), []
+  open_directory = builders.tfds.builder_from_directory
+
+  def watched(directory):
+    seen.append(sys.stdout)
+    return open_directory(directory)
+
+  monkeypatch.setattr(builders.tfds, 'builder_from_directory', watched)
+  assert split[0] == prepared['train'][0]
+  assert seen == [sys.stdout]
 
 
 def test_batches_have_the_shapes_and_types_promised(prepared):

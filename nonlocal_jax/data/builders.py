@@ -62,7 +62,7 @@ class PreparedSplit(Sequence):
     self.name = name
     self.directory = Path(directory)
     try:
-      info = _open(directory).info
+      info = tfds.builder_from_directory(directory).info
       self._size = info.splits.total_num_examples
       metadata = info.metadata
       self.source: str = metadata['source']
@@ -93,7 +93,8 @@ class PreparedSplit(Sequence):
   @functools.cached_property
   def _records(self) -> Sequence[dict[str, bytes]]:
     as_they_are = {key: tfds.decode.SkipDecoding() for key in ('image', 'label')}
-    return _open(self.directory).as_data_source('all', decoders=as_they_are)
+    builder = tfds.builder_from_directory(self.directory)
+    return builder.as_data_source('all', decoders=as_they_are)
 
 
 def prepare(
@@ -375,14 +376,9 @@ def _damaged(name: str, directory: str | os.PathLike[str], reason: object) -> Us
   )
 
 
-def _open(directory: str | os.PathLike[str]) -> tfds.core.DatasetBuilder:
-  with _quiet():
-    return tfds.builder_from_directory(directory)
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Keeps TFDS from printing and logging."""
+  """Keeps TFDS from printing and logging; for the main thread, since others print, too."""
   verbosity = absl.logging.get_verbosity()
   absl.logging.set_verbosity(absl.logging.ERROR)
   try:
