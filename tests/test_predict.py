@@ -68,7 +68,7 @@ def test_padded_prediction_is_that_of_the_logits(peer_checkpoint):
   assert 0.3 < np.mean(several == expected) < 1
 
 
-def test_direct_convolutions_are_computed_as_such_and_agree(
+def test_convolutions_and_products_are_computed_as_asked_and_agree(
   folder, peer_checkpoint, script, monkeypatch, tmp_path
 ):
   """Of the network that the script has loaded, by the operations that are traced."""
@@ -80,7 +80,7 @@ def test_direct_convolutions_are_computed_as_such_and_agree(
 
   monkeypatch.setattr(nonlocal_jax, 'load', keep_loaded)
   arguments = [folder / 'a.png', f'--checkpoint={peer_checkpoint}', *SCALE]
-  for options in ([], ['--convolution=direct']):
+  for options in ([], ['--convolution=direct', '--precision=default']):
     out = f'--out={tmp_path / str(len(loaded))}'
     assert script(predict, *arguments, out, *options) == (None, '')
   images = nonlocal_jax.models.normalize(image_of((48, 56))[None])
@@ -92,6 +92,10 @@ def test_direct_convolutions_are_computed_as_such_and_agree(
   convolutions = of_direct.count(' conv_general_dilated[')
   assert convolutions > 0
   assert of_fast.count(' dot_general[') > convolutions // 2 > of_direct.count(' dot_general[')
+  assert 'HIGHEST' in of_fast
+  network = of_direct[: of_direct.rindex(' conv_general_dilated[')]  # upsampling is always exact
+  assert 'Precision.DEFAULT' in network
+  assert 'HIGHEST' not in network
   fast, direct = (np.array(Image.open(tmp_path / name / 'a.png')) for name in ('0', '1'))
   assert np.mean(fast == direct) > 0.999
 
