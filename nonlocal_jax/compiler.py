@@ -23,15 +23,25 @@ class Program:
   not need both at once. To be called from outside of other programs only.
   """
 
-  def __init__(self, function: Callable[..., Any], *, static_argnames: Sequence[str] = ()):
+  def __init__(
+    self,
+    function: Callable[..., Any],
+    *,
+    static_argnames: Sequence[str] = (),
+    out_shardings: Any = None,
+  ):
     """Compiles nothing yet.
 
     Args:
       function: Takes trees of arrays, and by name what is static.
       static_argnames: Names of arguments, hashable, that a program is made for.
+      out_shardings: See `jax.jit`.
     """
     self._jitted = jax.jit(
-      function, static_argnames=static_argnames, compiler_options=compiler_options()
+      function,
+      static_argnames=static_argnames,
+      out_shardings=out_shardings,
+      compiler_options=compiler_options(),
     )
     self._compiled: dict[Any, Callable[..., Any]] = {}
 

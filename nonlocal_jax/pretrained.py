@@ -20,7 +20,6 @@ from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
 
-
 Precision = Literal['highest', 'default']
 
 

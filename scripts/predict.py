@@ -29,8 +29,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
 from nonlocal_jax.files import whole_file
 from nonlocal_jax.models.convolution import Method
-from nonlocal_jax.pretrained import Precision
-from nonlocal_jax.pretrained import PretrainedModel
+from nonlocal_jax.pretrained import Precision, PretrainedModel
 from nonlocal_jax.progress import progress_bar
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')

@@ -19,6 +19,10 @@ with warnings.catch_warnings():
   warnings.simplefilter('ignore')  # those of the imports in it
   mmseg_module('mmseg.utils').register_all_modules(init_default_scope=True)
 
+_SHALLOW = 3 * (1 + 1 + 3 + 1) + 2
+_resnet = mmseg_module('mmseg.models.backbones.resnet')
+_resnet.ResNet.arch_settings[_SHALLOW] = (_resnet.Bottleneck, (1, 1, 3, 1))
+
 assert mmseg.__file__ is not None
 CONFIGS = Path(mmseg.__file__).parent / '.mim/configs/nonlocal_net'
 
@@ -28,10 +32,17 @@ def read_config(name: str) -> Any:
   return _config.Config.fromfile(CONFIGS / f'{name}.py')
 
 
-def build(name: str, *, width: int, num_classes: int | None = None) -> torch.nn.Module:
-  """The network of a config with fewer channels, every array random, dropout off."""
+def build(
+  name: str, *, width: int, num_classes: int | None = None, shallow: bool = False
+) -> torch.nn.Module:
+  """The network of a config with fewer channels, every array random, dropout off.
+
+  A shallow one has one bottleneck in each stage but the third, which has three.
+  """
   model = read_config(name).model
   model.pretrained = None
+  if shallow:
+    model.backbone.depth = _SHALLOW
   for part in (model.backbone, model.decode_head, model.auxiliary_head):
     part.norm_cfg = {'type': 'BN', 'requires_grad': True}  # SyncBN wants a process group
   model.backbone.update(base_channels=width, stem_channels=width)

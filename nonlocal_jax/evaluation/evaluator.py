@@ -1,6 +1,7 @@
 """Evaluation of a network on a split: images in, scores out."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -9,16 +10,17 @@ import jax
 import numpy as np
 from flax import nnx
 
+from nonlocal_jax.compiler import Program
 from nonlocal_jax.data.builders import PreparedSplit
 from nonlocal_jax.data.loader import EvalSample, eval_batches
 from nonlocal_jax.evaluation.buckets import Shape, shapes_for
 from nonlocal_jax.evaluation.inference import Prediction, Predictor
 from nonlocal_jax.evaluation.metrics import Scores, scores
 from nonlocal_jax.models.folding import fold_batch_norms
+from nonlocal_jax.parallel import replicated
 from nonlocal_jax.progress import progress_bar
 
 _EXAMPLES = 4
-_fold = jax.jit(fold_batch_norms)
 T = TypeVar('T')
 
 
@@ -69,6 +71,10 @@ class Evaluator:
       most_shapes: See `buckets.shapes_for`.
     """
     self._predictor = predictor
+    self._fold = Program(
+      functools.partial(fold_batch_norms, predictor.graphdef),
+      out_shardings=replicated(predictor.mesh),
+    )
     self._split = split
     self._num_classes = num_classes
     self._label_lookup = label_lookup
@@ -80,15 +86,24 @@ class Evaluator:
     ]
     self._local_batch_size = batch_size // jax.process_count()
 
-  def __call__(self, state: nnx.State) -> Evaluation:
-    """Evaluates parameters and running statistics on the whole split, with a progress bar."""
+  def prepared(self, state: nnx.State) -> nnx.State:
+    """What is evaluated of parameters and running statistics: folded, and on all devices.
+
+    Apart from the evaluation, so that what it is made of need not be kept meanwhile.
+
+    Args:
+      state: On the devices or on the host.
+    """
+    return self._fold(state)
+
+  def __call__(self, weights: nnx.State) -> Evaluation:
+    """Evaluates `prepared` weights on the whole split, with a progress bar."""
     started = time.perf_counter()
-    state = _fold(self._predictor.graphdef, state)
     examples = np.linspace(0, len(self._split) - 1, _EXAMPLES, dtype=int).tolist()
     confusion = np.zeros((self._num_classes, self._num_classes), np.int64)
     shown = {}
     with progress_bar(len(self._split), 'Evaluating', unit='img', leave=False) as bar:
-      for indices, samples, prediction in _one_behind(self._predictions(state)):
+      for indices, samples, prediction in _one_behind(self._predictions(weights)):
         confusion += np.asarray(prediction.confusion)
         wanted = [place for place, sample in enumerate(samples) if sample.index in examples]
         if wanted:
@@ -105,7 +120,7 @@ class Evaluator:
     return Evaluation(confusion, scores(confusion), in_order, seconds)
 
   def _predictions(
-    self, state: nnx.State
+    self, weights: nnx.State
   ) -> Iterator[tuple[Sequence[int], list[EvalSample], Prediction]]:
     """For each batch its indices, this process's samples and, perhaps not yet done, predictions."""
     first = jax.process_index() * self._local_batch_size
@@ -117,7 +132,7 @@ class Evaluator:
     )
     for (shape, indices), samples in zip(self._batches, loaded, strict=True):
       prediction = self._predictor(
-        state,
+        weights,
         shape,
         [sample.views for sample in samples],
         [sample.label for sample in samples],

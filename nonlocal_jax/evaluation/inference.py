@@ -45,6 +45,7 @@ class Predictor:
   Attributes:
     graphdef: Static part of the network.
     protocol: How images are tested.
+    mesh: The devices that share a batch.
   """
 
   def __init__(
@@ -70,7 +71,7 @@ class Predictor:
     self.graphdef = graphdef
     self.protocol = protocol
     self._align_corners = align_corners
-    self._mesh = mesh or data_mesh(jax.local_devices()[:1])
+    self.mesh = mesh or data_mesh(jax.local_devices()[:1])
 
     @jax.default_matmul_precision(precision)
     def window_logits(
@@ -133,7 +134,7 @@ class Predictor:
     return self._predict(tuple(arguments), self._shard({'labels': label_map})['labels'])
 
   def _shard(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    return shard_batch(arrays, self._mesh)
+    return shard_batch(arrays, self.mesh)
 
   def _chunks(
     self, shape: ViewShape, images: Sequence[np.ndarray], geometry: Sequence[View], n: int

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -26,7 +25,7 @@ from nonlocal_jax.experiment import (
 )
 from nonlocal_jax.files import whole_file
 from nonlocal_jax.models.folding import folded_graphdef
-from nonlocal_jax.parallel import data_mesh, is_first_process, replicated
+from nonlocal_jax.parallel import data_mesh, is_first_process
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.released import ReleasedModel, released_model_of_sha256
@@ -58,7 +57,9 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
   split = open_splits(config, dataset, workdir, ['val'])['val']
   graphdef = evaluation_graphdef(config)
   evaluate = evaluator_for(config, graphdef, split, dataset, mesh)
-  evaluation = evaluate(jax.device_put(state, replicated(mesh)))
+  weights = evaluate.prepared(state)
+  del state  # a file in memory
+  evaluation = evaluate(weights)
   published = _published_miou(config, description, images=len(split))
   show_evaluation(evaluation, config, dataset)
   if published is not None and is_first_process():

@@ -134,7 +134,7 @@ def train_and_evaluate(
     ):
 
       def evaluate_and_log(step: int) -> Evaluation:
-        evaluation = evaluate(state.variables)
+        evaluation = evaluate(evaluate.prepared(state.variables))
         summary = evaluation.scores.summary()
         if log.would_be_best(summary):  # saved before it is logged, and so never missed
           best_weights.save(step, model=state.variables)
