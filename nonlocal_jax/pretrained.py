@@ -52,9 +52,6 @@ def load(
   return PretrainedModel(*weights, convolution=convolution, precision=precision)
 
 
-_SHAPE_MULTIPLE = 128
-
-
 class PretrainedModel:
   """A network with trained weights. Images of nearly the same size share a compiled program.
 
@@ -129,7 +126,7 @@ class PretrainedModel:
     predictor = self._predictor_of(multi_scale_flip)
     protocol = predictor.protocol
     views = [resize_to(image, view.size) for view in protocol.views(size)]
-    shape = Shape.of_image(size, protocol).rounded_up(_SHAPE_MULTIPLE)
+    shape = Shape.of_image(size, protocol).with_room(networks=protocol.windows is None)
     nothing = np.full(size, IGNORE, np.uint8)  # the label map of a prediction that is not scored
     prediction = predictor(self._state, shape, [views], [nothing])
     return np.asarray(prediction.labels)[0, : size[0], : size[1]].astype(np.int32)

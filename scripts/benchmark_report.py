@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nonlocal_jax.files import whole_file, write_whole
-from nonlocal_jax.models.non_local import MAX_PAIRWISE_WEIGHTS
+from nonlocal_jax.models.non_local import max_pairwise_weights
 
 Record = Mapping[str, Any]
 
@@ -111,8 +111,8 @@ def as_markdown(machine: Record, settings: Mapping[str, Any], records: Sequence[
 NOTES = {
   'inference': (
     '`PretrainedModel.predict` on one random uint8 image, whole and at its own size, from the '
-    'image to the labels on the host, random weights, float32 throughout. It pads sides to '
-    'multiples of 128 (769 to 896). MMSegmentation: normalisation, `encode_decode`, argmax. '
+    'image to the labels on the host, random weights, float32 throughout. It pads sides by an '
+    'eighth at most (769 to 832). MMSegmentation: normalisation, `encode_decode`, argmax. '
     '"First result" is from the start of the process, with an empty compilation cache and with a '
     'filled one; peak GiB the same. Ratios are ours / theirs, with the filled cache, medians over '
     'pairs measured one after the other.'
@@ -272,7 +272,8 @@ def non_local_table(records: Sequence[Record], measured: Sequence[Record], machi
       cells += [number(values[index] / 2**20), number(slope)]
     rows.append(cells)
   table = _table(['positions', 'forward MiB', 'slope', 'with gradient MiB', 'slope'], rows)
-  first = sum(count**2 <= MAX_PAIRWISE_WEIGHTS for count in record['positions'])
+  most = max_pairwise_weights(machine['backend'])
+  first = sum(count**2 <= most for count in record['positions'])
   if len(record['positions']) - first < 2:
     return table
   logarithms = [np.log(record[key][first:]) for key in ('positions', 'forward', 'gradient')]

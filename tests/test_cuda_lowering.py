@@ -16,7 +16,7 @@ from nonlocal_jax.evaluation.buckets import shapes_for
 from nonlocal_jax.evaluation.inference import Predictor
 from nonlocal_jax.evaluation.program import evaluation_graphdef
 from nonlocal_jax.experiment import architecture_of, protocol_of
-from nonlocal_jax.models.non_local import MAX_PAIRWISE_WEIGHTS
+from nonlocal_jax.models.non_local import max_pairwise_weights
 from nonlocal_jax.parallel import data_mesh
 from nonlocal_jax.training.recipe import lower_step, optimizer_of
 from nonlocal_jax.training.state import TrainState
@@ -128,7 +128,7 @@ def check_attention_is_in_blocks(program: str, n: int, sides: tuple[int, int]) -
   positions = sides[0] * sides[1]
   assert f'{positions}x{positions}' not in program
   counts = set(map(int, re.findall(rf'tensor<{n}x(\d+)x{positions}xf32>', program)))
-  block = -(-positions // -(-positions // (MAX_PAIRWISE_WEIGHTS // (n * positions))))
+  block = -(-positions // -(-positions // (max_pairwise_weights('gpu') // (n * positions))))
   assert counts == {256, block}  # inner channels of the transposed keys, and queries
 
 

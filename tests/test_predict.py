@@ -1,5 +1,7 @@
 """predict.py: images in, label maps and pictures out."""
 
+import dataclasses
+
 import cv2
 import jax
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from PIL import Image
 
 import nonlocal_jax
+from nonlocal_jax.evaluation.buckets import Shape
 from nonlocal_jax.evaluation.pictures import overlay
+from nonlocal_jax.evaluation.protocol import Protocol, Windows
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.loading import read_weights
 from scripts import predict
@@ -164,3 +168,37 @@ def test_overlay_mixes_colours_and_names_the_classes_that_occur():
   assert (picture[10:100, :120] == (150, 100, 100)).all()
   legend = picture[:, 120:]
   assert [(legend == colour).all(-1).sum() > 100 for colour in palette] == [True, False, True]
+
+
+def test_windows_go_through_the_network_at_their_own_size(peer_checkpoint):
+  description, state = read_weights(peer_checkpoint, align_corners=False)
+  fields = {'window_crop': (41, 49), 'window_stride': (30, 30), 'test_scale': None}
+  model = nonlocal_jax.PretrainedModel(dataclasses.replace(description, **fields), state)
+  protocol = Protocol.of_version('v0', scale=None, windows=Windows((41, 49), (30, 30)))
+  image = image_of((70, 66))
+  shape = Shape.of_image((70, 66), protocol).with_room(networks=False)
+  assert shape.result == (128, 128)
+  assert [view.network for view in shape.views] == [(41, 49)]
+  assert not shape.padded
+  found = model.predict(image)
+  logits = np.zeros((70, 66, 19))
+  counts = np.zeros((70, 66, 1))
+  for top in (0, 29):
+    for left in (0, 17):
+      window = np.s_[top : top + 41, left : left + 49]
+      normalized = nonlocal_jax.models.normalize(image[window][None])
+      logits[window] += np.asarray(model.logits(normalized))[0]
+      counts[window] += 1
+  assert np.mean(found == (logits / counts).argmax(-1)) > 0.999
+
+
+@pytest.mark.parametrize('side', [1, 64, 65, 375, 511, 512, 513, 769, 1024, 2049, 6000])
+def test_little_room_is_left_and_near_sizes_share_it(side):
+  rooms = {
+    Shape.of_image((s, 500), Protocol(scale=None)).with_room(networks=True).views[0].network
+    for s in range(side, side + 8)
+  }
+  assert len(rooms) <= 2
+  for height, width in rooms:
+    assert side <= height <= max(9 / 8 * (side + 7), side + 7 + 63)
+    assert width == 512

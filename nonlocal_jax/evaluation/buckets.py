@@ -59,6 +59,17 @@ class Shape:
     views = tuple(dataclasses.replace(view, network=up(view.network)) for view in self.views)
     return Shape(up(self.result), views)
 
+  def with_room(self, *, networks: bool) -> 'Shape':
+    """Sides rounded up by an eighth at most, or 63: images of nearly the same size share it.
+
+    Args:
+      networks: Whether the sides of the network's inputs, too; windows are all of one size anyway.
+    """
+    views = self.views
+    if networks:
+      views = tuple(dataclasses.replace(view, network=_with_room(view.network)) for view in views)
+    return Shape(_with_room(self.result), views, padded=networks)
+
   def _as_vector(self) -> list[int]:
     return [*self.result, *(side for v in self.views for side in (*v.network, *v.windows))]
 
@@ -69,6 +80,18 @@ class Shape:
       (int(result[0]), int(result[1])),
       tuple(ViewShape((h, w), (rows, columns)) for h, w, rows, columns in views),
     )
+
+
+def _with_room(size: Size) -> Size:
+  height, width = (
+    -(-side // step) * step for side, step in zip(size, map(_step, size), strict=True)
+  )
+  return height, width
+
+
+def _step(side: int) -> int:
+  """The largest power of two in an eighth of `side`, at least 64."""
+  return max(1 << (side // 8).bit_length() >> 1, 64)
 
 
 def shapes_for(sizes: Iterable[Size], protocol: Protocol, *, most: int) -> dict[Size, Shape]:

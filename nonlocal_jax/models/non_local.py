@@ -12,10 +12,18 @@ from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv, inside
 
 Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
 
-# Pairwise weights held at a time, over the whole batch: 64 MiB in float32.
-MAX_PAIRWISE_WEIGHTS = 2**24
-
 _SMALL_NORMAL = nnx.initializers.normal(0.01)
+
+
+def max_pairwise_weights(backend: str) -> int:
+  """How many pairwise weights are held at a time, over the whole batch.
+
+  64 MiB in float32; a quarter of that on CPUs, where they are used while they are in the cache.
+
+  Args:
+    backend: See `jax.default_backend`.
+  """
+  return 2**22 if backend == 'cpu' else 2**24
 
 
 class NonLocalBlock(nnx.Module):
@@ -66,7 +74,7 @@ class NonLocalBlock(nnx.Module):
       zero_init: Whether the last normalisation, or without it `conv_out`, starts at zero and so the
         block as the identity, which a pretrained network keeps working around (section 4.1 of the
         paper). Training from scratch on little data, the block opens sooner when off.
-      query_block: Queries processed at a time; None chooses so that `MAX_PAIRWISE_WEIGHTS` are
+      query_block: Queries processed at a time; None chooses so that `max_pairwise_weights` are
         held.
       attention: See the class.
       rngs: Source of the initial values.
@@ -142,7 +150,8 @@ class NonLocalBlock(nnx.Module):
   ) -> jax.Array:
     """Queries (n, q, d), keys (n, k, d), values (n, k, e), present (n, k) -> (n, q, e)."""
     n, num_keys, channels = keys.shape
-    block = self.query_block or max(MAX_PAIRWISE_WEIGHTS // (n * num_keys), 1)
+    most = max_pairwise_weights(jax.default_backend())
+    block = self.query_block or max(most // (n * num_keys), 1)
     if present is not None:
       values = jnp.where(present[..., None], values, 0)
       num_keys = present.sum(axis=1)[:, None, None]
