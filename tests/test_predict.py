@@ -202,3 +202,10 @@ def test_little_room_is_left_and_near_sizes_share_it(side):
   for height, width in rooms:
     assert side <= height <= max(9 / 8 * (side + 7), side + 7 + 63)
     assert width == 512
+
+
+@pytest.mark.parametrize(('size', 'padded'), [((512, 1024), False), ((512, 1023), True)])
+def test_images_that_fill_their_room_are_not_masked(size, padded):
+  shape = Shape.of_image(size, Protocol(scale=None)).with_room(networks=True)
+  assert shape.views[0].network == (512, 1024)
+  assert shape.padded == padded
