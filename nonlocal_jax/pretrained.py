@@ -46,7 +46,7 @@ def load(
 
   Raises:
     UserError: If there are no weights of a NonLocalNet.
-    ValueError: If `convolution` is unknown.
+    ValueError: If `convolution` or `precision` is unknown.
   """
   weights = read_weights(Path(path), align_corners=align_corners)
   return PretrainedModel(*weights, convolution=convolution, precision=precision)
@@ -76,7 +76,7 @@ class PretrainedModel:
       precision: See `load`.
 
     Raises:
-      ValueError: If `convolution` is unknown.
+      ValueError: If `convolution` or `precision` is unknown.
     """
     self.description = description
     self._convolution: Method = convolution
