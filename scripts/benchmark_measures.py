@@ -7,6 +7,7 @@ JSON object of figures, among them the peak memory of the process.
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -318,8 +319,8 @@ def forward_flops(architecture: Architecture, size: tuple[int, int]) -> float:
   """
   model = architecture.abstract(convolution='direct', loops=False)
   if model.decode_head.nl_block is not None:
-    positions = [-(-side // OUTPUT_STRIDE) for side in size]
-    model.decode_head.nl_block.query_block = positions[0] * positions[1]
+    block = model.decode_head.nl_block
+    block.query_block = block.key_block = math.prod(-(-side // OUTPUT_STRIDE) for side in size)
   graphdef, state = nnx.split(model)
 
   def logits(state: nnx.State, image: jax.Array) -> jax.Array:

@@ -111,6 +111,7 @@ def test_blocks_are_the_default_and_call_no_cudnn():
     {'attention': 'flash'},
     {'attention': 'cudnn', 'mode': 'gaussian'},
     {'attention': 'cudnn', 'query_block': 64},
+    {'attention': 'cudnn', 'key_block': 64},
   ],
 )
 def test_what_the_block_cannot_do_is_an_error(options):

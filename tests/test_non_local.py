@@ -8,7 +8,8 @@ import torch
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.models import NonLocalBlock
+from nonlocal_jax.models import NonLocalBlock, non_local
+from nonlocal_jax.models.attention import softmax_attention
 from tests import peer
 from tests.mmseg_import import mmseg_module
 
@@ -54,7 +55,8 @@ def copy_weights(theirs: torch.nn.Module, ours: NonLocalBlock) -> None:
 )
 def test_equals_mmcv(rng, mode, options):
   theirs = peer_block(6, mode=mode, **options)
-  ours = NonLocalBlock(6, mode=mode, **options, query_block=10, rngs=nnx.Rngs(0))
+  blocks = {'query_block': 10, **({'key_block': 5} if 'gaussian' in mode else {})}
+  ours = NonLocalBlock(6, mode=mode, **options, **blocks, rngs=nnx.Rngs(0))
   copy_weights(theirs, ours)
   x = rng.normal(size=(2, 5, 7, 6)).astype(np.float32)
   with torch.no_grad():
@@ -82,13 +84,56 @@ def test_starts_open_if_asked(rng, norm):
   assert np.abs(block(x) - x).max() > 0
 
 
-@pytest.mark.parametrize('mode', ['embedded_gaussian', 'concatenation'])
-def test_blocks_change_neither_result_nor_gradient(rng, mode):
+@pytest.mark.parametrize('masked', [False, True], ids=['whole', 'masked'])
+@pytest.mark.parametrize(('query_block', 'key_block'), [(100, 100), (100, 8), (7, 100), (5, 9)])
+def test_attention_and_gradients_in_blocks_equal_pytorch(rng, query_block, key_block, masked):
+  """In float64, with scores whose exponentials overflow if nothing is subtracted."""
+  shapes = [(2, 24, 4), (2, 20, 4), (2, 20, 3), (2, 24, 3)]
+  arrays = [rng.normal(size=shape) for shape in shapes]
+  arrays[0] *= np.where(rng.random((2, 24, 1)) < 0.5, 1, 1000)
+  present = np.ones((2, 20), bool)
+  if masked:
+    present = rng.random((2, 20)) < 0.6
+    present[:, 0], present[0, 5:] = True, False  # whole blocks are absent
+  with jax.enable_x64():
+
+    def ours(*inputs):
+      mask = jnp.asarray(present) if masked else None
+      blocks = {'query_block': query_block, 'key_block': key_block}
+      return softmax_attention(*inputs, scale=0.4, present=mask, **blocks)
+
+    y, pull = jax.vjp(ours, *map(jnp.asarray, arrays[:3]))
+    found = [y, *pull(jnp.asarray(arrays[3]))]
+  inputs = [torch.as_tensor(array).requires_grad_() for array in arrays[:3]]
+  expected = torch.nn.functional.scaled_dot_product_attention(
+    *inputs, attn_mask=torch.as_tensor(present)[:, None], scale=0.4
+  )
+  expected.backward(torch.as_tensor(arrays[3]))
+  for our, their in zip(found, [expected.detach(), *(x.grad for x in inputs)], strict=True):
+    assert_allclose(our, their.numpy(), rtol=1e-9, atol=1e-9 * their.abs().max())
+
+
+def test_on_cpus_keys_are_in_blocks(monkeypatch):
+  """A block of its own choice gives what one of all keys does, and holds no more than that."""
+  monkeypatch.setattr(non_local, '_KEYS_ON_CPU', 16)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 7, 4)), jnp.float32)
+  results = []
+  for key_block in (None, 42):
+    block = NonLocalBlock(4, key_block=key_block, zero_init=False, rngs=nnx.Rngs(0))
+    graphdef, state = nnx.split(block)
+    program = jax.jit(lambda s, g=graphdef: nnx.merge(g, s)(x)).lower(state)
+    results.append(program.compile()(state))
+    assert ('1x42x42' in program.as_text()) == (key_block == 42)
+  assert_allclose(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_of_a_concatenation_change_neither_result_nor_gradient(rng):
   x = jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32)
   weights = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
 
   def value_and_gradient(query_block: int):
-    block = NonLocalBlock(4, mode=mode, norm=False, query_block=query_block, rngs=nnx.Rngs(1))
+    options = {'mode': 'concatenation', 'norm': False}
+    block = NonLocalBlock(4, **options, query_block=query_block, rngs=nnx.Rngs(1))
     block.conv_out.kernel[...] = jnp.ones_like(block.conv_out.kernel[...])
     graphdef, state = nnx.split(block)
     return jax.value_and_grad(lambda s: jnp.sum(weights * nnx.merge(graphdef, s)(x)))(state)
@@ -137,6 +182,11 @@ def test_memory_grows_with_positions_not_with_their_square(backward):
   small, large = temporary_bytes(64), temporary_bytes(128)
   assert large < 5 * small
   assert large < 4 * 16384**2 / 8  # an eighth of the float32 matrix
+
+
+def test_keys_in_blocks_without_a_softmax_are_an_error():
+  with pytest.raises(ValueError, match="key_block is 8, but mode 'dot_product' has no softmax"):
+    NonLocalBlock(4, mode='dot_product', key_block=8, rngs=nnx.Rngs(0))
 
 
 def test_unknown_mode_is_an_error():

@@ -6,6 +6,7 @@ each axis, given as data: no program depends on the size of an image, and class 
 are held for a few rows only.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -24,7 +25,10 @@ from nonlocal_jax.models import normalize
 from nonlocal_jax.parallel import data_mesh, shard_batch
 
 _PIXELS_AT_ONCE = 2**21  # that a device sends through the network: a Cityscapes image
-_SCORES_AT_ONCE = 2**22  # class scores at image size that a device holds
+# Class scores at image size that a device holds; on CPUs so few that they stay in the cache.
+_SCORES_AT_ONCE = 2**22
+_SCORES_AT_ONCE_ON_CPU = 2**21
+_COLUMNS_AT_ONCE = 128  # of the result, which are made of neighbouring columns of logits
 
 
 class Prediction(NamedTuple):
@@ -84,13 +88,16 @@ class Predictor:
       logits = model.encode_decode(normalized, sizes=flat['extents'] if padded else None)
       return logits.reshape(n, count, *logits.shape[1:])
 
-    def predict(views: Sequence[_LogitsOfView], labels: jax.Array) -> Prediction:
-      predicted = _most_likely(views, averages=len(protocol.ratios) * protocol.flips > 1)
-      predicted = predicted[:, : labels.shape[1]]
+    def predict(
+      views: Sequence[_LogitsOfView], labels: jax.Array, *, windows: Sequence[Size]
+    ) -> Prediction:
+      averages = len(protocol.ratios) * protocol.flips > 1
+      predicted = _most_likely(views, windows, averages=averages)
+      predicted = predicted[:, : labels.shape[1], : labels.shape[2]]
       return Prediction(predicted, confusion_matrix(predicted, labels, num_classes=num_classes))
 
     self._window_logits = Program(window_logits, static_argnames=['padded'])
-    self._predict = Program(predict)
+    self._predict = Program(predict, static_argnames=['windows'])
 
   def __call__(
     self,
@@ -131,7 +138,9 @@ class Predictor:
     label_map = np.full((n, *shape.result), IGNORE, np.uint8)
     for place, label in zip(label_map, labels, strict=False):
       place[: label.shape[0], : label.shape[1]] = label
-    return self._predict(tuple(arguments), self._shard({'labels': label_map})['labels'])
+    windows = tuple(view_shape.windows for view_shape in shape.views)
+    label_map = self._shard({'labels': label_map})['labels']
+    return self._predict(tuple(arguments), label_map, windows=windows)
 
   def _shard(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return shard_batch(arrays, self.mesh)
@@ -192,10 +201,32 @@ class Predictor:
       for flipped in range(flips):  # a mirrored result is turned back
         place = columns[number, flipped, : size[1], : of_columns.shape[1], : of_columns.shape[2]]
         place[:] = of_columns[::-1] if flipped else of_columns
-    return {
-      'rows': rows.reshape(n, result[0], -1),
-      'columns': columns.reshape(n, flips, result[1], -1),
-    }
+    starts, bands = _bands(columns.reshape(n, flips, result[1], -1))
+    return {'rows': rows.reshape(n, result[0], -1), 'starts': starts, 'bands': bands}
+
+
+def _bands(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """What matrices hold but zeros: a few neighbouring columns for each block of rows.
+
+  Args:
+    matrices: (..., rows, columns) float32.
+
+  Returns:
+    First columns, (..., blocks) int32, and (..., blocks, rows of a block, width) float32, the last
+    block padded. The width is that of all, or a power of two, so that there are few widths.
+  """
+  *batch, rows, width = matrices.shape
+  num_blocks = -(-rows // _COLUMNS_AT_ONCE)
+  padding = [(0, 0)] * len(batch) + [(0, num_blocks * _COLUMNS_AT_ONCE - rows), (0, 0)]
+  blocks = np.pad(matrices, padding).reshape(*batch, num_blocks, _COLUMNS_AT_ONCE, width)
+  used = blocks.any(axis=-2)  # (..., blocks, columns)
+  first = used.argmax(axis=-1)
+  after = np.where(used.any(axis=-1), width - used[..., ::-1].argmax(axis=-1), 0)
+  needed = max(int((after - first).max()), _COLUMNS_AT_ONCE // 4)
+  band = min(1 << (needed - 1).bit_length(), width)
+  starts = np.minimum(first, width - band)
+  places = starts[..., None, None] + np.arange(band)
+  return starts.astype(np.int32), np.take_along_axis(blocks, places, axis=-1)
 
 
 class _LogitsOfView(NamedTuple):
@@ -203,16 +234,22 @@ class _LogitsOfView(NamedTuple):
 
   logits: tuple[jax.Array, ...]  # each (n, windows, h, w, c)
   rows: jax.Array  # (n, result_h, windows * h)
-  columns: jax.Array  # (n, flips, result_w, windows * w)
+  starts: jax.Array  # (n, flips, blocks), see `_bands`
+  bands: jax.Array  # (n, flips, blocks, columns of a block, width)
 
 
-def _most_likely(views: Sequence[_LogitsOfView], *, averages: bool) -> jax.Array:
-  """The class of each pixel of the results, (n, at least result_h, result_w) uint8."""
-  mosaics = [_mosaic(view) for view in views]  # (n, flips, h, w, c)
-  n, flips, result_w, _ = views[0].columns.shape
+def _most_likely(
+  views: Sequence[_LogitsOfView], windows: Sequence[Size], *, averages: bool
+) -> jax.Array:
+  """The class of each pixel of the results, (n, at least result_h, at least result_w) uint8."""
+  # Each (n, flips, h, w, c).
+  mosaics = [_mosaic(view, counts) for view, counts in zip(views, windows, strict=True)]
+  n, flips, _, _, num_classes = mosaics[0].shape
+  column_blocks, columns = views[0].bands.shape[2:4]
   result_h = views[0].rows.shape[1]
-  held = n * flips * result_w * mosaics[0].shape[-1]
-  block = min(max(_SCORES_AT_ONCE // held, 1), result_h)
+  on_cpu = jax.default_backend() == 'cpu'
+  most = _SCORES_AT_ONCE_ON_CPU if on_cpu else _SCORES_AT_ONCE
+  block = min(max(most // (n * flips * column_blocks * columns * num_classes), 1), result_h)
   num_blocks = -(-result_h // block)
   highest = jax.lax.Precision.HIGHEST
 
@@ -220,24 +257,43 @@ def _most_likely(views: Sequence[_LogitsOfView], *, averages: bool) -> jax.Array
     padded = jnp.pad(rows, ((0, 0), (0, num_blocks * block - result_h), (0, 0)))
     return jnp.moveaxis(padded.reshape(n, num_blocks, block, -1), 1, 0)
 
+  @jax.vmap  # images
+  @jax.vmap  # flips
+  def neighbours(scores: jax.Array, starts: jax.Array, bands: jax.Array) -> jax.Array:
+    """(h, w, c), (blocks,), (blocks, columns, width) -> (blocks, h, width, c)."""
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=bands.shape[2], axis=1)
+    return jax.vmap(take, in_axes=(None, 0))(scores, starts)
+
   def classes_of_rows(rows_of_views: tuple[jax.Array, ...]) -> jax.Array:
-    total = jnp.zeros((n, block, result_w, mosaics[0].shape[-1]), jnp.float32)
+    total = jnp.zeros((n, column_blocks, block, num_classes, columns), jnp.float32)
     for rows, mosaic, view in zip(rows_of_views, mosaics, views, strict=True):
       scores = jnp.einsum('nor,nfrwc->nfowc', rows, mosaic, precision=highest)
-      scores = jnp.einsum('nfpw,nfowc->nfopc', view.columns, scores, precision=highest)
-      total += (jax.nn.softmax(scores, axis=-1) if averages else scores).sum(axis=1)
-    return jnp.argmax(total, axis=-1).astype(jnp.uint8)
+      scores = neighbours(scores, view.starts, view.bands)
+      scores = jnp.einsum('nfbpw,nfbowc->nfbocp', view.bands, scores, precision=highest)
+      total += (jax.nn.softmax(scores, axis=-2) if averages else scores).sum(axis=1)
+    labels = jnp.moveaxis(_first_of_largest(total, axis=-2), 1, 2)
+    return labels.reshape(n, block, column_blocks * columns)
 
   blocks = jax.lax.map(classes_of_rows, tuple(in_blocks(view.rows) for view in views))
-  return jnp.moveaxis(blocks, 0, 1).reshape(n, num_blocks * block, result_w)
+  return jnp.moveaxis(blocks, 0, 1).reshape(n, num_blocks * block, -1)
 
 
-def _mosaic(view: _LogitsOfView) -> jax.Array:
+def _first_of_largest(scores: jax.Array, *, axis: int) -> jax.Array:
+  """`jnp.argmax` as uint8 by two reductions that XLA makes vector instructions of on CPUs.
+
+  Among scores that are not all numbers the place is any of those that there are.
+  """
+  places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim + axis)
+  smaller = scores < scores.max(axis=axis, keepdims=True)
+  return jnp.where(smaller, scores.shape[axis], places).min(axis=axis).astype(jnp.uint8)
+
+
+def _mosaic(view: _LogitsOfView, windows: Size) -> jax.Array:
   """Logits of windows (n, flips * rows * columns, h, w, c) laid side by side."""
   logits = jnp.concatenate(view.logits, axis=1)
-  n, flips = view.columns.shape[:2]
+  n, flips = view.bands.shape[:2]
   height, width, classes = logits.shape[2:]
-  rows, columns = view.rows.shape[-1] // height, view.columns.shape[-1] // width
+  rows, columns = windows
   logits = logits[:, : flips * rows * columns]
   logits = logits.reshape(n, flips, rows, columns, height, width, classes)
   logits = logits.transpose(0, 1, 2, 4, 3, 5, 6)

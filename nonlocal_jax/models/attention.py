@@ -1,6 +1,7 @@
-"""Softmax attention through cuDNN, and where that can be had."""
+"""Attention in blocks of queries and keys or through cuDNN, and where the latter can be had."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,119 @@ Attention = Literal['blocks', 'cudnn']
 
 # Since this compute capability cuDNN takes more channels.
 _HOPPER = (9, 0)
+
+
+def softmax_attention(
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  *,
+  scale: float,
+  present: jax.Array | None = None,
+  query_block: int,
+  key_block: int,
+) -> jax.Array:
+  """`softmax(scale * queries . keys) . values`, a few queries and keys at a time.
+
+  The largest score so far takes the place of the largest of all, and what was summed is made
+  smaller when it grows (https://arxiv.org/abs/2112.05682, section 2). Scores are computed
+  again in the backward pass, in blocks as well.
+
+  Args:
+    queries: (n, q, d) floats.
+    keys: (n, k, d) floats.
+    values: (n, k, e) floats.
+    scale: Factor of the scores.
+    present: (n, k) bool, keys that count, the first one in any case; None for all.
+    query_block: Most queries at a time, see `over_query_blocks`.
+    key_block: Most keys at a time; blocks are made equal, the last one padded.
+
+  Returns:
+    (n, q, e) of the dtype of `values`.
+  """
+  n, num_keys, _ = keys.shape
+  num_blocks = -(-num_keys // key_block)
+  size = -(-num_keys // num_blocks)
+  padding = num_blocks * size - num_keys
+  if padding:
+    if present is None:
+      present = jnp.ones((n, num_keys), bool)
+    present = jnp.pad(present, ((0, 0), (0, padding)))
+    keys, values = (jnp.pad(x, ((0, 0), (0, padding), (0, 0))) for x in (keys, values))
+
+  def in_blocks(x: jax.Array) -> jax.Array:
+    return jnp.moveaxis(x.reshape(n, num_blocks, size, *x.shape[2:]), 1, 0)
+
+  transposed_keys = jnp.swapaxes(in_blocks(keys), 2, 3)
+  blocks = transposed_keys, in_blocks(values), None if present is None else in_blocks(present)
+  wide = jnp.promote_types(keys.dtype, jnp.float32)
+
+  def of_queries(queries: jax.Array) -> jax.Array:
+    queries = queries * scale
+
+    def add_block(sums: _Sums, block: tuple[jax.Array, jax.Array, jax.Array | None]) -> _Sums:
+      transposed_keys, values, present = block
+      scores = jnp.matmul(queries, transposed_keys, preferred_element_type=wide)
+      if present is not None:
+        scores = jnp.where(present[:, None], scores, -jnp.inf)
+      # What is subtracted from all scores makes no difference, and so has no gradient.
+      largest = jnp.maximum(sums.largest, scores.max(axis=-1, keepdims=True))
+      largest = jax.lax.stop_gradient(largest)
+      weights = jnp.exp(scores - largest)
+      smaller = jnp.exp(sums.largest - largest)
+      weighted = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=wide)
+      return _Sums(
+        largest,
+        sums.weights * smaller + weights.sum(axis=-1, keepdims=True),
+        sums.weighted * smaller + weighted,
+      )
+
+    column = (n, queries.shape[1], 1)
+    sums = _Sums(
+      jnp.full(column, -jnp.inf, wide),
+      jnp.zeros(column, wide),
+      jnp.zeros((*column[:2], values.shape[2]), wide),
+    )
+    if num_blocks == 1:
+      sums = add_block(sums, jax.tree.map(lambda x: x[0], blocks))
+    else:
+      again = jax.checkpoint(add_block)
+      sums, _ = jax.lax.scan(lambda sums, block: (again(sums, block), None), sums, blocks)
+    return (sums.weighted / sums.weights).astype(values.dtype)
+
+  return over_query_blocks(of_queries, queries, query_block)
+
+
+class _Sums(NamedTuple):
+  """Sums over keys, of what is `exp(largest)` times as large."""
+
+  largest: jax.Array  # (n, q, 1), the largest score
+  weights: jax.Array  # (n, q, 1)
+  weighted: jax.Array  # (n, q, e), values times weights
+
+
+def over_query_blocks(
+  function: Callable[[jax.Array], jax.Array], queries: jax.Array, block: int
+) -> jax.Array:
+  """Applies `function` to the queries block by block, and so again in the backward pass.
+
+  Args:
+    function: Maps (n, b, d) to (n, b, e), each query by itself.
+    queries: (n, q, d).
+    block: Most queries at a time; blocks are made equal, the last one padded with zero queries.
+
+  Returns:
+    (n, q, e).
+  """
+  n, count, channels = queries.shape
+  num_blocks = -(-count // block)
+  if num_blocks == 1:
+    return function(queries)
+  size = -(-count // num_blocks)
+  padded = jnp.pad(queries, ((0, 0), (0, num_blocks * size - count), (0, 0)))
+  blocks = jnp.moveaxis(padded.reshape(n, num_blocks, size, channels), 1, 0)
+  results = jax.lax.map(jax.checkpoint(function), blocks)  # (blocks, n, size, e)
+  return jnp.moveaxis(results, 0, 1).reshape(n, num_blocks * size, -1)[:, :count]
 
 
 def cudnn_attention(

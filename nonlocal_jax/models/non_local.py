@@ -1,13 +1,17 @@
 """The non-local block (https://arxiv.org/abs/1711.07971), usable on its own in any NNX model."""
 
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nonlocal_jax.models.attention import Attention, cudnn_attention
+from nonlocal_jax.models.attention import (
+  Attention,
+  cudnn_attention,
+  over_query_blocks,
+  softmax_attention,
+)
 from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv, inside
 
 Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
@@ -15,15 +19,19 @@ Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
 _SMALL_NORMAL = nnx.initializers.normal(0.01)
 
 
+# On CPUs the keys of a block are used while they are in the cache, and so are the pairwise weights.
+_KEYS_ON_CPU = 4096
+
+
 def max_pairwise_weights(backend: str) -> int:
   """How many pairwise weights are held at a time, over the whole batch.
 
-  64 MiB in float32; a quarter of that on CPUs, where they are used while they are in the cache.
+  64 MiB in float32; an eighth of that on CPUs.
 
   Args:
     backend: See `jax.default_backend`.
   """
-  return 2**22 if backend == 'cpu' else 2**24
+  return 2**21 if backend == 'cpu' else 2**24
 
 
 class NonLocalBlock(nnx.Module):
@@ -39,7 +47,7 @@ class NonLocalBlock(nnx.Module):
   - concatenation: `relu(w . [theta_i, phi_j]) / keys`.
 
   Queries are processed in blocks, each recomputed in the backward pass, so that memory grows with
-  the number of positions, not with its square.
+  the number of positions, not with its square; with a softmax so are keys.
 
   Attributes:
     attention: How the embedded Gaussian is computed: by such 'blocks', or in one by 'cudnn' on an
@@ -59,6 +67,7 @@ class NonLocalBlock(nnx.Module):
     norm: bool = True,
     zero_init: bool = True,
     query_block: int | None = None,
+    key_block: int | None = None,
     attention: Attention = 'blocks',
     rngs: nnx.Rngs,
   ):
@@ -76,26 +85,30 @@ class NonLocalBlock(nnx.Module):
         paper). Training from scratch on little data, the block opens sooner when off.
       query_block: Queries processed at a time; None chooses so that `max_pairwise_weights` are
         held.
+      key_block: Keys processed at a time by a softmax; None for all, on CPUs for 4096.
       attention: See the class.
       rngs: Source of the initial values.
 
     Raises:
-      ValueError: If `mode` or `attention` is unknown, or the two do not go together.
+      ValueError: If `mode` or `attention` is unknown, or options do not go together.
     """
     if mode not in get_args(Mode):
       raise ValueError(f'mode is {mode!r}, expected one of {", ".join(get_args(Mode))}')
     if attention not in get_args(Attention):
       expected = ', '.join(get_args(Attention))
       raise ValueError(f'attention is {attention!r}, expected one of {expected}')
-    if attention == 'cudnn' and (mode != 'embedded_gaussian' or query_block is not None):
+    if attention == 'cudnn' and (mode != 'embedded_gaussian' or query_block or key_block):
       raise ValueError(
-        "attention is 'cudnn', which has no blocks of queries and is for mode 'embedded_gaussian'"
+        "attention is 'cudnn', which has no blocks and is for mode 'embedded_gaussian'"
       )
+    if key_block and mode not in ('embedded_gaussian', 'gaussian'):
+      raise ValueError(f'key_block is {key_block}, but mode {mode!r} has no softmax over keys')
     inner = max(channels // reduction, 1)
     self.mode = mode
     self.use_scale = use_scale
     self.sub_sample = sub_sample
     self.query_block = query_block
+    self.key_block = key_block
     self.attention: Attention = attention
 
     def embedding() -> nnx.Conv:
@@ -150,8 +163,11 @@ class NonLocalBlock(nnx.Module):
   ) -> jax.Array:
     """Queries (n, q, d), keys (n, k, d), values (n, k, e), present (n, k) -> (n, q, e)."""
     n, num_keys, channels = keys.shape
-    most = max_pairwise_weights(jax.default_backend())
-    block = self.query_block or max(most // (n * num_keys), 1)
+    backend = jax.default_backend()
+    key_block = num_keys
+    if self.mode in ('embedded_gaussian', 'gaussian'):
+      key_block = min(self.key_block or (_KEYS_ON_CPU if backend == 'cpu' else num_keys), num_keys)
+    block = self.query_block or max(max_pairwise_weights(backend) // (n * key_block), 1)
     if present is not None:
       values = jnp.where(present[..., None], values, 0)
       num_keys = present.sum(axis=1)[:, None, None]
@@ -171,40 +187,9 @@ class NonLocalBlock(nnx.Module):
     scale = channels**-0.5 if self.mode == 'embedded_gaussian' and self.use_scale else 1.0
     if self.attention == 'cudnn':
       return cudnn_attention(queries, keys, values, scale=scale, present=present)
-    transposed_keys = jnp.swapaxes(keys, 1, 2)
-    wide = jnp.promote_types(keys.dtype, jnp.float32)
-
-    def from_softmax(block_queries: jax.Array) -> jax.Array:
-      scores = jnp.matmul(block_queries * scale, transposed_keys, preferred_element_type=wide)
-      if present is not None:
-        scores = jnp.where(present[:, None], scores, -jnp.inf)
-      return jax.nn.softmax(scores, axis=-1).astype(values.dtype) @ values
-
-    return over_query_blocks(from_softmax, queries, block)
-
-
-def over_query_blocks(
-  function: Callable[[jax.Array], jax.Array], queries: jax.Array, block: int
-) -> jax.Array:
-  """Applies `function` to the queries block by block, and so again in the backward pass.
-
-  Args:
-    function: Maps (n, b, d) to (n, b, e), each query by itself.
-    queries: (n, q, d).
-    block: Most queries at a time; blocks are made equal, the last one padded with zero queries.
-
-  Returns:
-    (n, q, e).
-  """
-  n, count, channels = queries.shape
-  num_blocks = -(-count // block)
-  if num_blocks == 1:
-    return function(queries)
-  size = -(-count // num_blocks)
-  padded = jnp.pad(queries, ((0, 0), (0, num_blocks * size - count), (0, 0)))
-  blocks = jnp.moveaxis(padded.reshape(n, num_blocks, size, channels), 1, 0)
-  results = jax.lax.map(jax.checkpoint(function), blocks)  # (blocks, n, size, e)
-  return jnp.moveaxis(results, 0, 1).reshape(n, num_blocks * size, -1)[:, :count]
+    return softmax_attention(
+      queries, keys, values, scale=scale, present=present, query_block=block, key_block=key_block
+    )
 
 
 def _positions(x: jax.Array) -> jax.Array:
