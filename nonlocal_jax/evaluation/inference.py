@@ -242,9 +242,9 @@ def _most_likely(
   views: Sequence[_LogitsOfView], windows: Sequence[Size], *, averages: bool
 ) -> jax.Array:
   """The class of each pixel of the results, (n, at least result_h, at least result_w) uint8."""
-  # Each (n, flips, h, w, c).
+  # Each (n, h, flips, w, c).
   mosaics = [_mosaic(view, counts) for view, counts in zip(views, windows, strict=True)]
-  n, flips, _, _, num_classes = mosaics[0].shape
+  n, _, flips, _, num_classes = mosaics[0].shape
   column_blocks, columns = views[0].bands.shape[2:4]
   result_h = views[0].rows.shape[1]
   on_cpu = jax.default_backend() == 'cpu'
@@ -257,21 +257,22 @@ def _most_likely(
     padded = jnp.pad(rows, ((0, 0), (0, num_blocks * block - result_h), (0, 0)))
     return jnp.moveaxis(padded.reshape(n, num_blocks, block, -1), 1, 0)
 
-  @jax.vmap  # images
-  @jax.vmap  # flips
-  def neighbours(scores: jax.Array, starts: jax.Array, bands: jax.Array) -> jax.Array:
-    """(h, w, c), (blocks,), (blocks, columns, width) -> (blocks, h, width, c)."""
-    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=bands.shape[2], axis=1)
-    return jax.vmap(take, in_axes=(None, 0))(scores, starts)
+  def neighbours(scores: jax.Array, view: _LogitsOfView) -> jax.Array:
+    """Of (n, h, flips, w, c), what each block is made of: (n, flips, blocks, h, width, c)."""
+    width = view.bands.shape[-1]
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width, axis=1)
+    of_blocks = jax.vmap(take, in_axes=(None, 0))
+    of_flips = jax.vmap(of_blocks, in_axes=(1, 0))
+    return jax.vmap(of_flips)(scores, view.starts)
 
   def classes_of_rows(rows_of_views: tuple[jax.Array, ...]) -> jax.Array:
-    total = jnp.zeros((n, column_blocks, block, num_classes, columns), jnp.float32)
+    totals = []
     for rows, mosaic, view in zip(rows_of_views, mosaics, views, strict=True):
-      scores = jnp.einsum('nor,nfrwc->nfowc', rows, mosaic, precision=highest)
-      scores = neighbours(scores, view.starts, view.bands)
+      scores = jnp.einsum('nor,nrfwc->nofwc', rows, mosaic, precision=highest)
+      scores = neighbours(scores, view)
       scores = jnp.einsum('nfbpw,nfbowc->nfbocp', view.bands, scores, precision=highest)
-      total += (jax.nn.softmax(scores, axis=-2) if averages else scores).sum(axis=1)
-    labels = jnp.moveaxis(_first_of_largest(total, axis=-2), 1, 2)
+      totals.append((jax.nn.softmax(scores, axis=-2) if averages else scores).sum(axis=1))
+    labels = jnp.moveaxis(_first_of_largest(sum(totals[1:], start=totals[0]), axis=-2), 1, 2)
     return labels.reshape(n, block, column_blocks * columns)
 
   blocks = jax.lax.map(classes_of_rows, tuple(in_blocks(view.rows) for view in views))
@@ -296,5 +297,5 @@ def _mosaic(view: _LogitsOfView, windows: Size) -> jax.Array:
   rows, columns = windows
   logits = logits[:, : flips * rows * columns]
   logits = logits.reshape(n, flips, rows, columns, height, width, classes)
-  logits = logits.transpose(0, 1, 2, 4, 3, 5, 6)
-  return logits.reshape(n, flips, rows * height, columns * width, classes)
+  logits = logits.transpose(0, 2, 4, 1, 3, 5, 6)
+  return logits.reshape(n, rows * height, flips, columns * width, classes)
