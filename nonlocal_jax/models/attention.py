@@ -59,14 +59,21 @@ def softmax_attention(
   blocks = transposed_keys, in_blocks(values), None if present is None else in_blocks(present)
   wide = jnp.promote_types(keys.dtype, jnp.float32)
 
-  def of_queries(queries: jax.Array) -> jax.Array:
-    queries = queries * scale
+  def scores_of(
+    queries: jax.Array, transposed_keys: jax.Array, present: jax.Array | None
+  ) -> jax.Array:
+    scores = jnp.matmul(queries * scale, transposed_keys, preferred_element_type=wide)
+    return scores if present is None else jnp.where(present[:, None], scores, -jnp.inf)
 
+  def with_all_keys(queries: jax.Array) -> jax.Array:
+    transposed_keys, values, present = jax.tree.map(lambda x: x[0], blocks)
+    weights = jax.nn.softmax(scores_of(queries, transposed_keys, present), axis=-1)
+    return weights.astype(values.dtype) @ values
+
+  def with_blocks_of_keys(queries: jax.Array) -> jax.Array:
     def add_block(sums: _Sums, block: tuple[jax.Array, jax.Array, jax.Array | None]) -> _Sums:
       transposed_keys, values, present = block
-      scores = jnp.matmul(queries, transposed_keys, preferred_element_type=wide)
-      if present is not None:
-        scores = jnp.where(present[:, None], scores, -jnp.inf)
+      scores = scores_of(queries, transposed_keys, present)
       # What is subtracted from all scores makes no difference, and so has no gradient.
       largest = jnp.maximum(sums.largest, scores.max(axis=-1, keepdims=True))
       largest = jax.lax.stop_gradient(largest)
@@ -85,14 +92,12 @@ def softmax_attention(
       jnp.zeros(column, wide),
       jnp.zeros((*column[:2], values.shape[2]), wide),
     )
-    if num_blocks == 1:
-      sums = add_block(sums, jax.tree.map(lambda x: x[0], blocks))
-    else:
-      again = jax.checkpoint(add_block)
-      sums, _ = jax.lax.scan(lambda sums, block: (again(sums, block), None), sums, blocks)
+    again = jax.checkpoint(add_block)
+    sums, _ = jax.lax.scan(lambda sums, block: (again(sums, block), None), sums, blocks)
     return (sums.weighted / sums.weights).astype(values.dtype)
 
-  return over_query_blocks(of_queries, queries, query_block)
+  function = with_all_keys if num_blocks == 1 else with_blocks_of_keys
+  return over_query_blocks(function, queries, query_block)
 
 
 class _Sums(NamedTuple):
