@@ -58,7 +58,7 @@ class Programs:
 
     @functools.cache
     def build(treedef, shapes):
-      arrays = [x if isinstance(x, bool) else jax.ShapeDtypeStruct(*x) for x in shapes]
+      arrays = [x if isinstance(x, int) else jax.ShapeDtypeStruct(*x) for x in shapes]
       arguments, keywords = jax.tree.unflatten(treedef, arrays)
       traced = jitted.trace(*arguments, **keywords)
       assert name not in self.texts, f'{name} is built for more than one shape'
@@ -67,7 +67,7 @@ class Programs:
 
     def lower(*arguments, **keywords):
       leaves, treedef = jax.tree.flatten((arguments, keywords))
-      shapes = [x if isinstance(x, bool) else (x.shape, x.dtype) for x in leaves]
+      shapes = [x if isinstance(x, int) else (x.shape, x.dtype) for x in leaves]
       results = build(treedef, tuple(shapes))
       return types.SimpleNamespace(compile=lambda: lambda *_: results)
 

@@ -4,6 +4,7 @@ import warnings
 
 import cv2
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,7 @@ from nonlocal_jax.data.transforms import resize_to
 from nonlocal_jax.evaluation import inference
 from nonlocal_jax.evaluation.buckets import Shape, shapes_for
 from nonlocal_jax.evaluation.inference import Predictor
-from nonlocal_jax.evaluation.protocol import RATIOS, Protocol, Windows
+from nonlocal_jax.evaluation.protocol import RATIOS, Protocol, Windows, axis_matrix
 from nonlocal_jax.models.segmentor import normalize
 from nonlocal_jax.parallel import data_mesh, replicated
 from nonlocal_jax.weights.torch_names import from_state_dict, infer_architecture
@@ -22,6 +23,12 @@ from tests.mmseg_import import mmseg_module
 
 SIZES = [(70, 97), (49, 50), (40, 100), (65, 49), (49, 49), (33, 41)]
 WINDOWS = Windows((49, 49), (33, 33))
+
+
+@pytest.fixture(autouse=True)
+def _several_blocks_of_columns(monkeypatch):
+  """Images as narrow as those here are made of several, too."""
+  monkeypatch.setattr(inference, '_COLUMNS_AT_ONCE', 16)
 
 
 def ours_of(model, *, align_corners):
@@ -78,6 +85,36 @@ def agreement(ours, theirs):
   """Share of equal pixels over several label maps."""
   equal = [np.mean(our == their) for our, their in zip(ours, theirs, strict=True)]
   return float(np.mean(equal))
+
+
+@pytest.mark.parametrize(
+  ('starts', 'crop', 'size', 'band'),
+  [((0,), 512, 512, 8), ((0, 171, 255), 257, 512, 64)],
+  ids=['whole', 'slide'],
+)
+def test_bands_are_all_that_matrices_hold(starts, crop, size, band):
+  geometry = {'crop': crop, 'network': crop, 'size': size, 'out_size': 500}
+  matrix = axis_matrix(starts, **geometry, align_corners=False).toarray().astype(np.float32)
+  starts_of_bands, bands = inference._bands(np.stack([matrix, matrix[::-1]])[None])
+  assert bands.shape == (1, 2, 32, 16, band)
+  found = np.zeros((1, 2, 512, matrix.shape[1]), np.float32)
+  for place in np.ndindex(1, 2, 32):
+    rows = slice(16 * place[2], 16 * place[2] + 16)
+    start = starts_of_bands[place]
+    found[(*place[:2], rows, slice(start, start + band))] = bands[place]
+  np.testing.assert_array_equal(found[0, :, :500], np.stack([matrix, matrix[::-1]]))
+  assert not found[:, :, 500:].any()
+
+
+def test_the_first_of_the_largest_scores():
+  """Where no score is a number there is a class all the same."""
+  rng = np.random.default_rng(0)
+  scores = rng.integers(0, 4, size=(5, 9, 7)).astype(np.float32)
+  found = np.asarray(inference._first_of_largest(jnp.asarray(scores), axis=-2))
+  np.testing.assert_array_equal(found, scores.argmax(axis=1))
+  assert found.dtype == np.uint8
+  scores[:] = np.nan
+  assert np.asarray(inference._first_of_largest(jnp.asarray(scores), axis=-2)).max() < 9
 
 
 def test_padding_has_no_influence_on_the_network(half_pixel):
@@ -250,6 +287,6 @@ def test_scores_are_held_for_a_few_rows_only(half_pixel, monkeypatch):
   image = image_of(SIZES[0])
   shape = Shape.of_image(image.shape[:2], protocol)
   whole = predict(predictor_of(half_pixel, protocol), state, shape, [image])
-  monkeypatch.setattr(inference, '_SCORES_AT_ONCE', 2 * 19 * 97 * 9)  # nine rows of 70
+  monkeypatch.setattr(inference, '_SCORES_AT_ONCE_ON_CPU', 2 * 19 * 112 * 9)  # nine rows of 70
   blocks = predict(predictor_of(half_pixel, protocol), state, shape, [image])
   np.testing.assert_array_equal(blocks, whole)

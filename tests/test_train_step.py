@@ -114,11 +114,26 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
     assert_allclose(found[0][name], frozen[0][name], rtol=1e-9, err_msg=name)
 
 
-def test_rematerialised_blocks_give_the_same(variables, batch):
-  expected = take_step(variables, batch, dropout=0.5)
+@pytest.fixture(scope='module')
+def plain(variables, batch):
+  """The step without options, on one device."""
+  return take_step(variables, batch, dropout=0.5)
+
+
+def test_rematerialised_blocks_give_the_same(variables, batch, plain):
   found = take_step(variables, batch, dropout=0.5, rematerialize=True)
-  assert_same(found[1], expected[1])
-  assert_same(*(to_arrays(result[2][1].batch_stats) for result in (found, expected)))
+  assert_same(found[1], plain[1])
+  assert_same(*(to_arrays(result[2][1].batch_stats) for result in (found, plain)))
+
+
+def test_four_devices_take_the_step_of_one(variables, batch, plain):
+  """Batch statistics included: the mean over the sharded batch is the global one."""
+  assert jax.device_count() == 4
+  found = take_step(variables, batch, dropout=0.5, devices=4)
+  assert len(found[0]['loss'].sharding.device_set) == 4
+  assert_allclose(found[0]['loss'], plain[0]['loss'], rtol=1e-12)
+  assert_same(found[1], plain[1])
+  assert_same(*(to_arrays(result[2][1].batch_stats) for result in (found, plain)))
 
 
 def test_batch_norm_per_device_sees_each_part_by_itself(variables, batch):
@@ -164,7 +179,7 @@ def test_moving_average_of_the_weights(variables, batch):
   assert evaluated.keys() == to_arrays(variables).keys()
 
 
-def test_bfloat16_computes_near_float32_and_keeps_float32_weights(variables, batch):
+def test_bfloat16_computes_near_float64_and_keeps_float32_weights(variables, batch):
   expected = take_step(variables, batch)
   found = take_step(variables, batch, dtype=jnp.bfloat16)
   assert_allclose(found[0]['loss'], expected[0]['loss'], rtol=2e-2)

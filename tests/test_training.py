@@ -1,12 +1,13 @@
 """Training: devices, resumption, what a run leaves behind."""
 
+import contextlib
+import io
 import json
 import re
 import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -15,11 +16,8 @@ from numpy.testing import assert_allclose
 
 import nonlocal_jax
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.parallel import data_mesh, over_batch, replicated, shard_batch
 from nonlocal_jax.training.log import summary_table
 from nonlocal_jax.training.loop import train_and_evaluate
-from nonlocal_jax.training.optimizer import sgd
-from nonlocal_jax.training.state import TrainState, make_train_step
 from nonlocal_jax.weights.arrays import to_arrays
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.torch_names import Architecture, to_state_dict
@@ -102,38 +100,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(training_config, tmp_path):
   assert not list((tmp_path / 'workdir/checkpoints').iterdir())
 
 
-def test_four_devices_take_the_step_of_one(rng):
-  """In float64, batch statistics included: the mean over the sharded batch is the global one."""
-  assert jax.device_count() == 4
-  architecture = Architecture((1, 1, 1, 1), width=4, num_classes=3)
-  batch = {
-    'image': rng.integers(0, 256, size=(8, 40, 48, 3), dtype=np.uint8),
-    'label': rng.integers(0, 3, size=(8, 40, 48), dtype=np.uint8),
-    'size': np.full((8, 2), 40, np.int32),
-  }
-  tx = sgd(lambda step: jnp.asarray(0.01), momentum=0.9, weight_decay=5e-4)
-  graphdef = nnx.graphdef(architecture.abstract(dropout=0.5))
-  variables = jax.jit(lambda: nnx.state(architecture.build(rngs=nnx.Rngs(0))))()
-  results = []
-  with jax.enable_x64(True):
-    variables = jax.tree.map(lambda x: np.asarray(x, np.float64), variables)
-    for devices in (jax.devices()[:1], jax.devices()):
-      mesh = data_mesh(devices)
-      step = jax.jit(
-        make_train_step(graphdef, tx, auxiliary_weight=0.4, compute_dtype=jnp.float64),
-        in_shardings=(replicated(mesh), over_batch(mesh)),
-        out_shardings=replicated(mesh),
-      )
-      state = jax.device_put(TrainState.create(variables, tx, seed=0), replicated(mesh))
-      state, metrics = step(state, shard_batch(batch, mesh))
-      assert len(metrics['loss'].sharding.device_set) == len(devices)
-      results.append((metrics['loss'], to_arrays(state.variables)))
-  (loss, arrays), (sharded_loss, sharded_arrays) = results
-  assert_allclose(sharded_loss, loss, rtol=1e-12)
-  for name, array in arrays.items():
-    assert_allclose(sharded_arrays[name], array, rtol=1e-9, atol=1e-12, err_msg=name)
-
-
 def test_a_run_starts_from_a_given_backbone_and_then_needs_it_no_more(
   training_config, trained, tmp_path, capsys
 ):
@@ -201,15 +167,23 @@ def test_two_processes_train_as_one_and_only_the_first_speaks(
   assert not re.search('mIoU|step|images|Results', said[1])
 
 
-def test_the_first_lines_say_what_the_run_is(training_config, tmp_path, capsys):
+@pytest.fixture(scope='module')
+def averaged(training_config, tmp_path_factory):
+  """A run with options: its config, its workdir and what it printed."""
   config = training_config.copy_and_resolve_references()
-  config.train.steps = 1
   config.train.batch_size = 8
   config.train.accumulate = 2
   config.train.ema_decay = 0.5
   config.train.dtype = 'bfloat16'
-  train_and_evaluate(config, tmp_path / 'workdir')
-  said = capsys.readouterr().out
+  config.eval.every = 4
+  workdir = tmp_path_factory.mktemp('averaged') / 'workdir'
+  with contextlib.redirect_stdout(io.StringIO()) as said:
+    train_and_evaluate(config, workdir)
+  return config, workdir, said.getvalue()
+
+
+def test_the_first_lines_say_what_the_run_is(averaged):
+  said = averaged[2]
   model = Architecture((1, 1, 1, 1), 4, 8).state_shapes()
   size = sum(array.size for array in jax.tree.leaves(nnx.split_state(model, nnx.Param, ...)[0]))
   assert 'custom: from scratch\n' in said
@@ -217,7 +191,7 @@ def test_the_first_lines_say_what_the_run_is(training_config, tmp_path, capsys):
     "4 device(s) (cpu) of 1 process(es), mesh {'data': 4}; batch 8, 2 on each device, in 2" in said
   )
   assert re.search(rf'{size:,} parameters; a training step needs 0\.\d\d GiB on each device', said)
-  assert '1 steps of SGD: learning rate 0.01 to 0.0001, poly 0.9 (v0), heads x 1.0' in said
+  assert '4 steps of SGD: learning rate 0.01 to 0.0001, poly 0.9 (v0), heads x 1.0' in said
   assert 'global batch normalisation; bfloat16; average of weights with decay 0.5\n' in said
 
 
@@ -254,16 +228,13 @@ def test_fine_tuning_with_other_classes_needs_a_word(training_config, trained, t
     np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
-def test_the_averaged_weights_are_what_is_kept_and_goes_on(training_config, tmp_path):
+def test_the_averaged_weights_are_what_is_kept_and_goes_on(averaged, tmp_path):
   """Stopped after two steps of four, the end is that of a run that was not."""
-  config = training_config.copy_and_resolve_references()
-  config.train.ema_decay = 0.5
-  config.eval.every = 4
-  train_and_evaluate(config, tmp_path / 'whole')
-  shutil.copytree(tmp_path / 'whole', tmp_path / 'stopped')
+  config, whole, _ = averaged
+  shutil.copytree(whole, tmp_path / 'stopped')
   shutil.rmtree(tmp_path / 'stopped/checkpoints/4')
   train_and_evaluate(config, tmp_path / 'stopped')
-  found, expected = (to_arrays(read_weights(tmp_path / x)[1]) for x in ('stopped', 'whole'))
+  found, expected = (to_arrays(read_weights(path)[1]) for path in (tmp_path / 'stopped', whole))
   for name, array in expected.items():
     np.testing.assert_array_equal(found[name], array, err_msg=name)
 
