@@ -43,6 +43,11 @@ def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
   return jax.make_mesh((len(devices),), ('data',), devices=devices, axis_types=(AxisType.Auto,))
 
 
+def is_shared_by_processes(mesh: Mesh) -> bool:
+  """Whether the devices of a mesh are those of several processes."""
+  return len({device.process_index for device in mesh.devices.flat}) > 1
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """The sharding of an array that each device holds whole."""
   return NamedSharding(mesh, PartitionSpec())

@@ -95,7 +95,7 @@ def agreement(ours, theirs):
 def test_bands_are_all_that_matrices_hold(starts, crop, size, band):
   geometry = {'crop': crop, 'network': crop, 'size': size, 'out_size': 500}
   matrix = axis_matrix(starts, **geometry, align_corners=False).toarray().astype(np.float32)
-  starts_of_bands, bands = inference._bands(np.stack([matrix, matrix[::-1]])[None])
+  starts_of_bands, bands = inference._bands(np.stack([matrix, matrix[::-1]])[None], whole=False)
   assert bands.shape == (1, 2, 32, 16, band)
   found = np.zeros((1, 2, 512, matrix.shape[1]), np.float32)
   for place in np.ndindex(1, 2, 32):
@@ -279,6 +279,29 @@ def test_a_batch_on_several_devices_is_what_its_images_are(half_pixel):
   )
   found = predict(together, jax.device_put(state, replicated(mesh)), shape, images, batch_size=4)
   assert agreement(found, predict(alone, state, shape, images)) > 0.9999
+
+
+def test_processes_have_one_program_whatever_their_images_are(half_pixel, monkeypatch):
+  """Views of a narrow and of a wide image, whose logits lie closer and farther apart."""
+  _, _, state = half_pixel
+  protocol = Protocol(scale=(240, 90))
+  images = [image_of((90, 240)), image_of((30, 80))]
+  shape = shapes_for([x.shape[:2] for x in images], protocol, most=1)[(90, 240)]
+  found, kinds = [], []
+  for shared in (False, True):
+    monkeypatch.setattr(inference, 'is_shared_by_processes', lambda _, shared=shared: shared)
+    predictor = predictor_of(half_pixel, protocol)
+    run = predictor._predict
+
+    def keep_shapes(*arrays, run=run, **static):
+      kinds[-1].add(str(jax.tree.map(np.shape, arrays)))
+      return run(*arrays, **static)
+
+    predictor._predict = keep_shapes
+    kinds.append(set())
+    found.append([predict(predictor, state, shape, [x])[0] for x in images])
+  assert [len(k) for k in kinds] == [2, 1]
+  assert agreement(*found) > 0.9999
 
 
 def test_scores_are_held_for_a_few_rows_only(half_pixel, monkeypatch):

@@ -22,7 +22,7 @@ from nonlocal_jax.evaluation.buckets import Shape, ViewShape
 from nonlocal_jax.evaluation.metrics import confusion_matrix
 from nonlocal_jax.evaluation.protocol import Protocol, Size, View, axis_matrix, feature_size
 from nonlocal_jax.models import normalize
-from nonlocal_jax.parallel import data_mesh, shard_batch
+from nonlocal_jax.parallel import data_mesh, is_shared_by_processes, shard_batch
 
 _PIXELS_AT_ONCE = 2**21  # that a device sends through the network: a Cityscapes image
 # Class scores at image size that a device holds; on CPUs so few that they stay in the cache.
@@ -201,15 +201,19 @@ class Predictor:
       for flipped in range(flips):  # a mirrored result is turned back
         place = columns[number, flipped, : size[1], : of_columns.shape[1], : of_columns.shape[2]]
         place[:] = of_columns[::-1] if flipped else of_columns
-    starts, bands = _bands(columns.reshape(n, flips, result[1], -1))
+    starts, bands = _bands(
+      columns.reshape(n, flips, result[1], -1), whole=is_shared_by_processes(self.mesh)
+    )
     return {'rows': rows.reshape(n, result[0], -1), 'starts': starts, 'bands': bands}
 
 
-def _bands(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _bands(matrices: np.ndarray, *, whole: bool) -> tuple[np.ndarray, np.ndarray]:
   """What matrices hold but zeros: a few neighbouring columns for each block of rows.
 
   Args:
     matrices: (..., rows, columns) float32.
+    whole: Whether to take all columns, for processes which have one program together but do not
+      know of each other's matrices.
 
   Returns:
     First columns, (..., blocks) int32, and (..., blocks, rows of a block, width) float32, the last
@@ -223,7 +227,7 @@ def _bands(matrices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   first = used.argmax(axis=-1)
   after = np.where(used.any(axis=-1), width - used[..., ::-1].argmax(axis=-1), 0)
   needed = max(int((after - first).max()), _COLUMNS_AT_ONCE // 4)
-  band = min(1 << (needed - 1).bit_length(), width)
+  band = width if whole else min(1 << (needed - 1).bit_length(), width)
   starts = np.minimum(first, width - band)
   places = starts[..., None, None] + np.arange(band)
   return starts.astype(np.int32), np.take_along_axis(blocks, places, axis=-1)
