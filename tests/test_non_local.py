@@ -114,7 +114,7 @@ def test_attention_and_gradients_in_blocks_equal_pytorch(rng, query_block, key_b
 
 
 def test_on_cpus_keys_are_in_blocks(monkeypatch):
-  """A block of its own choice gives what one of all keys does, and holds no more than that."""
+  """Without a choice; the result is that of all keys at once."""
   monkeypatch.setattr(non_local, '_KEYS_ON_CPU', 16)
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 7, 4)), jnp.float32)
   results = []

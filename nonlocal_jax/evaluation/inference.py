@@ -2,8 +2,9 @@
 
 An image's views, windows and flips go through the network padded to a shape that many images share;
 the padding has no influence. What follows is linear in rows and in columns, and so one matrix for
-each axis, given as data: no program depends on the size of an image, and class scores at image size
-are held for a few rows only.
+each axis, given as data: no program depends on the size of an image, but for the width of the
+bands that the matrices of columns are, of which there are few. Class scores at image size are held
+for a few rows only.
 """
 
 import functools
@@ -217,7 +218,8 @@ def _bands(matrices: np.ndarray, *, whole: bool) -> tuple[np.ndarray, np.ndarray
 
   Returns:
     First columns, (..., blocks) int32, and (..., blocks, rows of a block, width) float32, the last
-    block padded. The width is that of all, or a power of two, so that there are few widths.
+    block padded. The width is that of all, or a power of two and at least a quarter of a block's
+    rows, so that there are few widths.
   """
   *batch, rows, width = matrices.shape
   num_blocks = -(-rows // _COLUMNS_AT_ONCE)
@@ -286,7 +288,7 @@ def _most_likely(
 def _first_of_largest(scores: jax.Array, *, axis: int) -> jax.Array:
   """`jnp.argmax` as uint8 by two reductions that XLA makes vector instructions of on CPUs.
 
-  Among scores that are not all numbers the place is any of those that there are.
+  Where a score is not a number the place means nothing, but is one of those that there are.
   """
   places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim + axis)
   smaller = scores < scores.max(axis=axis, keepdims=True)

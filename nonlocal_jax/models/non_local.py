@@ -15,9 +15,9 @@ from nonlocal_jax.models.attention import (
 from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv, inside
 
 Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
+_SOFTMAX_MODES = ('embedded_gaussian', 'gaussian')
 
 _SMALL_NORMAL = nnx.initializers.normal(0.01)
-
 
 # On CPUs the keys of a block are used while they are in the cache, and so are the pairwise weights.
 _KEYS_ON_CPU = 4096
@@ -101,7 +101,7 @@ class NonLocalBlock(nnx.Module):
       raise ValueError(
         "attention is 'cudnn', which has no blocks and is for mode 'embedded_gaussian'"
       )
-    if key_block and mode not in ('embedded_gaussian', 'gaussian'):
+    if key_block and mode not in _SOFTMAX_MODES:
       raise ValueError(f'key_block is {key_block}, but mode {mode!r} has no softmax over keys')
     inner = max(channels // reduction, 1)
     self.mode = mode
@@ -164,9 +164,9 @@ class NonLocalBlock(nnx.Module):
     """Queries (n, q, d), keys (n, k, d), values (n, k, e), present (n, k) -> (n, q, e)."""
     n, num_keys, channels = keys.shape
     backend = jax.default_backend()
-    key_block = num_keys
-    if self.mode in ('embedded_gaussian', 'gaussian'):
-      key_block = min(self.key_block or (_KEYS_ON_CPU if backend == 'cpu' else num_keys), num_keys)
+    key_block = self.key_block or num_keys
+    if self.key_block is None and backend == 'cpu' and self.mode in _SOFTMAX_MODES:
+      key_block = min(num_keys, _KEYS_ON_CPU)
     block = self.query_block or max(max_pairwise_weights(backend) // (n * key_block), 1)
     if present is not None:
       values = jnp.where(present[..., None], values, 0)
