@@ -178,7 +178,7 @@ def check_values(config: ConfigDict) -> None:
   both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
   _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
   choices = {
-    'model.attention': ('blocks', 'cudnn'),
+    'model.attention': ('blocks', 'cudnn', 'flash'),
     'model.convolution': ('fast', 'direct'),
     'eval.protocol': ('v0', 'v1'),
     'optimizer.schedule': ('v0', 'v1'),

@@ -1,14 +1,14 @@
 """Attention in blocks of queries and keys or through cuDNN, and where the latter can be had."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nonlocal_jax.errors import UserError
 
-Attention = Literal['blocks', 'cudnn']
+Attention = Literal['blocks', 'cudnn', 'flash']
 
 # Since this compute capability cuDNN takes more channels.
 _HOPPER = (9, 0)
@@ -108,27 +108,29 @@ class _Sums(NamedTuple):
   weighted: jax.Array  # (n, q, e), values times weights
 
 
-def over_query_blocks(
-  function: Callable[[jax.Array], jax.Array], queries: jax.Array, block: int
-) -> jax.Array:
+def over_query_blocks(function: Callable[[Any], jax.Array], queries: Any, block: int) -> jax.Array:
   """Applies `function` to the queries block by block, and so again in the backward pass.
 
   Args:
     function: Maps (n, b, d) to (n, b, e), each query by itself.
-    queries: (n, q, d).
+    queries: (n, q, d), or a tree of such arrays that `function` takes together.
     block: Most queries at a time; blocks are made equal, the last one padded with zero queries.
 
   Returns:
     (n, q, e).
   """
-  n, count, channels = queries.shape
+  n, count = jax.tree.leaves(queries)[0].shape[:2]
   num_blocks = -(-count // block)
   if num_blocks == 1:
     return function(queries)
   size = -(-count // num_blocks)
-  padded = jnp.pad(queries, ((0, 0), (0, num_blocks * size - count), (0, 0)))
-  blocks = jnp.moveaxis(padded.reshape(n, num_blocks, size, channels), 1, 0)
-  results = jax.lax.map(jax.checkpoint(function), blocks)  # (blocks, n, size, e)
+
+  def in_blocks(x: jax.Array) -> jax.Array:
+    padded = jnp.pad(x, ((0, 0), (0, num_blocks * size - count), (0, 0)))
+    return jnp.moveaxis(padded.reshape(n, num_blocks, size, -1), 1, 0)
+
+  # (blocks, n, size, e)
+  results = jax.lax.map(jax.checkpoint(function), jax.tree.map(in_blocks, queries))
   return jnp.moveaxis(results, 0, 1).reshape(n, num_blocks * size, -1)[:, :count]
 
 

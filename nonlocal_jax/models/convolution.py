@@ -1,8 +1,11 @@
-"""Convolutions that are fast on CPUs, too, forwards and backwards; elsewhere XLA's own.
+"""Convolutions that are fast on CPUs and GPUs, forwards and backwards.
 
 On CPUs, XLA's convolutions are slower than its matrix products, above all the gradients of kernels.
 There a 1x1 convolution is one product, a 3x3 convolution is computed by Winograd's algorithm where
 that saves work, and the gradient of any other kernel is one product for each of its taps.
+
+Elsewhere a dilated convolution is a plain one over the interleaved sub-images: cuDNN computes the
+gradients of dilated convolutions slowly.
 """
 
 import functools
@@ -51,7 +54,9 @@ def fast_convolution(
   precision: lax.PrecisionLike = None,
   **others,
 ) -> jax.Array:
-  """A square 2-D convolution, on CPUs by matrix products; `jax.grad` goes through, `jax.jvp` not.
+  """A square 2-D convolution, by the fastest way of the default backend.
+
+  On CPUs, `jax.jvp` goes through 1x1 convolutions only; `jax.grad` goes through everywhere.
 
   Args:
     inputs: (n, h, w, in_channels) floats.
@@ -70,37 +75,55 @@ def fast_convolution(
   assert before == after
   assert set(others.get('lhs_dilation', (1,))) == {1}
   assert others.get('feature_group_count', 1) == 1
-  return _convolve(inputs, kernel, _Window(stride, dilation, before), precision)
+  window = _Window(stride, dilation, before)
+  if jax.default_backend() != 'cpu':
+    return _convolve_on_accelerator(inputs, kernel, window, precision)
+  if _is_pointwise(kernel, window):
+    return _product(_strided(inputs, stride), kernel[0, 0], precision)
+  return _convolve_on_cpu(inputs, kernel, window, precision)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(
+def _convolve_on_accelerator(
   x: jax.Array, kernel: jax.Array, window: _Window, precision: lax.PrecisionLike
 ) -> jax.Array:
-  options = {'window': window, 'precision': precision}
-  return lax.platform_dependent(
-    x,
-    kernel,
-    cpu=functools.partial(_convolve_on_cpu, **options),
-    default=functools.partial(_convolve_directly, **options),
-  )
+  same_size = window.stride == 1 and 2 * window.padding == window.dilation * (len(kernel) - 1)
+  if window.dilation == 1 or not same_size:
+    return _convolve_directly(x, kernel, window=window, precision=precision)
+  plain = _Window(stride=1, dilation=1, padding=window.padding // window.dilation)
+  y = _convolve_directly(sub_images(x, window.dilation), kernel, window=plain, precision=precision)
+  return from_sub_images(y, window.dilation, x.shape[1:3])
 
 
-def _convolve_forwards(x, kernel, window, precision):
-  return _convolve(x, kernel, window, precision), (x, kernel)
+def sub_images(x: jax.Array, step: int) -> jax.Array:
+  """The interleaved images that a dilated convolution sees, laid into the batch.
+
+  Args:
+    x: (n, h, w, c).
+    step: Distance of neighbours in a sub-image; `h` and `w` are padded with zeros to multiples.
+
+  Returns:
+    (n * step^2, ceil(h / step), ceil(w / step), c).
+  """
+  n, height, width, channels = x.shape
+  x = jnp.pad(x, ((0, 0), (0, -height % step), (0, -width % step), (0, 0)))
+  x = x.reshape(n, -(-height // step), step, -(-width // step), step, channels)
+  return x.transpose(0, 2, 4, 1, 3, 5).reshape(n * step**2, *x.shape[1:4:2], channels)
 
 
-def _convolve_backwards(window, precision, inputs, gradient):
-  options = {'window': window, 'precision': precision}
-  return lax.platform_dependent(
-    *inputs,
-    gradient,
-    cpu=functools.partial(_gradients_on_cpu, **options),
-    default=functools.partial(_gradients_directly, **options),
-  )
+def from_sub_images(x: jax.Array, step: int, size: Sequence[int]) -> jax.Array:
+  """The inverse of `sub_images`.
 
+  Args:
+    x: (n * step^2, ceil(h / step), ceil(w / step), c).
+    step: As there.
+    size: (h, w).
 
-_convolve.defvjp(_convolve_forwards, _convolve_backwards)
+  Returns:
+    (n, h, w, c).
+  """
+  _, rows, columns, channels = x.shape
+  x = x.reshape(-1, step, step, rows, columns, channels).transpose(0, 3, 1, 4, 2, 5)
+  return x.reshape(-1, rows * step, columns * step, channels)[:, : size[0], : size[1]]
 
 
 def _convolve_directly(
@@ -117,43 +140,27 @@ def _convolve_directly(
   )
 
 
-def _gradients_directly(
-  x: jax.Array,
-  kernel: jax.Array,
-  gradient: jax.Array,
-  *,
-  window: _Window,
-  precision: lax.PrecisionLike,
-) -> tuple[jax.Array, jax.Array]:
-  convolve = functools.partial(_convolve_directly, window=window, precision=precision)
-  return jax.vjp(convolve, x, kernel)[1](gradient)
-
-
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve_on_cpu(
-  x: jax.Array, kernel: jax.Array, *, window: _Window, precision: lax.PrecisionLike
+  x: jax.Array, kernel: jax.Array, window: _Window, precision: lax.PrecisionLike
 ) -> jax.Array:
-  if _is_pointwise(kernel, window):
-    return _product(_strided(x, window.stride), kernel[0, 0], precision)
   if _suits_winograd(x, kernel, window):
     return winograd.convolve(x, kernel, window.dilation, precision)
   return _convolve_directly(x, kernel, window=window, precision=precision)
 
 
+def _forwards_on_cpu(x, kernel, window, precision):
+  return _convolve_on_cpu(x, kernel, window, precision), (x, kernel)
+
+
 def _gradients_on_cpu(
-  x: jax.Array,
-  kernel: jax.Array,
-  gradient: jax.Array,
-  *,
   window: _Window,
   precision: lax.PrecisionLike,
+  inputs: tuple[jax.Array, jax.Array],
+  gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
   """Gradients of input and kernel from that of the output."""
-  if _is_pointwise(kernel, window):
-    of_input = _product(gradient, kernel[0, 0].T, precision)
-    if window.stride > 1:
-      of_input = _spread(of_input, window.stride, x.shape[1:3])
-    strided = _strided(x, window.stride)
-    return of_input, _product_over_positions(strided, gradient, precision)[None, None]
+  x, kernel = inputs
   if _suits_winograd(x, kernel, window):
     of_input = winograd.convolve(gradient, kernel, window.dilation, precision, transpose=True)
     return of_input, winograd.kernel_gradient(x, gradient, window.dilation, precision)
@@ -162,21 +169,15 @@ def _gradients_on_cpu(
   return of_input, _kernel_gradient(x, gradient, kernel.shape[:2], window, precision)
 
 
+_convolve_on_cpu.defvjp(_forwards_on_cpu, _gradients_on_cpu)
+
+
 def _is_pointwise(kernel: jax.Array, window: _Window) -> bool:
   return kernel.shape[:2] == (1, 1) and window.padding == 0
 
 
 def _strided(x: jax.Array, stride: int) -> jax.Array:
   return x[:, ::stride, ::stride]
-
-
-def _spread(x: jax.Array, stride: int, shape: Sequence[int]) -> jax.Array:
-  """Undoes `_strided` with zeros in between."""
-  gaps = [
-    (0, size - stride * (count - 1) - 1, stride - 1)
-    for size, count in zip(shape, x.shape[1:3], strict=True)
-  ]
-  return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *gaps, (0, 0, 0)])
 
 
 def _product(x: jax.Array, matrix: jax.Array, precision: lax.PrecisionLike) -> jax.Array:

@@ -12,6 +12,7 @@ from nonlocal_jax.models.attention import (
   over_query_blocks,
   softmax_attention,
 )
+from nonlocal_jax.models.flash_attention import flash_attention
 from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv, inside
 
 Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
@@ -97,9 +98,9 @@ class NonLocalBlock(nnx.Module):
     if attention not in get_args(Attention):
       expected = ', '.join(get_args(Attention))
       raise ValueError(f'attention is {attention!r}, expected one of {expected}')
-    if attention == 'cudnn' and (mode != 'embedded_gaussian' or query_block or key_block):
+    if attention != 'blocks' and (mode != 'embedded_gaussian' or query_block or key_block):
       raise ValueError(
-        "attention is 'cudnn', which has no blocks and is for mode 'embedded_gaussian'"
+        f"attention is {attention!r}, which has no blocks and is for mode 'embedded_gaussian'"
       )
     if key_block and mode not in _SOFTMAX_MODES:
       raise ValueError(f'key_block is {key_block}, but mode {mode!r} has no softmax over keys')
@@ -185,6 +186,8 @@ class NonLocalBlock(nnx.Module):
 
       return over_query_blocks(from_concatenation, query_part, block)
     scale = channels**-0.5 if self.mode == 'embedded_gaussian' and self.use_scale else 1.0
+    if self.attention == 'flash':
+      return flash_attention(queries, keys, values, scale=scale, present=present)
     if self.attention == 'cudnn':
       return cudnn_attention(queries, keys, values, scale=scale, present=present)
     return softmax_attention(

@@ -134,7 +134,11 @@ class ResNet(nnx.Module):
     for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
       x = self._run([stage[0]], x, train=train, sizes=sizes)
       sizes = strided_sizes(sizes, stage[0].stride)
-      for blocks in [stage[1:]] if self.loops else [[block] for block in stage[1:]]:
+      for blocks in (
+        [stage[1:]]
+        if self.loops and jax.default_backend() == 'cpu'
+        else [[block] for block in stage[1:]]
+      ):
         x = self._run(blocks, x, train=train, sizes=sizes)
       features.append(x)
     return features[2], features[3]

@@ -1,5 +1,6 @@
 """Cross-entropy over the pixels of upsampled logits (mmseg `CrossEntropyLoss`)."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 
 from nonlocal_jax.models.layers import apply_axis_matrices, bilinear_matrix
+from nonlocal_jax.models.upsampling import upsample, upsample_transpose_of, upsampling_factor
 
 _PARTS = 8  # of the rows of an image that the loss is computed in
 
@@ -76,8 +78,10 @@ def pixel_losses(
 ) -> PixelLosses:
   """Cross-entropy of each pixel, of logits upsampled to the size of the labels.
 
-  Upsampled logits are the largest array of a training step where there are many classes. They are
-  held for a part of the rows only, and computed again in the backward pass.
+  Upsampled logits are the largest array of a training step where there are many classes, and are
+  computed again in the backward pass. On CPUs they are held for a part of the rows only. Elsewhere
+  they are not held at all where every logit becomes a whole number of pixels, as in the published
+  crops: reductions over classes and pixels compute them as they go.
 
   Args:
     logits: (n, h, w, c) floats; computed with in float32 at least.
@@ -86,6 +90,9 @@ def pixel_losses(
     ignore_index: Label of the pixels without a class.
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  factor = upsampling_factor(logits.shape[1:3], labels.shape[1:], align_corners=align_corners)
+  if factor is not None and jax.default_backend() != 'cpu':
+    return _reduced_losses(logits, labels, factor, align_corners, ignore_index)
   n, height, width = labels.shape
   rows, columns = (
     bilinear_matrix(before, after, align_corners=align_corners)
@@ -112,6 +119,86 @@ def pixel_losses(
     return jnp.moveaxis(x, 0, 1).reshape(n, parts * size, width)[:, :height]
 
   return jax.tree.map(put_together, jax.lax.map(of_part, (jnp.asarray(rows), labels)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _reduced_losses(
+  logits: jax.Array, labels: jax.Array, factor: int, align_corners: bool, ignore_index: int
+) -> PixelLosses:
+  """See `pixel_losses`; in one reduction over the classes of upsampled logits."""
+  return _forwards_reduced(logits, labels, factor, align_corners, ignore_index)[0]
+
+
+def _forwards_reduced(logits, labels, factor, align_corners, ignore_index):
+  # One program holds two heads: joined into one kernel, their logits would be held upsampled.
+  logits, labels = jax.lax.optimization_barrier((logits, labels))
+  upsampled = upsample(logits, factor, align_corners=align_corners)  # (n, h, f, w, f, c)
+  valid = labels != ignore_index
+  targets = jnp.where(valid, labels, -1).astype(jnp.int32)
+  blocks = _in_blocks(targets, logits.shape[1:3], factor, fill=-1)
+  classes = jax.lax.broadcasted_iota(jnp.int32, upsampled.shape, 5)
+  of_target = jnp.where(classes == blocks[..., None], upsampled, 0)
+  dtype = logits.dtype
+  largest, total, first, of_target = jax.lax.reduce(
+    (upsampled, jnp.ones_like(upsampled), classes, of_target),
+    (
+      jnp.finfo(dtype).min,
+      jnp.zeros((), dtype),
+      jnp.int32(jnp.iinfo(jnp.int32).max),
+      dtype.type(0),
+    ),
+    _add_classes,
+    dimensions=(5,),
+  )
+  log_sum = largest + jnp.log(total)
+  size = labels.shape[1:]
+  losses = jnp.where(valid, _from_blocks(log_sum - of_target, size), 0)
+  hits = _from_blocks(first == blocks, size) & valid
+  return PixelLosses(losses, hits), (logits, blocks, log_sum)
+
+
+def _add_classes(a, b):
+  """Joins (largest logit, sum of exponentials relative to it, its class, logit of the target)."""
+  largest = jnp.maximum(a[0], b[0])
+  total = a[1] * jnp.exp(a[0] - largest) + b[1] * jnp.exp(b[0] - largest)
+  candidates = (jnp.where(x[0] == largest, x[2], jnp.iinfo(jnp.int32).max) for x in (a, b))
+  return largest, total, jnp.minimum(*candidates), a[3] + b[3]
+
+
+def _backwards_reduced(factor, align_corners, ignore_index, residuals, cotangents):
+  del ignore_index
+  logits, blocks, log_sum = residuals
+  # Keeps XLA from holding what the forward pass upsampled.
+  logits = jax.lax.optimization_barrier(logits)
+  weights = _in_blocks(cotangents.losses, logits.shape[1:3], factor, fill=0)
+  weights = jnp.where(blocks >= 0, weights, 0)
+
+  def gradients(column: int, upsampled: jax.Array) -> jax.Array:
+    target, weight, log_of_sum = (
+      x[..., column, None] for x in (blocks, weights, log_sum)
+    )  # (n, h, factor, w, 1)
+    classes = jax.lax.broadcasted_iota(jnp.int32, upsampled.shape, 4)
+    return (jnp.exp(upsampled - log_of_sum) - (classes == target)) * weight
+
+  gradient = upsample_transpose_of(gradients, logits, factor, align_corners=align_corners)
+  return gradient, None
+
+
+_reduced_losses.defvjp(_forwards_reduced, _backwards_reduced)
+
+
+def _in_blocks(x: jax.Array, size: tuple[int, int], factor: int, *, fill: int) -> jax.Array:
+  """(n, out_h, out_w) -> (n, h, factor, w, factor), padded at the bottom and right."""
+  n, height, width = x.shape
+  missing = [(0, side * factor - out) for side, out in zip(size, (height, width), strict=True)]
+  x = jnp.pad(x, ((0, 0), *missing), constant_values=fill)
+  return x.reshape(n, size[0], factor, size[1], factor)
+
+
+def _from_blocks(x: jax.Array, size: tuple[int, int]) -> jax.Array:
+  """The inverse of `_in_blocks`."""
+  n, rows, factor, columns, _ = x.shape
+  return x.reshape(n, rows * factor, columns * factor)[:, : size[0], : size[1]]
 
 
 def sum_of_losses(
