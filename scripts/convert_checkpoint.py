@@ -24,13 +24,13 @@ from configs.common import base_config, published_config, variant_name
 from nonlocal_jax.command_line import run_program
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.progress import progress_bar
+from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import DESCRIPTION, read_description, save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import TorchWeights, read_torch_weights, read_weights
 from nonlocal_jax.weights.recorded_config import RecordedConfig
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel
 from nonlocal_jax.weights.torch_names import to_state_dict
-from nonlocal_jax.weights.torch_writer import write_torch_checkpoint
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from nonlocal_jax.data.datasets import PUBLISHED, custom_dataset
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.torch_format.reader import read_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import load_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.recorded_config import RecordedConfig
@@ -20,7 +21,6 @@ from nonlocal_jax.weights.released import (
   released_model_of_file,
   released_model_of_sha256,
 )
-from nonlocal_jax.weights.torch_file import read_torch_checkpoint
 from nonlocal_jax.weights.torch_names import (
   Architecture,
   from_state_dict,

@@ -21,7 +21,7 @@ import torch
 from mmengine.logging import HistoryBuffer
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.weights.torch_file import read_torch_checkpoint, read_torch_file
+from nonlocal_jax.torch_format.reader import read_torch_checkpoint, read_torch_file
 
 NEWER_DTYPES = ('uint16', 'uint32', 'uint64', 'float8_e4m3fn', 'float8_e5m2')
 DTYPES = (
@@ -240,7 +240,7 @@ def test_reads_without_torch_installed(tmp_path):
   path = save(tmp_path / 'a.pth', {'x': torch.ones(2, dtype=torch.bfloat16)}, 'zip')
   code = (
     "import sys; sys.modules['torch'] = None\n"
-    'from nonlocal_jax.weights.torch_file import read_torch_file\n'
+    'from nonlocal_jax.torch_format.reader import read_torch_file\n'
     f"assert read_torch_file({str(path)!r})['x'].tolist() == [1, 1]"
   )
   subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parents[1])

@@ -8,8 +8,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from nonlocal_jax.weights.checked_file import CheckedFile, RefusedError
-from nonlocal_jax.weights.torch_pickle import Inert, Names, is_shape
+from nonlocal_jax.torch_format.bounded_file import BoundedFile, RefusedError
+from nonlocal_jax.torch_format.unpickler import Inert, Names, is_shape
 
 _DTYPES = {
   **{f'torch.{name}': np.dtype(name) for name in (
@@ -49,7 +49,7 @@ class Storages:
     fill: Reads the data of a new storage, given its key; None where all data follow later.
   """
 
-  def __init__(self, file: CheckedFile, fill: Callable[[str, Storage], None] | None = None):
+  def __init__(self, file: BoundedFile, fill: Callable[[str, Storage], None] | None = None):
     self.by_key: dict[str, Storage] = {}
     self._file = file
     self._fill = fill
@@ -108,7 +108,7 @@ def to_native(storage: Storage, byte_order: str) -> None:
     storage.byteswap(inplace=True)
 
 
-def tensor_names(file: CheckedFile, byte_order: str) -> Names:
+def tensor_names(file: BoundedFile, byte_order: str) -> Names:
   """PyTorch's names in checkpoints.
 
   Args:
@@ -167,7 +167,7 @@ def tensor_names(file: CheckedFile, byte_order: str) -> Names:
 
 
 def _view(
-  file: CheckedFile,
+  file: BoundedFile,
   storage: Any,
   dtype: np.dtype,
   start: Any,

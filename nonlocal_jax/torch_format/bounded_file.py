@@ -11,7 +11,7 @@ class RefusedError(Exception):
   """Why a file is not read: the rest of a sentence that begins with the file's path."""
 
 
-class CheckedFile:
+class BoundedFile:
   """An open binary file with its size, and an allowance for all that is allocated on its word.
 
   Args:

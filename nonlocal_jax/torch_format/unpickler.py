@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nonlocal_jax.weights.checked_file import CheckedFile, RefusedError
+from nonlocal_jax.torch_format.bounded_file import BoundedFile, RefusedError
 
 _OPCODES_LIMIT = 2_000_000  # thirty times what a ResNet-101 with its optimizer needs
 _NDIM_LIMIT = 64
@@ -40,7 +40,7 @@ class Inert:
 
 
 def read_pickle(
-  file: CheckedFile, names: Names, load_persistent: Callable[[Any], Any] | None = None
+  file: BoundedFile, names: Names, load_persistent: Callable[[Any], Any] | None = None
 ) -> Any:
   """Reads the pickle that begins where `file` stands, up to its end.
 
@@ -76,7 +76,7 @@ def is_shape(value: Any) -> bool:
   )
 
 
-def plain_names(file: CheckedFile) -> Names:
+def plain_names(file: BoundedFile) -> Names:
   """The names that are not PyTorch's: Python's containers, numpy's arrays, MMEngine's logs.
 
   Args:
@@ -128,7 +128,7 @@ def _in_modules(modules: Iterable[str], names: Names) -> Names:
   return {f'{module}.{name}': call for module in modules for name, call in names.items()}
 
 
-def _run(file: CheckedFile, names: Names, load_persistent: Callable[[Any], Any] | None) -> Any:
+def _run(file: BoundedFile, names: Names, load_persistent: Callable[[Any], Any] | None) -> Any:
   """The machine: a stack of objects, the heights of its marks, and a memo of objects by number."""
   stack: list[Any] = []
   marks: list[int] = []
@@ -271,7 +271,7 @@ def _call(names: Names, named: Any, arguments: Any) -> Any:
   return call(*arguments)
 
 
-def _set_state(target: Any, state: Any, file: CheckedFile) -> None:
+def _set_state(target: Any, state: Any, file: BoundedFile) -> None:
   """BUILD: fills numpy's objects; what others keep beside their items is dropped."""
   if type(target) is np.ndarray and target.size == 0:
     _version, shape, dtype, is_fortran, data = state

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.weights.checked_file import CheckedFile, RefusedError
-from nonlocal_jax.weights.torch_pickle import Inert, plain_names, read_pickle
-from nonlocal_jax.weights.torch_tensors import Storage, Storages, tensor_names, to_native
+from nonlocal_jax.torch_format.bounded_file import BoundedFile, RefusedError
+from nonlocal_jax.torch_format.tensors import Storage, Storages, tensor_names, to_native
+from nonlocal_jax.torch_format.unpickler import Inert, plain_names, read_pickle
 
 _ZIP_MAGIC = b'PK\x03\x04'
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -90,7 +90,7 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     if not Path(path).is_file():
       raise RefusedError('is not a file: expected the path of a PyTorch checkpoint (.pth)')
     with open(path, 'rb') as file:
-      return _read(CheckedFile(file, os.fstat(file.fileno()).st_size))
+      return _read(BoundedFile(file, os.fstat(file.fileno()).st_size))
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ def _type(value: Any) -> str:
   return value.name if type(value) is Inert else type(value).__name__
 
 
-def _read(file: CheckedFile) -> Any:
+def _read(file: BoundedFile) -> Any:
   if file.size == 0:
     raise RefusedError('is empty: expected a PyTorch checkpoint, download or copy it again')
   head = file.file.read(512)
@@ -138,7 +138,7 @@ def _read(file: CheckedFile) -> Any:
   raise RefusedError(f'is {what}: expected a checkpoint written by torch.save')
 
 
-def _read_zip(file: CheckedFile) -> Any:
+def _read_zip(file: BoundedFile) -> Any:
   """PyTorch 1.6 and later: an uncompressed zip archive of data.pkl and one member a storage."""
   members = _zip_members(file)
   roots = [match[1] for match in map(re.compile(r'([^/]+/)data\.pkl').fullmatch, members) if match]
@@ -175,11 +175,11 @@ def _read_zip(file: CheckedFile) -> Any:
 
   pickled = file.read(_seek_member(file, members[f'{root}data.pkl']))
   names = {**plain_names(file), **tensor_names(file, byte_order)}
-  in_memory = CheckedFile(io.BytesIO(pickled), len(pickled))
+  in_memory = BoundedFile(io.BytesIO(pickled), len(pickled))
   return read_pickle(in_memory, names, Storages(file, fill).load)
 
 
-def _zip_members(file: CheckedFile) -> dict[str, zipfile.ZipInfo]:
+def _zip_members(file: BoundedFile) -> dict[str, zipfile.ZipInfo]:
   try:
     with zipfile.ZipFile(file.file) as archive:
       return {member.filename: member for member in archive.infolist()}
@@ -190,7 +190,7 @@ def _zip_members(file: CheckedFile) -> dict[str, zipfile.ZipInfo]:
     ) from error
 
 
-def _seek_member(file: CheckedFile, member: zipfile.ZipInfo) -> int:
+def _seek_member(file: BoundedFile, member: zipfile.ZipInfo) -> int:
   """Moves to the data of a member, and returns their size."""
   if member.compress_type != zipfile.ZIP_STORED:
     raise RefusedError(
@@ -215,7 +215,7 @@ def _damaged_member(member: zipfile.ZipInfo) -> RefusedError:
   )
 
 
-def _read_legacy(file: CheckedFile) -> Any:
+def _read_legacy(file: BoundedFile) -> Any:
   """PyTorch before 1.6: five pickles, then the data of the storages, always little-endian."""
   magic, protocol, _system = (read_pickle(file, {}) for _ in range(3))
   if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
