@@ -22,9 +22,9 @@ from nonlocal_jax.data.datasets import (
 from nonlocal_jax.data.loader import TrainIterator, train_batches
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.protocol import Protocol, Windows
-from nonlocal_jax.models.attention import check_attention
+from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.ops.attention import check_attention
 from nonlocal_jax.parallel import is_first_process
-from nonlocal_jax.weights.torch_names import Architecture
 
 _OF_THE_DATASET = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
 

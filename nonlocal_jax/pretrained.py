@@ -15,7 +15,7 @@ from nonlocal_jax.data.transforms import IGNORE, resize_to
 from nonlocal_jax.evaluation.buckets import Shape
 from nonlocal_jax.evaluation.inference import Predictor
 from nonlocal_jax.evaluation.protocol import Protocol, Windows
-from nonlocal_jax.models.convolution import Method
+from nonlocal_jax.ops.convolution import Method
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
@@ -37,7 +37,7 @@ def load(
       (its newest checkpoint).
     align_corners: The corner convention. By default that of the directory, or what the name of a
       released file says, or else False, mmsegmentation's own default.
-    convolution: How convolutions are computed, see `models.convolution`.
+    convolution: How convolutions are computed, see `ops.convolution`.
     precision: Of matrix products: 'highest' for float32 everywhere, as the published scores were
       measured, 'default' for what JAX chooses, on recent GPUs the several times faster TF32.
 
@@ -72,7 +72,7 @@ class PretrainedModel:
     Args:
       description: What the weights are.
       state: Parameters and running statistics.
-      convolution: How convolutions are computed, see `models.convolution`.
+      convolution: How convolutions are computed, see `ops.convolution`.
       precision: See `load`.
 
     Raises:

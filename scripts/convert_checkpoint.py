@@ -28,9 +28,9 @@ from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import DESCRIPTION, read_description, save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import TorchWeights, read_torch_weights, read_weights
-from nonlocal_jax.weights.recorded_config import RecordedConfig
+from nonlocal_jax.weights.mmseg_config import RecordedConfig
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel
-from nonlocal_jax.weights.torch_names import to_state_dict
+from nonlocal_jax.weights.state_dict import to_state_dict
 
 
 def main() -> None:

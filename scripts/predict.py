@@ -28,7 +28,7 @@ from nonlocal_jax.data.transforms import decode_image
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
 from nonlocal_jax.files import whole_file
-from nonlocal_jax.models.convolution import Method
+from nonlocal_jax.ops.convolution import Method
 from nonlocal_jax.pretrained import Precision, PretrainedModel
 from nonlocal_jax.progress import progress_bar
 

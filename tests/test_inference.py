@@ -15,9 +15,9 @@ from nonlocal_jax.evaluation import inference
 from nonlocal_jax.evaluation.buckets import Shape, shapes_for
 from nonlocal_jax.evaluation.inference import Predictor
 from nonlocal_jax.evaluation.protocol import RATIOS, Protocol, Windows, axis_matrix
-from nonlocal_jax.models.segmentor import normalize
+from nonlocal_jax.models.nonlocal_net import normalize
 from nonlocal_jax.parallel import data_mesh, replicated
-from nonlocal_jax.weights.torch_names import from_state_dict, infer_architecture
+from nonlocal_jax.weights.state_dict import from_state_dict, infer_architecture
 from tests import peer
 from tests.mmseg_import import mmseg_module
 

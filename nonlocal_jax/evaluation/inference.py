@@ -20,9 +20,9 @@ from jax.sharding import Mesh
 from nonlocal_jax.compiler import Program
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.evaluation.buckets import Shape, ViewShape
-from nonlocal_jax.evaluation.metrics import confusion_matrix
 from nonlocal_jax.evaluation.protocol import Protocol, Size, View, axis_matrix, feature_size
 from nonlocal_jax.models import normalize
+from nonlocal_jax.ops.confusion import confusion_matrix
 from nonlocal_jax.parallel import data_mesh, is_shared_by_processes, shard_batch
 
 _PIXELS_AT_ONCE = 2**21  # that a device sends through the network: a Cityscapes image

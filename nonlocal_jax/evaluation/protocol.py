@@ -8,8 +8,8 @@ import numpy as np
 import scipy.sparse
 
 from nonlocal_jax.data.transforms import rescaled_size
-from nonlocal_jax.models.layers import bilinear_taps
-from nonlocal_jax.models.segmentor import OUTPUT_STRIDE
+from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE
+from nonlocal_jax.ops.resize import bilinear_taps
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale testing
 
@@ -163,7 +163,7 @@ def axis_matrix(
     network: Pixels that the network sees, at least `crop`.
     size: Pixels of the resized image.
     out_size: Pixels of the result.
-    align_corners: See `layers.bilinear_taps`.
+    align_corners: See `resize.bilinear_taps`.
 
   Returns:
     (out_size, windows * features) float64; each row sums to 1.

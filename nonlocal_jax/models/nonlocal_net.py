@@ -6,8 +6,9 @@ import numpy as np
 from flax import nnx
 
 from nonlocal_jax.models.heads import AuxiliaryHead, NonLocalHead
-from nonlocal_jax.models.layers import clear_outside, resize_bilinear, strided_sizes
 from nonlocal_jax.models.resnet import STAGE_BLOCKS, ResNet
+from nonlocal_jax.ops.masking import mask_padding, strided_sizes
+from nonlocal_jax.ops.resize import resize_bilinear
 
 # ImageNet statistics of RGB in [0, 255], the `data_preprocessor` of the released models.
 MEAN = (123.675, 116.28, 103.53)
@@ -19,7 +20,7 @@ class NonLocalNet(nnx.Module):
   """Dilated ResNet with a non-local decode head and an auxiliary FCN head.
 
   The paths of its arrays are those of the released checkpoints (`backbone.layer3.5.conv2`),
-  but for the stem and the shortcuts; `nonlocal_jax.weights.torch_names` holds the map.
+  but for the stem and the shortcuts; `nonlocal_jax.weights.state_dict` holds the map.
 
   Attributes:
     align_corners: Whether logits are upsampled corner on corner (the 769x769 models) or with
@@ -133,4 +134,4 @@ def normalize(images: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
   # A product with the reciprocal, as mmcv's `imnormalize`: the same bits compiled or not.
   reciprocal = (1 / np.asarray(STD)).astype(np.float32)
   normalized = (images.astype(jnp.float32) - np.asarray(MEAN, np.float32)) * reciprocal
-  return clear_outside(normalized, sizes)
+  return mask_padding(normalized, sizes)

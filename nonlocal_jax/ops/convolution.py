@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nonlocal_jax.models import winograd
+from nonlocal_jax.ops import winograd
 
 Method = Literal['fast', 'direct']
 
