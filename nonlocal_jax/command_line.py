@@ -10,8 +10,8 @@ import absl.logging
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from nonlocal_jax.compilation_cache import use_compilation_cache
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UserError
+from nonlocal_jax.runtime.compilation import use_compilation_cache
 
 
 def run_program(program: Callable[[], object]) -> None:

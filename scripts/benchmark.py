@@ -32,7 +32,7 @@ from nonlocal_jax.data.synthetic import DEMO, write_demo_set
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import Architecture
 from nonlocal_jax.models.resnet import STAGE_BLOCKS
-from nonlocal_jax.progress import progress_bar
+from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.state_dict import to_state_dict
 from scripts.benchmark_measures import random_state

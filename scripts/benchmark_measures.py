@@ -31,13 +31,13 @@ from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS, peak_memory_gib
 from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, train_batches_of
+from nonlocal_jax.inference.pretrained import PretrainedModel
 from nonlocal_jax.models import NonLocalBlock
 from nonlocal_jax.models.config import Architecture
 from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE
-from nonlocal_jax.parallel import data_mesh, replicated, shard_batch
-from nonlocal_jax.pretrained import PretrainedModel
+from nonlocal_jax.runtime.parallel import data_mesh, replicated, shard_batch
 from nonlocal_jax.training.recipe import compile_step, optimizer_of
-from nonlocal_jax.training.state import TrainState
+from nonlocal_jax.training.train_step import TrainState
 from nonlocal_jax.weights.description import ModelDescription
 
 Figures = dict[str, Any]

@@ -25,8 +25,8 @@ from configs.common import variant_name
 from nonlocal_jax.command_line import run_program
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
-from nonlocal_jax.files import write_whole
-from nonlocal_jax.progress import progress_bar
+from nonlocal_jax.runtime.files import write_whole
+from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.weights.loading import sha256_of
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel, released_model_of_sha256
 

@@ -22,15 +22,15 @@ from PIL import Image
 
 import nonlocal_jax
 from nonlocal_jax.command_line import run_program
-from nonlocal_jax.data.audit import CITYSCAPES_IDS
 from nonlocal_jax.data.paths import files_below
 from nonlocal_jax.data.transforms import decode_image
+from nonlocal_jax.data.validation import CITYSCAPES_IDS
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
-from nonlocal_jax.files import whole_file
+from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
 from nonlocal_jax.ops.convolution import Method
-from nonlocal_jax.pretrained import Precision, PretrainedModel
-from nonlocal_jax.progress import progress_bar
+from nonlocal_jax.runtime.files import whole_file
+from nonlocal_jax.runtime.progress import progress_bar
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 

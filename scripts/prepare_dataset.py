@@ -20,7 +20,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nonlocal_jax.command_line import run_program
-from nonlocal_jax.data.builders import PreparedSplit, prepare
 from nonlocal_jax.data.datasets import (
   DESCRIPTION,
   PUBLISHED,
@@ -29,6 +28,8 @@ from nonlocal_jax.data.datasets import (
   read_description,
 )
 from nonlocal_jax.data.label_values import class_shares
+from nonlocal_jax.data.preparation import prepare
+from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.experiment import report_split
 

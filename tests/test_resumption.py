@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import main
-from nonlocal_jax.compilation_cache import use_compilation_cache
 from nonlocal_jax.data.loader import TrainIterator
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UserError
+from nonlocal_jax.runtime.compilation import use_compilation_cache
 from nonlocal_jax.training import loop
 from nonlocal_jax.training.loop import train_and_evaluate
 from nonlocal_jax.weights.arrays import to_arrays

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.files import whole_file
+from nonlocal_jax.runtime.files import whole_file
 
 _ALIGNMENT = 64  # bytes: so PyTorch can map the data into memory
 _STORAGE_CLASSES = {np.dtype(np.float32): 'FloatStorage', np.dtype(np.int64): 'LongStorage'}

@@ -1,14 +1,22 @@
-"""How programs are compiled on CPUs, where memory counts more than running side by side."""
+"""How programs are compiled, and where compiled ones are kept.
+
+On CPUs memory counts more than running side by side. A second start does not compile again.
+"""
 
 import ctypes
+import hashlib
+import os
+import platform
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
 # In an order that needs little memory, not one in which much can start early.
 _CPU_OPTIONS = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+_MOST_BYTES = 4 * 2**30  # of the compilation cache
 
 
 def compiler_options() -> dict[str, str]:
@@ -63,3 +71,30 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
     if trim is not None:
       trim(0)
   return program
+
+
+def use_compilation_cache() -> None:
+  """Turns on JAX's persistent compilation cache, unless JAX was told of one (or of none) already.
+
+  It lies in the user's cache directory, `~/.cache/nonlocal_jax` or below `XDG_CACHE_HOME`; those
+  used least recently go when it exceeds 4 GiB. `JAX_COMPILATION_CACHE_DIR` names another place,
+  `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  caches = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
+  # Programs for one processor may not run on another that shares the home directory.
+  jax.config.update(
+    'jax_compilation_cache_dir', str(caches / 'nonlocal_jax' / f'compiled_{_processor()}')
+  )
+  jax.config.update('jax_compilation_cache_max_size', _MOST_BYTES)
+
+
+def _processor() -> str:
+  """Short name of what the processor can do."""
+  try:
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    features = next(line for line in lines if line.startswith(('flags', 'Features')))
+  except (OSError, StopIteration):
+    features = platform.processor()
+  return hashlib.sha256(f'{platform.machine()} {features}'.encode()).hexdigest()[:8]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nonlocal_jax.data import audit, builders, datasets, layouts, transforms
+from nonlocal_jax.data import datasets, layouts, preparation, prepared, transforms, validation
 from nonlocal_jax.data.label_values import LabelValue, check_label_values, class_shares
 from nonlocal_jax.data.label_values import usual_mistakes as mistakes
 from nonlocal_jax.errors import UserError
@@ -39,7 +39,7 @@ def encoded(array, suffix, mode=None, **options):
 
 def complaint(sample):
   with pytest.raises(UserError) as error:
-    audit.read_sample(sample)
+    validation.read_sample(sample)
   return str(error.value)
 
 
@@ -57,7 +57,7 @@ def test_what_follows_a_whole_image_does_no_harm(sample):
   for rest in (b'\0' * 7, b'trailing bytes'):
     data = encoded(photo(), 'JPEG') + rest
     sample.image.write_bytes(data)
-    assert audit.read_sample(sample).image == data
+    assert validation.read_sample(sample).image == data
 
 
 def test_label_maps_cut_off_anywhere_are_refused(sample):
@@ -95,7 +95,7 @@ def test_broken_label_maps_of_sbd_are_refused(data, sample):
 
 def test_label_maps_of_sbd_of_another_type_are_refused(sample):
   mat = sample.label.with_suffix('.mat')
-  audit.scipy.io.savemat(mat, {'GTcls': {'Segmentation': np.zeros((5, 4))}})
+  validation.scipy.io.savemat(mat, {'GTcls': {'Segmentation': np.zeros((5, 4))}})
   said = complaint(sample._replace(label=mat))
   assert said == f'File {mat} is not a label map of 8 bits but 2 axes of float64: replace it.'
 
@@ -128,7 +128,7 @@ def test_grey_cmyk_and_turned_images_are_what_the_reference_makes_of_them(
   load = mmseg_module('mmcv.transforms').LoadImageFromFile()
   theirs = load({'img_path': str(sample.image)})['img'][..., ::-1]
   sample.label.write_bytes(png_of(np.zeros(theirs.shape[:2], np.uint8)))
-  ours = transforms.decode_image(audit.read_sample(sample).image)
+  ours = transforms.decode_image(validation.read_sample(sample).image)
   np.testing.assert_array_equal(ours, theirs)
 
 
@@ -151,33 +151,33 @@ def test_bad_samples_are_all_named_and_may_be_left_out(tmp_path):
   )
   broken = f'File {source}/images/train/x.tif is not an image, or broken: replace it.'
   with pytest.raises(UserError) as error:
-    builders.prepare(CUSTOM, source, **arguments)
+    preparation.prepare(CUSTOM, source, **arguments)
   assert str(error.value) == f'{missing} Or leave it out with prepare_dataset.py --skip-bad.'
   (source / 'labels/train/deep/down/c.png').write_bytes(b'')
   with pytest.raises(UserError) as error:
-    builders.prepare(CUSTOM, source, **arguments)
+    preparation.prepare(CUSTOM, source, **arguments)
   lines = str(error.value).split('\n  ')
   assert lines[0].startswith('custom-train has 2 bad samples; mend them, or leave them out with')
   assert lines[2:] == [broken]
   (source / 'labels/train/deep/down/c.png').unlink()
 
-  opened = builders.prepare(CUSTOM, source, skip_bad=True, **arguments)['train']
+  opened = preparation.prepare(CUSTOM, source, skip_bad=True, **arguments)['train']
   assert [record['id'] for record in opened] == [good[0].id]
   assert opened.left_out == [missing, broken]
-  assert '2 bad samples of custom-train were left out.' in builders.check_split(opened, CUSTOM)
+  assert '2 bad samples of custom-train were left out.' in prepared.check_split(opened, CUSTOM)
   good[0].image.write_bytes(b'')
   with pytest.raises(UserError, match=r'a\.b\.\w+ is not an image'):
-    builders.prepare(CUSTOM, source, skip_bad=True, **arguments)
+    preparation.prepare(CUSTOM, source, skip_bad=True, **arguments)
 
 
 def test_a_whole_shard_of_bad_samples_may_be_left_out(tmp_path, monkeypatch):
-  monkeypatch.setattr(builders, '_SHARD_BYTES', 1)
+  monkeypatch.setattr(preparation, '_SHARD_BYTES', 1)
   source = tmp_path / 'source'
   (source / 'images/val').mkdir(parents=True)
   samples = write_tree('custom', source)
   samples['val'][0].image.write_bytes(b'')
   arguments = {'splits': ['val'], 'data_dir': tmp_path / 'tfds'}
-  opened = builders.prepare(CUSTOM, source, skip_bad=True, **arguments)['val']
+  opened = preparation.prepare(CUSTOM, source, skip_bad=True, **arguments)['val']
   assert [record['id'] for record in opened] == ['w']
 
 
@@ -187,7 +187,7 @@ def values(**pixels):
 
 def test_label_values_are_counted_and_checked(tmp_path):
   samples = write_tree('custom', tmp_path / 'source')['train']
-  opened = builders.prepare(
+  opened = preparation.prepare(
     CUSTOM, tmp_path / 'source', splits=['train'], data_dir=tmp_path / 'tfds'
   )['train']
   labels = [transforms.decode_label(sample.label.read_bytes()) for sample in samples]
@@ -203,7 +203,7 @@ def test_label_values_are_counted_and_checked(tmp_path):
   ):
     check_label_values(opened.label_values, fitting, split='x')
   with pytest.raises(UserError) as error:
-    builders.check_split(opened, datasets.custom_dataset(3))
+    prepared.check_split(opened, datasets.custom_dataset(3))
   assert str(error.value) == (
     f'Label value 3 ({opened.label_values[3].pixels} pixels of custom-train, first in '
     f'{samples[0].label}) is none of the 3 classes 0..2: add it to ignore_labels, correct '
@@ -211,7 +211,7 @@ def test_label_values_are_counted_and_checked(tmp_path):
     '(each as --config.data.NAME=VALUE, or in dataset.json).'
   )
   with pytest.raises(UserError, match=r'none of the 2 classes 1\.\.2'):
-    builders.check_split(opened, datasets.custom_dataset(2, reduce_zero_label=True))
+    prepared.check_split(opened, datasets.custom_dataset(2, reduce_zero_label=True))
 
 
 def test_shares_of_classes():
@@ -277,18 +277,18 @@ def test_usual_mistakes(found, dataset, sentences):
 def test_label_maps_without_an_image_are_told(tmp_path):
   write_tree('custom', tmp_path / 'source')
   (tmp_path / 'source/labels/val/lonely.png').write_bytes(b'')
-  opened = builders.prepare(CUSTOM, tmp_path / 'source', data_dir=tmp_path / 'tfds')
-  assert builders.check_split(opened['val'], CUSTOM) == [
+  opened = preparation.prepare(CUSTOM, tmp_path / 'source', data_dir=tmp_path / 'tfds')
+  assert prepared.check_split(opened['val'], CUSTOM) == [
     '1 label maps of custom-val have no image.'
   ]
-  assert not builders.check_split(opened['train'], CUSTOM)
+  assert not prepared.check_split(opened['train'], CUSTOM)
 
 
 def test_other_sizes_than_the_published_are_told(tmp_path):
   write_tree('ade20k', tmp_path / 'source')
   dataset = datasets.PUBLISHED['ade20k']
-  opened = builders.prepare(dataset, tmp_path / 'source', data_dir=tmp_path / 'tfds')
-  told = [builders.check_split(opened[split], dataset)[0] for split in ('train', 'val')]
+  opened = preparation.prepare(dataset, tmp_path / 'source', data_dir=tmp_path / 'tfds')
+  told = [prepared.check_split(opened[split], dataset)[0] for split in ('train', 'val')]
   assert told == [
     'ade20k-train has 3 images; the published split has 20,210.',
     'ade20k-val has 2 images; the published split has 2,000.',

@@ -11,12 +11,13 @@ import torch
 from flax import nnx
 
 from nonlocal_jax.data.transforms import resize_to
-from nonlocal_jax.evaluation import inference
-from nonlocal_jax.evaluation.buckets import Shape, shapes_for
-from nonlocal_jax.evaluation.inference import Predictor
-from nonlocal_jax.evaluation.protocol import RATIOS, Protocol, Windows, axis_matrix
+from nonlocal_jax.inference import predictor as predicting
+from nonlocal_jax.inference.buckets import Shape, shapes_for
+from nonlocal_jax.inference.predictor import Predictor
+from nonlocal_jax.inference.views import axis_matrix, views_of
 from nonlocal_jax.models.nonlocal_net import normalize
-from nonlocal_jax.parallel import data_mesh, replicated
+from nonlocal_jax.protocol import RATIOS, Protocol, Windows
+from nonlocal_jax.runtime.parallel import data_mesh, replicated
 from nonlocal_jax.weights.state_dict import from_state_dict, infer_architecture
 from tests import peer
 from tests.mmseg_import import mmseg_module
@@ -28,7 +29,7 @@ WINDOWS = Windows((49, 49), (33, 33))
 @pytest.fixture(autouse=True)
 def _several_blocks_of_columns(monkeypatch):
   """Images as narrow as those here are made of several, too."""
-  monkeypatch.setattr(inference, '_COLUMNS_AT_ONCE', 16)
+  monkeypatch.setattr(predicting, '_COLUMNS_AT_ONCE', 16)
 
 
 def ours_of(model, *, align_corners):
@@ -62,7 +63,7 @@ def image_of(size, seed=0):
 def predict(predictor, state, shape, images, batch_size=None):
   """Label maps of images that share a shape."""
   protocol = predictor.protocol
-  views = [[resize_to(x, view.size) for view in protocol.views(x.shape[:2])] for x in images]
+  views = [[resize_to(x, view.size) for view in views_of(protocol, x.shape[:2])] for x in images]
   labels = [np.zeros(x.shape[:2], np.uint8) for x in images]
   found = predictor(state, shape, views, labels, batch_size=batch_size)
   assert int(found.confusion.sum()) == sum(label.size for label in labels)
@@ -95,7 +96,7 @@ def agreement(ours, theirs):
 def test_bands_are_all_that_matrices_hold(starts, crop, size, band):
   geometry = {'crop': crop, 'network': crop, 'size': size, 'out_size': 500}
   matrix = axis_matrix(starts, **geometry, align_corners=False).toarray().astype(np.float32)
-  starts_of_bands, bands = inference._bands(np.stack([matrix, matrix[::-1]])[None], whole=False)
+  starts_of_bands, bands = predicting._bands(np.stack([matrix, matrix[::-1]])[None], whole=False)
   assert bands.shape == (1, 2, 32, 16, band)
   found = np.zeros((1, 2, 512, matrix.shape[1]), np.float32)
   for place in np.ndindex(1, 2, 32):
@@ -110,11 +111,11 @@ def test_the_first_of_the_largest_scores():
   """Where no score is a number there is a class all the same."""
   rng = np.random.default_rng(0)
   scores = rng.integers(0, 4, size=(5, 9, 7)).astype(np.float32)
-  found = np.asarray(inference._first_of_largest(jnp.asarray(scores), axis=-2))
+  found = np.asarray(predicting._first_of_largest(jnp.asarray(scores), axis=-2))
   np.testing.assert_array_equal(found, scores.argmax(axis=1))
   assert found.dtype == np.uint8
   scores[:] = np.nan
-  assert np.asarray(inference._first_of_largest(jnp.asarray(scores), axis=-2)).max() < 9
+  assert np.asarray(predicting._first_of_largest(jnp.asarray(scores), axis=-2)).max() < 9
 
 
 def test_padding_has_no_influence_on_the_network(half_pixel):
@@ -157,7 +158,7 @@ def test_single_scale_is_the_originals(convention, windows, request):
     model.test_cfg['mode'] = 'whole'
   expected = []
   for image in images:
-    (view,) = protocol.views(image.shape[:2])
+    (view,) = views_of(protocol, image.shape[:2])
     resized = np.asarray(normalize(resize_to(image, view.size)[None]))[0]
     expected.append(peer.final_logits(model, resized, image.shape[:2]).argmax(-1))
   assert agreement(found, expected) > 0.9995  # up to ties at rounding
@@ -203,7 +204,7 @@ def test_multi_scale_flip_v0_is_the_sum_of_its_parts(windows, aligned, monkeypat
   Boxes are multiples of the test scale; small windows are padded with zeros; class scores are made
   at the image's size, their softmax is mirrored back; the mean of the twelve decides.
   """
-  monkeypatch.setattr(inference, '_PIXELS_AT_ONCE', 3 * 49 * 49)  # several chunks of windows
+  monkeypatch.setattr(predicting, '_PIXELS_AT_ONCE', 3 * 49 * 49)  # several chunks of windows
   model, _, state = aligned
   protocol = Protocol.of_version('v0', scale=(90, 70), windows=windows, multi_scale_flip=True)
   sizes = [(60, 97), (70, 40)]
@@ -289,7 +290,7 @@ def test_processes_have_one_program_whatever_their_images_are(half_pixel, monkey
   shape = shapes_for([x.shape[:2] for x in images], protocol, most=1)[(90, 240)]
   found, kinds = [], []
   for shared in (False, True):
-    monkeypatch.setattr(inference, 'is_shared_by_processes', lambda _, shared=shared: shared)
+    monkeypatch.setattr(predicting, 'is_shared_by_processes', lambda _, shared=shared: shared)
     predictor = predictor_of(half_pixel, protocol)
     run = predictor._predict
 
@@ -310,6 +311,6 @@ def test_scores_are_held_for_a_few_rows_only(half_pixel, monkeypatch):
   image = image_of(SIZES[0])
   shape = Shape.of_image(image.shape[:2], protocol)
   whole = predict(predictor_of(half_pixel, protocol), state, shape, [image])
-  monkeypatch.setattr(inference, '_SCORES_AT_ONCE_ON_CPU', 2 * 19 * 112 * 9)  # nine rows of 70
+  monkeypatch.setattr(predicting, '_SCORES_AT_ONCE_ON_CPU', 2 * 19 * 112 * 9)  # nine rows of 70
   blocks = predict(predictor_of(half_pixel, protocol), state, shape, [image])
   np.testing.assert_array_equal(blocks, whole)

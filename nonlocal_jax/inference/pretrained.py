@@ -10,12 +10,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nonlocal_jax.compiler import Program
 from nonlocal_jax.data.transforms import IGNORE, resize_to
-from nonlocal_jax.evaluation.buckets import Shape
-from nonlocal_jax.evaluation.inference import Predictor
-from nonlocal_jax.evaluation.protocol import Protocol, Windows
+from nonlocal_jax.inference.buckets import Shape
+from nonlocal_jax.inference.predictor import Predictor
+from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.ops.convolution import Method
+from nonlocal_jax.protocol import Protocol, Windows
+from nonlocal_jax.runtime.compilation import Program
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
@@ -125,7 +126,7 @@ class PretrainedModel:
     size = image.shape[:2]
     predictor = self._predictor_of(multi_scale_flip)
     protocol = predictor.protocol
-    views = [resize_to(image, view.size) for view in protocol.views(size)]
+    views = [resize_to(image, view.size) for view in views_of(protocol, size)]
     shape = Shape.of_image(size, protocol).with_room(networks=protocol.windows is None)
     nothing = np.full(size, IGNORE, np.uint8)  # the label map of a prediction that is not scored
     prediction = predictor(self._state, shape, [views], [nothing])

@@ -4,7 +4,7 @@ import sys
 
 from tqdm import tqdm
 
-from nonlocal_jax.parallel import is_first_process
+from nonlocal_jax.runtime.parallel import is_first_process
 
 
 def progress_bar(

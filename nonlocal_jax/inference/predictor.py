@@ -17,13 +17,14 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from nonlocal_jax.compiler import Program
 from nonlocal_jax.data.transforms import IGNORE
-from nonlocal_jax.evaluation.buckets import Shape, ViewShape
-from nonlocal_jax.evaluation.protocol import Protocol, Size, View, axis_matrix, feature_size
+from nonlocal_jax.inference.buckets import Shape, ViewShape
+from nonlocal_jax.inference.views import View, axis_matrix, feature_size, views_of
 from nonlocal_jax.models import normalize
 from nonlocal_jax.ops.confusion import confusion_matrix
-from nonlocal_jax.parallel import data_mesh, is_shared_by_processes, shard_batch
+from nonlocal_jax.protocol import Protocol, Size
+from nonlocal_jax.runtime.compilation import Program
+from nonlocal_jax.runtime.parallel import data_mesh, is_shared_by_processes, shard_batch
 
 _PIXELS_AT_ONCE = 2**21  # that a device sends through the network: a Cityscapes image
 # Class scores at image size that a device holds; on CPUs so few that they stay in the cache.
@@ -114,7 +115,7 @@ class Predictor:
     Args:
       state: Parameters and running statistics, on the mesh.
       shape: Room for each image.
-      views: For each image, the image (h, w, 3) uint8 RGB at the sizes of `protocol.views`.
+      views: For each image, the image (h, w, 3) uint8 RGB at the sizes of `views_of`.
       labels: For each image its label map (h, w) uint8, 255 for pixels that do not count; the
         prediction gets this size.
       batch_size: Images of this process in a batch; fewer are filled up. None for as many as there
@@ -124,7 +125,7 @@ class Predictor:
       The predictions of the whole batch, over all processes.
     """
     n = batch_size or len(views)
-    geometries = [self.protocol.views(label.shape) for label in labels]
+    geometries = [views_of(self.protocol, label.shape) for label in labels]
     arguments = []
     for ratio, view_shape in enumerate(shape.views):
       view_images = [images[ratio] for images in views]

@@ -16,7 +16,7 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-from nonlocal_jax.data import builders, datasets, layouts, transforms
+from nonlocal_jax.data import datasets, layouts, preparation, prepared, transforms
 from nonlocal_jax.errors import UserError
 from tests.image_trees import CLASSES, write_sample, write_tree
 
@@ -41,7 +41,7 @@ def files_of(samples):
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_every_layout_is_listed_and_prepared_byte_for_byte(layout, tmp_path, capfd):
   expected = write_tree(layout, tmp_path / 'source')
-  opened = builders.prepare(LAYOUTS[layout], tmp_path / 'source', data_dir=tmp_path / 'tfds')
+  opened = preparation.prepare(LAYOUTS[layout], tmp_path / 'source', data_dir=tmp_path / 'tfds')
   for split, samples in expected.items():
     assert list(opened[split]) == files_of(samples)
   printed = capfd.readouterr()
@@ -58,42 +58,44 @@ def test_val_alone_then_train(tree, tmp_path):
   source, samples = tree
   hidden = source / 'images/train'
   hidden.rename(source / 'elsewhere')
-  assert builders.prepare(CUSTOM, source, splits=['val'], data_dir=tmp_path / 'tfds').keys() == {
+  assert preparation.prepare(CUSTOM, source, splits=['val'], data_dir=tmp_path / 'tfds').keys() == {
     'val'
   }
   (source / 'elsewhere').rename(hidden)
-  opened = builders.prepare(CUSTOM, source, data_dir=tmp_path / 'tfds')
+  opened = preparation.prepare(CUSTOM, source, data_dir=tmp_path / 'tfds')
   assert {split: len(opened[split]) for split in opened} == {'train': 3, 'val': 2}
   assert list(opened['train']) == files_of(samples['train'])
 
 
 def test_what_is_prepared_is_not_prepared_again(tree, tmp_path, monkeypatch):
   source, samples = tree
-  builders.prepare(CUSTOM, source, data_dir=tmp_path / 'tfds')
+  preparation.prepare(CUSTOM, source, data_dir=tmp_path / 'tfds')
   monkeypatch.setattr(transforms, 'decode_image', None)
-  opened = builders.prepare(CUSTOM, source, data_dir=tmp_path / 'tfds')
+  opened = preparation.prepare(CUSTOM, source, data_dir=tmp_path / 'tfds')
   assert list(opened['val']) == files_of(samples['val'])
 
 
 def test_shards_keep_the_order(tree, tmp_path, monkeypatch):
   source, samples = tree
-  monkeypatch.setattr(builders, '_SHARD_BYTES', 5000)
-  opened = builders.prepare(CUSTOM, source, splits=['train'], data_dir=tmp_path / 'tfds')['train']
+  monkeypatch.setattr(preparation, '_SHARD_BYTES', 5000)
+  opened = preparation.prepare(CUSTOM, source, splits=['train'], data_dir=tmp_path / 'tfds')[
+    'train'
+  ]
   assert list(opened) == files_of(samples['train'])
   assert len(list(opened.directory.glob('*.array_record*'))) > 1
 
 
 def test_data_dir_is_tfds_own_unless_given(tree, tmp_path, monkeypatch):
-  constants = builders.tfds.core.constants
+  constants = preparation.tfds.core.constants
   monkeypatch.setattr(constants, 'DATA_DIR', str(tmp_path / 'default'))
-  opened = builders.prepare(CUSTOM, tree[0], splits=['val'])['val']
+  opened = preparation.prepare(CUSTOM, tree[0], splits=['val'])['val']
   assert str(opened.directory).startswith(f'{tmp_path}/default/nonlocal_jax/custom-val-')
 
 
 @pytest.mark.parametrize('change', ['content', 'time', 'new', 'renamed', 'gone'])
 def test_changed_folders_are_prepared_anew(change, tree, tmp_path):
   source, samples = tree
-  before = builders.prepare(CUSTOM, source, splits=['val'], data_dir=tmp_path / 'tfds')['val']
+  before = preparation.prepare(CUSTOM, source, splits=['val'], data_dir=tmp_path / 'tfds')['val']
   sample = samples['val'][0]
   new = layouts.Sample('z', *(path.with_name(f'z{path.suffix}') for path in sample[1:]))
   if change == 'content':
@@ -107,7 +109,7 @@ def test_changed_folders_are_prepared_anew(change, tree, tmp_path):
     sample.label.rename(new.label)
   else:
     sample.image.unlink()
-  after = builders.prepare(CUSTOM, source, splits=['val'], data_dir=tmp_path / 'tfds')['val']
+  after = preparation.prepare(CUSTOM, source, splits=['val'], data_dir=tmp_path / 'tfds')['val']
   assert after.directory != before.directory
   assert list(after) == files_of(layouts.list_samples(CUSTOM, source, 'val').samples)
 
@@ -124,18 +126,18 @@ def test_interrupted_preparation_leaves_nothing_that_opens(tree, tmp_path, monke
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(transforms, 'decode_label', interrupt)
-    builders.prepare(CUSTOM, source, splits=['train'], data_dir=tmp_path / 'tfds')
+    preparation.prepare(CUSTOM, source, splits=['train'], data_dir=tmp_path / 'tfds')
   assert {path.name for path in (tmp_path / 'tfds').rglob('*') if path.is_file()} == {'.lock'}
-  opened = builders.prepare(CUSTOM, source, splits=['train'], data_dir=tmp_path / 'tfds')
+  opened = preparation.prepare(CUSTOM, source, splits=['train'], data_dir=tmp_path / 'tfds')
   assert list(opened['train']) == files_of(samples['train'])
 
 
 PREPARE = """
 import sys
-from nonlocal_jax.data import builders, datasets
-builders._SHARD_BYTES = 200_000
+from nonlocal_jax.data import datasets, preparation, prepared
+preparation._SHARD_BYTES = 200_000
 print('started', flush=True)
-builders.prepare(datasets.custom_dataset(4), sys.argv[1], splits=['train'], data_dir=sys.argv[2])
+preparation.prepare(datasets.custom_dataset(4), sys.argv[1], splits=['train'], data_dir=sys.argv[2])
 """
 
 
@@ -157,10 +159,10 @@ def test_killed_preparation_leaves_nothing_that_opens(tmp_path):
     if process.returncode == -signal.SIGKILL:
       killed += 1
       with contextlib.suppress(UserError):
-        opened = builders.open_prepared(CUSTOM, splits=['train'], data_dir=data_dir)['train']
+        opened = prepared.open_prepared(CUSTOM, splits=['train'], data_dir=data_dir)['train']
         assert list(opened) == expected
   assert killed
-  opened = builders.prepare(CUSTOM, source, splits=['train'], data_dir=data_dir)['train']
+  opened = preparation.prepare(CUSTOM, source, splits=['train'], data_dir=data_dir)['train']
   assert list(opened) == expected
   assert not list(data_dir.rglob('incomplete*'))
 
@@ -168,7 +170,7 @@ def test_killed_preparation_leaves_nothing_that_opens(tmp_path):
 def test_of_two_processes_one_prepares_and_the_other_waits(tree, tmp_path, monkeypatch):
   source, samples = tree
   arguments = {'splits': ['val'], 'data_dir': tmp_path / 'tfds'}
-  in_shards, prepared, together = builders._in_shards, [], threading.Barrier(2)
+  in_shards, prepared, together = preparation._in_shards, [], threading.Barrier(2)
 
   def slowly(samples):
     prepared.append(samples)
@@ -177,9 +179,9 @@ def test_of_two_processes_one_prepares_and_the_other_waits(tree, tmp_path, monke
 
   def prepare():
     together.wait()
-    return list(builders.prepare(CUSTOM, source, **arguments)['val'])
+    return list(preparation.prepare(CUSTOM, source, **arguments)['val'])
 
-  monkeypatch.setattr(builders, '_in_shards', slowly)
+  monkeypatch.setattr(preparation, '_in_shards', slowly)
   with ThreadPoolExecutor(2) as pool:
     found = [pool.submit(prepare) for _ in range(2)]
   assert [future.result() for future in found] == [files_of(samples['val'])] * 2
@@ -193,17 +195,19 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tree, tmp_path):
   resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
   try:
     with pytest.raises(UserError, match=r'custom-train cannot be prepared in \S+: .*too large'):
-      builders.prepare(CUSTOM, source, **arguments)
+      preparation.prepare(CUSTOM, source, **arguments)
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert {path.name for path in (tmp_path / 'tfds').rglob('*') if path.is_file()} == {'.lock'}
-  assert list(builders.prepare(CUSTOM, source, **arguments)['train']) == files_of(samples['train'])
+  assert list(preparation.prepare(CUSTOM, source, **arguments)['train']) == files_of(
+    samples['train']
+  )
 
 
 @pytest.mark.parametrize('damage', ['cut', 'gone', 'no metadata'])
 def test_a_damaged_copy_is_found_on_opening(damage, tree, tmp_path):
   arguments = {'splits': ['val'], 'data_dir': tmp_path / 'tfds'}
-  directory = builders.prepare(CUSTOM, tree[0], **arguments)['val'].directory
+  directory = preparation.prepare(CUSTOM, tree[0], **arguments)['val'].directory
   (records,) = directory.glob('*.array_record*')
   if damage == 'cut':
     records.write_bytes(records.read_bytes()[:-1])
@@ -212,8 +216,8 @@ def test_a_damaged_copy_is_found_on_opening(damage, tree, tmp_path):
   else:
     (directory / 'metadata.json').unlink()
   for open_again in (
-    lambda: builders.prepare(CUSTOM, tree[0], **arguments),
-    lambda: builders.open_prepared(CUSTOM, **arguments),
+    lambda: preparation.prepare(CUSTOM, tree[0], **arguments),
+    lambda: prepared.open_prepared(CUSTOM, **arguments),
   ):
     with pytest.raises(UserError, match=rf'copy of custom-val in {directory} is damaged'):
       open_again()
@@ -223,19 +227,19 @@ def test_prepared_copies_open_without_their_source(tree, tmp_path):
   source, samples = tree
   arguments = {'splits': ['val'], 'data_dir': tmp_path / 'tfds'}
   with pytest.raises(UserError, match=r'custom-val was not prepared in \S+/tfds: give its folder'):
-    builders.open_prepared(CUSTOM, **arguments)
-  builders.prepare(CUSTOM, source, **arguments)
+    prepared.open_prepared(CUSTOM, **arguments)
+  preparation.prepare(CUSTOM, source, **arguments)
   samples['val'][0].image.unlink()
-  builders.prepare(CUSTOM, source, skip_bad=True, **arguments)  # the newer copy
+  preparation.prepare(CUSTOM, source, skip_bad=True, **arguments)  # the newer copy
   source.rename(tmp_path / 'elsewhere')
-  opened = builders.open_prepared(CUSTOM, **arguments)['val']
+  opened = prepared.open_prepared(CUSTOM, **arguments)['val']
   assert [record['id'] for record in opened] == ['w']
   assert opened.source == str(source)
-  builders.prepare(CUSTOM, tmp_path / 'elsewhere', **arguments)  # the same files, the same copy
+  preparation.prepare(CUSTOM, tmp_path / 'elsewhere', **arguments)  # the same files, the same copy
   write_tree('custom', tmp_path / 'other')
-  builders.prepare(CUSTOM, tmp_path / 'other', **arguments)
+  preparation.prepare(CUSTOM, tmp_path / 'other', **arguments)
   with pytest.raises(UserError, match=r'in \S+/tfds from \S+/other and from \S+/source'):
-    builders.open_prepared(CUSTOM, **arguments)
+    prepared.open_prepared(CUSTOM, **arguments)
 
 
 class Bucket(MemoryFileSystem):
@@ -257,20 +261,20 @@ def test_a_bucket_is_a_source(tree, tmp_path, monkeypatch):
   bucket = Bucket()
   bucket.put(f'{source}/', '/bucket/custom/', recursive=True)
   monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: bucket)
-  opened = builders.prepare(CUSTOM, 'gs://bucket/custom', data_dir=tmp_path / 'tfds')
+  opened = preparation.prepare(CUSTOM, 'gs://bucket/custom', data_dir=tmp_path / 'tfds')
   for split in samples:
     assert list(opened[split]) == files_of(samples[split])
   assert opened['val'].source == 'gs://bucket/custom'
   with pytest.raises(UserError, match='no folder gs://bucket/none'):
-    builders.prepare(CUSTOM, 'gs://bucket/none', data_dir=tmp_path / 'tfds')
+    preparation.prepare(CUSTOM, 'gs://bucket/none', data_dir=tmp_path / 'tfds')
 
 
 def test_a_bucket_without_its_package_is_a_sentence(tmp_path):
   with pytest.raises(UserError, match=r'Folder gs://bucket/x cannot be read: .*gcsfs'):
-    builders.prepare(CUSTOM, 'gs://bucket/x', data_dir=tmp_path)
+    preparation.prepare(CUSTOM, 'gs://bucket/x', data_dir=tmp_path)
 
 
 def test_unwritable_data_dir(tree, tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(UserError, match=r'custom-val cannot be prepared in \S+/file/\S+: .*data_dir'):
-    builders.prepare(CUSTOM, tree[0], splits=['val'], data_dir=tmp_path / 'file')
+    preparation.prepare(CUSTOM, tree[0], splits=['val'], data_dir=tmp_path / 'file')

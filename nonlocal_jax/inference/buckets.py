@@ -6,7 +6,8 @@ from typing import Self
 
 import numpy as np
 
-from nonlocal_jax.evaluation.protocol import Protocol, Size
+from nonlocal_jax.inference.views import views_of
+from nonlocal_jax.protocol import Protocol, Size
 
 _MOST_CANDIDATES = 256
 # A pixel of the result costs far less than one that goes through the network.
@@ -43,7 +44,7 @@ class Shape:
   @classmethod
   def of_image(cls, size: Size, protocol: Protocol) -> Self:
     """The room that an image of (height, width) `size` needs."""
-    views = protocol.views(size)
+    views = views_of(protocol, size)
     return cls(
       size,
       tuple(ViewShape(view.network, (len(view.tops), len(view.lefts))) for view in views),

@@ -8,11 +8,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from nonlocal_jax.data.builders import PreparedSplit
 from nonlocal_jax.data.datasets import Dataset
+from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
-from nonlocal_jax.evaluation.inference import Predictor
 from nonlocal_jax.evaluation.metrics import undefined_reasons
 from nonlocal_jax.evaluation.pictures import comparison
 from nonlocal_jax.evaluation.report import protocol_facts, published_line, write_report
@@ -23,9 +22,10 @@ from nonlocal_jax.experiment import (
   open_splits,
   protocol_of,
 )
-from nonlocal_jax.files import whole_file
+from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.models.folding import folded_graphdef
-from nonlocal_jax.parallel import data_mesh, is_first_process
+from nonlocal_jax.runtime.files import whole_file
+from nonlocal_jax.runtime.parallel import data_mesh, is_first_process
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.released import ReleasedModel, released_model_of_sha256

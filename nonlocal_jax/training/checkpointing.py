@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from nonlocal_jax.data.loader import TrainIterator
-from nonlocal_jax.training.state import TrainState
+from nonlocal_jax.training.train_step import TrainState
 from nonlocal_jax.weights.arrays import from_arrays, to_arrays
 from nonlocal_jax.weights.run_checkpoints import RunCheckpoints
 
