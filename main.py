@@ -8,10 +8,10 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from configs.common import check_values
 from nonlocal_jax.command_line import config_errors, run_program
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.evaluate import evaluate_checkpoint
+from nonlocal_jax.recipes import check_values
 from nonlocal_jax.runtime.parallel import is_first_process, join_processes
 from nonlocal_jax.training.loop import train_and_evaluate
 

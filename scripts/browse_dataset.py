@@ -13,7 +13,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.common import check_values
 from nonlocal_jax.command_line import read_config, run_program
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.data.label_values import class_shares
@@ -21,6 +20,7 @@ from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import write_samples
 from nonlocal_jax.experiment import dataset_of, open_splits, train_batches_of
+from nonlocal_jax.recipes import check_values
 from nonlocal_jax.runtime.progress import progress_bar
 
 LABELS = 'labels.json'

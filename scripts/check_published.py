@@ -21,10 +21,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.common import variant_name
 from nonlocal_jax.command_line import run_program
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
+from nonlocal_jax.recipes import variant_name
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.weights.loading import sha256_of

@@ -20,9 +20,9 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.common import base_config, published_config, variant_name
 from nonlocal_jax.command_line import run_program
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.recipes import base_config, published_config, variant_name
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import DESCRIPTION, read_description, save_weights

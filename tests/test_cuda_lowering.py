@@ -11,13 +11,13 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from ml_collections import ConfigDict
 
-from configs.common import published_config, variant_name
 from nonlocal_jax.evaluation.evaluate import evaluation_graphdef
 from nonlocal_jax.experiment import architecture_of, protocol_of
 from nonlocal_jax.inference.buckets import shapes_for
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models.non_local import max_pairwise_weights
+from nonlocal_jax.recipes import published_config, variant_name
 from nonlocal_jax.runtime.parallel import data_mesh
 from nonlocal_jax.training.recipe import lower_step, optimizer_of
 from nonlocal_jax.training.train_step import TrainState

@@ -59,7 +59,7 @@ def train_and_evaluate(
   `config.init_backbone`, or from scratch.
 
   Args:
-    config: See `configs/common.py`.
+    config: See `nonlocal_jax/recipes.py`.
     workdir: Gets checkpoints, the weights with the best mIoU in `best`, `config.json`,
       `model.json`, `log.jsonl`, TensorBoard events, `curves.png`, `metrics.json` and
       `predictions.png`. Of several processes all must see it.
