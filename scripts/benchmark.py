@@ -27,7 +27,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nonlocal_jax.command_line import run_program
+from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.data.synthetic import DEMO, write_demo_set
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import Architecture
