@@ -8,7 +8,7 @@ DIR is ADEChallengeData2016, with images/ and annotations/. Variants, after a co
 
 from ml_collections import ConfigDict
 
-from configs.common import published_config
+from nonlocal_jax.recipes import published_config
 
 
 def get_config(variant: str = '') -> ConfigDict:

@@ -8,7 +8,7 @@ DIR holds leftImg8bit/ and gtFine/ with *_gtFine_labelTrainIds.png. Variants, af
 
 from ml_collections import ConfigDict
 
-from configs.common import published_config
+from nonlocal_jax.recipes import published_config
 
 
 def get_config(variant: str = '') -> ConfigDict:

@@ -9,7 +9,7 @@ schedule are those of the Pascal VOC models, tested on whole images, unless told
 
 from ml_collections import ConfigDict
 
-from configs.common import base_config
+from nonlocal_jax.recipes import base_config
 
 
 def get_config() -> ConfigDict:

@@ -9,7 +9,7 @@ without the block.
 
 from ml_collections import ConfigDict
 
-from configs.common import base_config
+from nonlocal_jax.recipes import base_config
 
 
 def get_config() -> ConfigDict:

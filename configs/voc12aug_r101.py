@@ -8,7 +8,7 @@ colon (`configs/voc12aug_r101.py:512x512_20k`): 512x512_20k, 512x512_40k.
 
 from ml_collections import ConfigDict
 
-from configs.common import published_config
+from nonlocal_jax.recipes import published_config
 
 
 def get_config(variant: str = '') -> ConfigDict:

@@ -1,7 +1,7 @@
 """Non-local segmentation networks in JAX and Flax."""
 
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.inference.pretrained import PretrainedModel, load
 from nonlocal_jax.models import NonLocalBlock, NonLocalNet
-from nonlocal_jax.pretrained import PretrainedModel, load
 
 __all__ = ['NonLocalBlock', 'NonLocalNet', 'PretrainedModel', 'UserError', 'load']

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nonlocal_jax.data import synthetic
-from nonlocal_jax.data.builders import PreparedSplit, check_split, open_prepared, prepare
 from nonlocal_jax.data.datasets import (
   PUBLISHED,
   Dataset,
@@ -20,11 +19,13 @@ from nonlocal_jax.data.datasets import (
   read_description,
 )
 from nonlocal_jax.data.loader import TrainIterator, train_batches
+from nonlocal_jax.data.preparation import prepare
+from nonlocal_jax.data.prepared import PreparedSplit, check_split, open_prepared
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.evaluation.protocol import Protocol, Windows
-from nonlocal_jax.models.attention import check_attention
-from nonlocal_jax.parallel import is_first_process
-from nonlocal_jax.weights.torch_names import Architecture
+from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.ops.attention import check_attention
+from nonlocal_jax.protocol import Protocol, Windows
+from nonlocal_jax.runtime.parallel import is_first_process
 
 _OF_THE_DATASET = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
 

@@ -27,13 +27,14 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nonlocal_jax.command_line import run_program
+from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.data.synthetic import DEMO, write_demo_set
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.models.config import Architecture
 from nonlocal_jax.models.resnet import STAGE_BLOCKS
-from nonlocal_jax.progress import progress_bar
-from nonlocal_jax.weights.torch_names import Architecture, to_state_dict
-from nonlocal_jax.weights.torch_writer import write_torch_checkpoint
+from nonlocal_jax.runtime.progress import progress_bar
+from nonlocal_jax.torch_format.writer import write_torch_checkpoint
+from nonlocal_jax.weights.state_dict import to_state_dict
 from scripts.benchmark_measures import random_state
 from scripts.benchmark_report import write_results
 

@@ -25,20 +25,20 @@ from ml_collections import ConfigDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.common import base_config
-from nonlocal_jax.command_line import run_program
+from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS, peak_memory_gib
 from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, train_batches_of
+from nonlocal_jax.inference.pretrained import PretrainedModel
 from nonlocal_jax.models import NonLocalBlock
-from nonlocal_jax.models.segmentor import OUTPUT_STRIDE
-from nonlocal_jax.parallel import data_mesh, replicated, shard_batch
-from nonlocal_jax.pretrained import PretrainedModel
+from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE
+from nonlocal_jax.recipes import base_config
+from nonlocal_jax.runtime.parallel import data_mesh, replicated, shard_batch
 from nonlocal_jax.training.recipe import compile_step, optimizer_of
-from nonlocal_jax.training.state import TrainState
+from nonlocal_jax.training.train_step import TrainState
 from nonlocal_jax.weights.description import ModelDescription
-from nonlocal_jax.weights.torch_names import Architecture
 
 Figures = dict[str, Any]
 
@@ -147,7 +147,7 @@ def measure_training(
   Args:
     size: (height, width) of the crops.
     batch: Crops in a batch.
-    dtype: Of activations, see configs/common.py.
+    dtype: Of activations, see nonlocal_jax/recipes.py.
     classes: See `measure_inference`, as for all that follow.
     width: Base channels of the network.
     depth: Layers of its backbone.
@@ -260,7 +260,7 @@ def measure_evaluation(
 def measure_pipeline(
   *, data: str, num_classes: int, ignore_labels: Sequence[int], batches: int
 ) -> Figures:
-  """Makes training batches by the recipe of configs/common.py and throws them away.
+  """Makes training batches by the recipe of nonlocal_jax/recipes.py and throws them away.
 
   Args:
     data: See `measure_evaluation`, as for `num_classes` and `ignore_labels`.

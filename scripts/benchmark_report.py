@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nonlocal_jax.files import whole_file, write_whole
 from nonlocal_jax.models.non_local import max_pairwise_weights
+from nonlocal_jax.runtime.files import whole_file, write_whole
 
 Record = Mapping[str, Any]
 

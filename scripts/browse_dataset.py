@@ -1,78 +1,15 @@
 """Shows what training sees: pictures after augmentation, and what share each class has.
 
 python scripts/browse_dataset.py --config=configs/custom.py --config.data.source_dir=DIR --out=OUT
-
-Takes every --config.FIELD=VALUE that main.py takes.
 """
 
-import argparse
-import itertools
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.common import check_values
-from nonlocal_jax.command_line import read_config, run_program
-from nonlocal_jax.data.builders import PreparedSplit
-from nonlocal_jax.data.datasets import Dataset
-from nonlocal_jax.data.label_values import class_shares
-from nonlocal_jax.errors import UserError
-from nonlocal_jax.evaluation.pictures import write_samples
-from nonlocal_jax.experiment import dataset_of, open_splits, train_batches_of
-from nonlocal_jax.progress import progress_bar
-
-LABELS = 'labels.json'
-_PER_PICTURE = 4
-
-
-def main() -> None:
-  """Runs what the arguments say."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-  )
-  parser.add_argument('--out', required=True, type=Path, help='folder for the pictures')
-  parser.add_argument('--count', type=int, default=16, help='samples to show; default: 16')
-  arguments, of_config = parser.parse_known_args()
-  if arguments.count < 1:
-    raise UserError(f'--count is {arguments.count}; it must be at least 1.')
-  config = read_config(of_config)
-  check_values(config)
-  dataset = dataset_of(config)
-  out = arguments.out
-  out.mkdir(parents=True, exist_ok=True)
-  split = open_splits(config, dataset, out, ['train'])['train']
-
-  batches = train_batches_of(config, split, dataset)
-  samples = (
-    (split[index]['id'], image[:h, :w], label[:h, :w])
-    for batch in batches
-    for index, (h, w), image, label in zip(
-      *(batch[key] for key in ('index', 'size', 'image', 'label')), strict=True
-    )
-  )
-  with progress_bar(arguments.count, 'Drawing', unit='img') as bar:
-    for start in range(0, arguments.count, _PER_PICTURE):
-      rows = list(itertools.islice(samples, min(_PER_PICTURE, arguments.count - start)))
-      picture = out / f'{start // _PER_PICTURE:03d}.png'
-      write_samples(picture, rows, classes=dataset.classes, palette=dataset.palette)
-      bar.update(len(rows))
-  batches.close()
-  print(write_audit(out / LABELS, split, dataset))
-  print(f'Pictures are in {out}, the shares in {out / LABELS}.')
-
-
-def write_audit(path: Path, split: PreparedSplit, dataset: Dataset) -> str:
-  """Writes the pixels of each class to a JSON file; returns their shares as text."""
-  shares = class_shares(split.label_values, dataset)
-  classes = [
-    {'class': name, 'pixels': pixels}
-    for name, pixels in zip(dataset.classes, shares.pixels.tolist(), strict=True)
-  ]
-  path.write_text(json.dumps({'classes': classes, 'ignored': shares.ignored}, indent=2) + '\n')
-  return shares.table(dataset)
-
+from nonlocal_jax.cli.browse import main
+from nonlocal_jax.cli.program import run_program
 
 if __name__ == '__main__':
   run_program(main)

@@ -25,10 +25,10 @@ from absl import flags
 
 import main
 from configs import custom
-from nonlocal_jax.command_line import run_program
+from nonlocal_jax.cli import convert
+from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.data.synthetic import write_demo_set
 from nonlocal_jax.training.loop import train_and_evaluate
-from scripts import convert_checkpoint
 from tests import peer
 
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -126,7 +126,7 @@ def forget_flags() -> None:
 
 @pytest.fixture
 def script(monkeypatch):
-  """Runs a module of scripts/ in this process; returns as `program`."""
+  """Runs a module of nonlocal_jax.cli in this process; returns as `program`."""
 
   def run(module: types.ModuleType, *arguments: object) -> tuple[object, str]:
     program = functools.partial(run_program, module.main)
@@ -137,8 +137,8 @@ def script(monkeypatch):
 
 @pytest.fixture
 def converter(script):
-  """Runs scripts/convert_checkpoint.py in this process; returns as `program`."""
-  return functools.partial(script, convert_checkpoint)
+  """Runs the command convert in this process; returns as `program`."""
+  return functools.partial(script, convert)
 
 
 def run_in_process(monkeypatch, run, *arguments: object) -> tuple[object, str]:

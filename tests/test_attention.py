@@ -17,7 +17,7 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
 from nonlocal_jax import NonLocalBlock, UserError
-from nonlocal_jax.models.attention import check_attention, cudnn_attention
+from nonlocal_jax.ops.attention import check_attention, cudnn_attention
 
 FORWARDS, BACKWARDS = '@__cudnn$fmhaSoftmax(', '@__cudnn$fmhaSoftmaxBackward('
 

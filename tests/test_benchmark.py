@@ -8,8 +8,8 @@ import time
 import pytest
 from PIL import Image
 
+from nonlocal_jax.models.config import Architecture
 from nonlocal_jax.models.resnet import STAGE_BLOCKS, STAGE_DILATIONS, STAGE_STRIDES
-from nonlocal_jax.weights.torch_names import Architecture
 from scripts import benchmark, benchmark_peer
 from scripts.benchmark_measures import forward_flops, measure
 from scripts.benchmark_report import as_markdown, peak_of

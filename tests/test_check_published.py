@@ -6,10 +6,10 @@ import textwrap
 
 import pytest
 
+from nonlocal_jax.cli import check_published
+from nonlocal_jax.cli.check_published import CHECKS, Check, check_all, run_and_time
 from nonlocal_jax.weights.loading import sha256_of
 from nonlocal_jax.weights.released import RELEASED, released_model
-from scripts import check_published
-from scripts.check_published import CHECKS, Check, check_all, run_and_time
 
 
 def test_all_published_numbers_are_on_the_list():

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from flax import nnx
 
-from configs.common import variant_name
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.experiment import architecture_of, dataset_of, protocol_of
+from nonlocal_jax.recipes import variant_name
 from nonlocal_jax.weights.released import RELEASED, released_model, released_model_of_file
 from tests import peer
 

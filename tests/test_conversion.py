@@ -15,17 +15,17 @@ import torch
 from mmengine.runner import load_checkpoint
 
 import nonlocal_jax
-from nonlocal_jax.command_line import run_program
+from nonlocal_jax.cli.convert import evaluation_command
+from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.torch_format.reader import read_torch_file
+from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.arrays import to_arrays
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.loading import read_backbone, read_torch_weights, read_weights
-from nonlocal_jax.weights.recorded_config import RecordedConfig
+from nonlocal_jax.weights.mmseg_config import RecordedConfig
 from nonlocal_jax.weights.released import RELEASED, released_model
-from nonlocal_jax.weights.torch_file import read_torch_file
-from nonlocal_jax.weights.torch_names import Architecture
-from nonlocal_jax.weights.torch_writer import write_torch_checkpoint
-from scripts.convert_checkpoint import evaluation_command
 from tests import peer
 
 CONFIGS = sorted(path.stem for path in peer.CONFIGS.glob('nonlocal_*.py'))

@@ -10,9 +10,9 @@ import torch
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.models import winograd
-from nonlocal_jax.models.convolution import convolution_function, fast_convolution
-from nonlocal_jax.weights.torch_names import Architecture
+from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.ops import winograd
+from nonlocal_jax.ops.convolution import convolution_function, fast_convolution
 
 # Shape of the input, channels out, edge, stride, dilation; whether it is done by Winograd.
 CASES = {

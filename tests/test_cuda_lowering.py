@@ -11,15 +11,16 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from ml_collections import ConfigDict
 
-from configs.common import published_config, variant_name
-from nonlocal_jax.evaluation.buckets import shapes_for
-from nonlocal_jax.evaluation.inference import Predictor
-from nonlocal_jax.evaluation.program import evaluation_graphdef
+from nonlocal_jax.evaluation.evaluate import evaluation_graphdef
 from nonlocal_jax.experiment import architecture_of, protocol_of
+from nonlocal_jax.inference.buckets import shapes_for
+from nonlocal_jax.inference.predictor import Predictor
+from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models.non_local import max_pairwise_weights
-from nonlocal_jax.parallel import data_mesh
+from nonlocal_jax.recipes import published_config, variant_name
+from nonlocal_jax.runtime.parallel import data_mesh
 from nonlocal_jax.training.recipe import lower_step, optimizer_of
-from nonlocal_jax.training.state import TrainState
+from nonlocal_jax.training.train_step import TrainState
 from nonlocal_jax.weights.released import RELEASED
 
 GPUS = 4  # of the published recipes
@@ -111,7 +112,7 @@ def evaluation_programs(config: ConfigDict, monkeypatch) -> Programs:
   sizes = SIZES[config.data.dataset]
   shape = shapes_for(sizes, protocol, most=1)[sizes[0]]
   assert shape.padded == (len(sizes) > 1)
-  views = [np.zeros((*view.size[:2], 3), np.uint8) for view in protocol.views(sizes[0])]
+  views = [np.zeros((*view.size[:2], 3), np.uint8) for view in views_of(protocol, sizes[0])]
   state = architecture_of(config).state_shapes()
   predictor(state, shape, [views], [np.zeros(sizes[0], np.uint8)])
   return programs

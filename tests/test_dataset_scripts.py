@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
+from nonlocal_jax.cli import browse, prepare
 from nonlocal_jax.data import transforms
-from scripts import browse_dataset, prepare_dataset
 from tests.image_trees import png_of, turn_into_sbd, write_tree
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +50,7 @@ def test_benchmark_set_prepared_by_the_script_trained_on_and_evaluated(
       sample.label.with_name(name).write_bytes(png_of(ids.astype(np.uint8)))
       sample.label.unlink()
   arguments = ['--dataset', layout, '--source', source, '--data-dir', data_dir]
-  assert script(prepare_dataset, *arguments) == (None, '')
+  assert script(prepare, *arguments) == (None, '')
   printed = capsys.readouterr()
   assert f'warning: {layout}-train has 3 images; the published split has' in printed.err
   assert f'{layout}-val: 2 images in {data_dir}' in printed.out
@@ -91,7 +91,7 @@ def shares_of(samples, label_map):
 def test_custom_set_is_counted_as_described(described, script, tmp_path, capsys):
   source, samples = described
   arguments = ['--dataset=custom', '--source', source, '--data-dir', tmp_path / 'tfds']
-  assert script(prepare_dataset, *arguments, '--splits', 'train') == (None, '')
+  assert script(prepare, *arguments, '--splits', 'train') == (None, '')
   printed = capsys.readouterr().out.splitlines()
   pixels = shares_of(samples['train'], DESCRIPTION['label_map'])
   rows = {words[0]: words[1] for words in map(str.split, printed) if words[1:] and '%' in words}
@@ -104,7 +104,7 @@ def test_undescribed_custom_set_is_counted_by_value(described, script, tmp_path,
   source, _ = described
   (source / 'dataset.json').unlink()
   arguments = ['--dataset=custom', '--source', source, '--data-dir', tmp_path / 'tfds']
-  assert script(prepare_dataset, *arguments) == (None, '')
+  assert script(prepare, *arguments) == (None, '')
   printed = capsys.readouterr().out
   assert [f'value {value} ' in printed for value in range(5)] == [True] * 4 + [False]
   assert 'What the values mean is for dataset.json in' in printed
@@ -114,10 +114,10 @@ def test_bad_samples_end_the_script_unless_left_out(described, script, tmp_path,
   source, samples = described
   samples['val'][0].image.write_bytes(b'')
   arguments = ['--dataset=custom', '--source', source, '--data-dir', tmp_path / 'tfds']
-  status, said = script(prepare_dataset, *arguments)
+  status, said = script(prepare, *arguments)
   assert status == 1
   assert said.startswith(f'error: File {samples["val"][0].image} is not an image, or broken')
-  assert script(prepare_dataset, *arguments, '--skip-bad') == (None, '')
+  assert script(prepare, *arguments, '--skip-bad') == (None, '')
   printed = capsys.readouterr()
   assert 'warning: 1 bad samples of custom-val were left out.' in printed.err
   assert 'custom-val: 1 images in' in printed.out
@@ -128,7 +128,7 @@ def test_pictures_of_what_training_sees(described, script, tmp_path, capsys):
   out = tmp_path / 'pictures'
   values = {**SMALL, 'data.source_dir': source, 'data.data_dir': tmp_path / 'tfds'}
   arguments = [f'--config={ROOT}/configs/custom.py', *set_fields(values), f'--out={out}']
-  assert script(browse_dataset, *arguments, '--count=6') == (None, '')
+  assert script(browse, *arguments, '--count=6') == (None, '')
   assert sorted(path.name for path in out.iterdir()) == ['000.png', '001.png', 'labels.json']
   pixels = shares_of(samples['train'], DESCRIPTION['label_map'])
   labels = json.loads((out / 'labels.json').read_text())
@@ -160,6 +160,6 @@ def test_pictures_of_what_training_sees(described, script, tmp_path, capsys):
   ],
 )
 def test_wrong_arguments_are_a_sentence(arguments, sentence, script, tmp_path):
-  status, said = script(browse_dataset, '--out', tmp_path / 'out', *arguments)
+  status, said = script(browse, '--out', tmp_path / 'out', *arguments)
   assert (status, said[: len(sentence)]) == (1, sentence)
   assert not (tmp_path / 'out').exists()

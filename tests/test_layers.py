@@ -7,8 +7,9 @@ import torch
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.models.layers import BatchNorm, conv, resize_bilinear
-from nonlocal_jax.models.segmentor import MEAN, STD, normalize
+from nonlocal_jax.models.layers import BatchNorm, conv
+from nonlocal_jax.models.nonlocal_net import MEAN, STD, normalize
+from nonlocal_jax.ops.resize import resize_bilinear
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from nonlocal_jax.data import audit, datasets, layouts, transforms
+from nonlocal_jax.data import datasets, layouts, transforms, validation
 from nonlocal_jax.errors import UserError
 from tests.image_trees import CLASSES, turn_into_sbd, write_tree
 from tests.mmseg_import import mmseg_module
@@ -62,7 +62,7 @@ def test_label_map_is_mmsegs(tmp_path):
   for seed in range(100):
     rng = np.random.default_rng(seed)
     label = rng.integers(256, size=(20, 30), dtype=np.uint8)
-    audit.Image.fromarray(label).save(path)
+    validation.Image.fromarray(label).save(path)
     reduce = bool(seed % 2)
     label_map = rng.choice([*range(6), 255], size=255).tolist()
     load = peers.LoadAnnotations()
@@ -211,8 +211,8 @@ def test_label_ids_become_train_ids(tmp_path):
   h, w = transforms.decode_label(sample.label.read_bytes()).shape
   ids = np.resize(np.arange(256, dtype=np.uint8), (h, w))
   path = sample.label.with_name('u_0_gtFine_labelIds.png')
-  audit.Image.fromarray(ids).save(path)
-  read = audit.read_sample(sample._replace(label=path))
+  validation.Image.fromarray(ids).save(path)
+  read = validation.read_sample(sample._replace(label=path))
   expected = np.vectorize(lambda id_: train_ids.get(id_, 255))(ids)
   np.testing.assert_array_equal(transforms.decode_label(read.label), expected)
   np.testing.assert_array_equal(read.pixels, np.bincount(expected.ravel(), minlength=256))
@@ -228,7 +228,7 @@ def test_voc_is_joined_with_sbd(tmp_path):
   assert train.samples[:2] == expected['train'][:2]  # VOC's own label maps go first
   mat = tmp_path / 'benchmark_RELEASE/dataset/cls/2008_000002.mat'
   assert train.samples[2] == expected['train'][2]._replace(label=mat)
-  read = audit.read_sample(train.samples[2])
+  read = validation.read_sample(train.samples[2])
   np.testing.assert_array_equal(transforms.decode_label(read.label), label)
   assert layouts.list_samples(LAYOUTS['voc12aug'], tmp_path, 'val').samples == expected['val']
 

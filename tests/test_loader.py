@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 import pytest
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
-from nonlocal_jax.data import builders, datasets, layouts, loader, transforms
+from nonlocal_jax.data import datasets, layouts, loader, preparation, transforms
 from nonlocal_jax.errors import UserError
 from tests.image_trees import CLASSES, write_sample, write_tree
 
@@ -28,7 +28,9 @@ def prepared(tmp_path_factory):
   for index in range(9):
     image, label = (path.with_name(f'y{index}{path.suffix}') for path in samples[0][1:])
     write_sample(layouts.Sample(f'y{index}', image, label), seed=100 + index)
-  return builders.prepare(datasets.custom_dataset(CLASSES), root / 'source', data_dir=root / 'tfds')
+  return preparation.prepare(
+    datasets.custom_dataset(CLASSES), root / 'source', data_dir=root / 'tfds'
+  )
 
 
 def take(batches, count):
@@ -54,13 +56,13 @@ def test_opened_split_is_a_sequence_that_travels(prepared):
 def test_a_split_is_opened_without_a_change_to_stdout(prepared, monkeypatch):
   """Threads that make batches open it, while others open it, too, and the main one prints."""
   split, seen = pickle.loads(pickle.dumps(prepared['train'])), []
-  open_directory = builders.tfds.builder_from_directory
+  open_directory = preparation.tfds.builder_from_directory
 
   def watched(directory):
     seen.append(sys.stdout)
     return open_directory(directory)
 
-  monkeypatch.setattr(builders.tfds, 'builder_from_directory', watched)
+  monkeypatch.setattr(preparation.tfds, 'builder_from_directory', watched)
   assert split[0] == prepared['train'][0]
   assert seen == [sys.stdout]
 

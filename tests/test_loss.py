@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.parallel import data_mesh, over_batch
+from nonlocal_jax.runtime.parallel import data_mesh, over_batch
 from nonlocal_jax.training.loss import (
   Ohem,
   loss_divisor,

@@ -6,12 +6,8 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.evaluation.metrics import (
-  confusion_matrix,
-  distinct_names,
-  scores,
-  undefined_reasons,
-)
+from nonlocal_jax.evaluation.metrics import distinct_names, scores, undefined_reasons
+from nonlocal_jax.ops.confusion import confusion_matrix
 from tests import peer
 from tests.mmseg_import import mmseg_module
 

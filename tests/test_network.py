@@ -13,8 +13,8 @@ from nonlocal_jax.models import NonLocalNet, normalize
 from nonlocal_jax.models.folding import fold_batch_norms, folded_graphdef
 from nonlocal_jax.models.heads import dropout_channels
 from nonlocal_jax.training.optimizer import poly_schedule, sgd
-from nonlocal_jax.training.state import TrainState, make_train_step
-from nonlocal_jax.weights.torch_names import from_state_dict, infer_architecture, to_state_dict
+from nonlocal_jax.training.train_step import TrainState, make_train_step
+from nonlocal_jax.weights.state_dict import from_state_dict, infer_architecture, to_state_dict
 from tests import peer
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from numpy.testing import assert_allclose
 
 from nonlocal_jax.models import NonLocalBlock, non_local
-from nonlocal_jax.models.attention import softmax_attention
+from nonlocal_jax.ops.attention import softmax_attention
 from tests import peer
 from tests.mmseg_import import mmseg_module
 

@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 import nonlocal_jax
-from nonlocal_jax.evaluation.buckets import Shape
+from nonlocal_jax.cli import predict
 from nonlocal_jax.evaluation.pictures import overlay
-from nonlocal_jax.evaluation.protocol import Protocol, Windows
+from nonlocal_jax.inference.buckets import Shape
+from nonlocal_jax.protocol import Protocol, Windows
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.loading import read_weights
-from scripts import predict
-from tests.test_inference import image_of
+from tests.test_predictor import image_of
 
 SIZES = {'a.png': (60, 80), 'deep/b.jpg': (72, 64), 'ü c.bmp': (81, 49)}
 SCALE = ['--scale', 96, 72]

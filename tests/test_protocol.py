@@ -4,14 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from nonlocal_jax.evaluation.buckets import Shape, shapes_for
-from nonlocal_jax.evaluation.protocol import (
-  Protocol,
-  Windows,
-  axis_matrix,
-  feature_size,
-  window_starts,
-)
+from nonlocal_jax.inference.buckets import Shape, shapes_for
+from nonlocal_jax.inference.views import axis_matrix, feature_size, views_of, window_starts
+from nonlocal_jax.protocol import Protocol, Windows
 
 
 @pytest.mark.parametrize(
@@ -40,7 +35,7 @@ def test_window_starts(size, crop, stride, expected):
 def test_widths_of_multi_scale_testing(version, scale, image, expected):
   """Those that both versions of mmsegmentation resize to."""
   protocol = Protocol.of_version(version, scale=scale, multi_scale_flip=True)
-  assert [view.size[1] for view in protocol.views(image)] == expected
+  assert [view.size[1] for view in views_of(protocol, image)] == expected
   assert protocol.flips == 2
 
 
@@ -48,15 +43,15 @@ def test_published_windows():
   """2 x 4 windows on a Cityscapes image at single scale, 62 over all scales."""
   windows = Windows((769, 769), (513, 513))
   single = Protocol.of_version('v0', scale=(2049, 1025), windows=windows)
-  (view,) = single.views((1024, 2048))
+  (view,) = views_of(single, (1024, 2048))
   assert (view.size, len(view.tops), len(view.lefts)) == ((1025, 2049), 2, 4)
   several = Protocol.of_version('v0', scale=(2049, 1025), windows=windows, multi_scale_flip=True)
-  views = several.views((1024, 2048))
+  views = views_of(several, (1024, 2048))
   assert sum(len(view.tops) * len(view.lefts) for view in views) == 62
   assert [view.crop[0] for view in views[:3]] == [512, 768, 769]
   assert {view.network for view in views} == {(769, 769)}
   unpadded = Protocol.of_version('v1', scale=(2049, 1025), windows=windows, multi_scale_flip=True)
-  assert [view.network[0] for view in unpadded.views((1024, 2048))[:3]] == [512, 768, 769]
+  assert [view.network[0] for view in views_of(unpadded, (1024, 2048))[:3]] == [512, 768, 769]
 
 
 @pytest.mark.parametrize('align_corners', [False, True])

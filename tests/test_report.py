@@ -12,13 +12,13 @@ import pytest
 
 from nonlocal_jax.data.datasets import PUBLISHED, custom_dataset
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.evaluation.protocol import Protocol, Windows
 from nonlocal_jax.evaluation.report import (
   peak_memory_gib,
   protocol_facts,
   published_line,
   write_report,
 )
+from nonlocal_jax.protocol import Protocol, Windows
 
 DATASET = custom_dataset(classes=['sky', 'tree', 'lake', 'sand'], name='park')
 CONFUSION = np.array([[5, 3, 1, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])

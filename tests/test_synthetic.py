@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from nonlocal_jax.data import synthetic
-from nonlocal_jax.weights.torch_names import Architecture
+from nonlocal_jax.models.config import Architecture
 
 SHAPES = range(2, 8)
 

@@ -10,12 +10,12 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
 
+from nonlocal_jax.models.config import Architecture
 from nonlocal_jax.models.layers import BatchNorm
-from nonlocal_jax.parallel import data_mesh, over_batch, replicated, shard_batch
+from nonlocal_jax.runtime.parallel import data_mesh, over_batch, replicated, shard_batch
 from nonlocal_jax.training.optimizer import sgd
-from nonlocal_jax.training.state import TrainState, make_train_step, training_graphdef
+from nonlocal_jax.training.train_step import TrainState, make_train_step, training_graphdef
 from nonlocal_jax.weights.arrays import to_arrays
-from nonlocal_jax.weights.torch_names import Architecture
 
 ARCHITECTURE = Architecture((1, 1, 1, 1), width=4, num_classes=3)
 

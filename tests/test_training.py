@@ -16,12 +16,13 @@ from numpy.testing import assert_allclose
 
 import nonlocal_jax
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.training.log import summary_table
 from nonlocal_jax.training.loop import train_and_evaluate
 from nonlocal_jax.weights.arrays import to_arrays
 from nonlocal_jax.weights.loading import read_weights
-from nonlocal_jax.weights.torch_names import Architecture, to_state_dict
-from nonlocal_jax.weights.torch_writer import write_torch_checkpoint
+from nonlocal_jax.weights.state_dict import to_state_dict
 from tests.conftest import run_two_processes
 
 

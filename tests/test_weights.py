@@ -19,16 +19,12 @@ from flax import nnx
 import nonlocal_jax
 from nonlocal_jax.data.transforms import resize_image
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models.segmentor import normalize
+from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.models.nonlocal_net import normalize
 from nonlocal_jax.training.run_files import config_differences
 from nonlocal_jax.weights import released
 from nonlocal_jax.weights.loading import read_torch_weights
-from nonlocal_jax.weights.torch_names import (
-  Architecture,
-  from_state_dict,
-  infer_architecture,
-  to_state_dict,
-)
+from nonlocal_jax.weights.state_dict import from_state_dict, infer_architecture, to_state_dict
 from tests import peer
 
 

@@ -1,7 +1,7 @@
 """Batches for training and samples for evaluation, made off the main thread by Grain.
 
 A source is any sequence of `{'id': str, 'image': bytes, 'label': bytes}`, such as a
-`builders.PreparedSplit`.
+`prepared.PreparedSplit`.
 """
 
 import os

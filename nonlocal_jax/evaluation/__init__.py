@@ -1,1 +1,1 @@
-"""Evaluation: inference protocols, metrics and the evaluator."""
+"""Evaluation: the evaluator, scores, reports and pictures."""

@@ -10,15 +10,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nonlocal_jax.compiler import Program
-from nonlocal_jax.data.builders import PreparedSplit
 from nonlocal_jax.data.loader import EvalSample, eval_batches
-from nonlocal_jax.evaluation.buckets import Shape, shapes_for
-from nonlocal_jax.evaluation.inference import Prediction, Predictor
+from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.evaluation.metrics import Scores, scores
+from nonlocal_jax.inference.buckets import Shape, shapes_for
+from nonlocal_jax.inference.predictor import Prediction, Predictor
+from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models.folding import fold_batch_norms
-from nonlocal_jax.parallel import replicated
-from nonlocal_jax.progress import progress_bar
+from nonlocal_jax.runtime.compilation import Program
+from nonlocal_jax.runtime.parallel import replicated
+from nonlocal_jax.runtime.progress import progress_bar
 
 _EXAMPLES = 4
 T = TypeVar('T')
@@ -127,7 +128,7 @@ class Evaluator:
     loaded = eval_batches(
       self._split,
       [indices[first : first + self._local_batch_size] for _, indices in self._batches],
-      view_sizes=lambda size: [view.size for view in self._predictor.protocol.views(size)],
+      view_sizes=lambda size: [view.size for view in views_of(self._predictor.protocol, size)],
       label_lookup=self._label_lookup,
     )
     for (shape, indices), samples in zip(self._batches, loaded, strict=True):

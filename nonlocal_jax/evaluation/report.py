@@ -16,8 +16,8 @@ import numpy as np
 
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.evaluation.metrics import distinct_names, scores, undefined_reasons
-from nonlocal_jax.evaluation.protocol import Protocol, Version
-from nonlocal_jax.files import write_whole
+from nonlocal_jax.protocol import Protocol, Version
+from nonlocal_jax.runtime.files import write_whole
 
 METRICS = 'metrics.json'
 # How far, in percent points, a released checkpoint may be from its published mIoU; mmsegmentation's

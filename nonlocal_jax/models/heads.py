@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nonlocal_jax.models.layers import ConvNorm, clear_outside, conv
+from nonlocal_jax.models.layers import ConvNorm, conv
 from nonlocal_jax.models.non_local import NonLocalBlock
+from nonlocal_jax.ops.masking import mask_padding
 
 
 class NonLocalHead(nnx.Module):
@@ -55,13 +56,13 @@ class NonLocalHead(nnx.Module):
   ) -> jax.Array:
     """(n, h, w, in_channels) -> (n, h, w, num_classes); in training `rngs` drops channels.
 
-    What lies in the padding that `sizes` tells of (see `layers.inside`) does not matter.
+    What lies in the padding that `sizes` tells of (see `masking.valid_mask`) does not matter.
     """
-    features = clear_outside(features, sizes)
+    features = mask_padding(features, sizes)
     x = self.convs[0](features, train=train)
     if self.nl_block is not None:
       x = self.nl_block(x, train=train, sizes=sizes)
-    x = clear_outside(self.convs[1](clear_outside(x, sizes), train=train), sizes)
+    x = mask_padding(self.convs[1](mask_padding(x, sizes), train=train), sizes)
     x = self.conv_cat(jnp.concatenate([features, x], axis=-1), train=train)
     return self.conv_seg(self.dropout(x, deterministic=not train, rngs=rngs))
 

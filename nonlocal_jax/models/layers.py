@@ -5,11 +5,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from nonlocal_jax.models.convolution import fast_convolution
+from nonlocal_jax.ops.convolution import fast_convolution
 
 # Names of what `jax.checkpoint` has to keep so that only what is cheap is computed twice.
 KEPT = ('convolved', 'batch_statistics')
@@ -154,12 +153,11 @@ def batch_statistics(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
   Returns:
     Mean and variance, (groups, channels) each.
   """
-  n, height, width, channels = x.shape
   shift = jax.lax.stop_gradient(x[:, :1, :1])  # (n, 1, 1, channels)
   shifted = x - shift
   mean = jnp.mean(shifted, axis=(1, 2))
   var = jnp.mean(jnp.square(shifted), axis=(1, 2)) - jnp.square(mean)
-  of_samples = jnp.stack([mean + shift[:, 0, 0], var]).reshape(2, groups, -1, channels)
+  of_samples = jnp.stack([mean + shift[:, 0, 0], var]).reshape(2, groups, -1, x.shape[-1])
   if groups == 1 and not jax.sharding.get_abstract_mesh().empty:
     of_samples = jax.lax.with_sharding_constraint(of_samples, jax.sharding.PartitionSpec())
   means, variances = of_samples
@@ -203,124 +201,3 @@ class ConvNorm(nnx.Module):
     """(n, h, w, in_channels) -> (n, ceil(h / stride), ceil(w / stride), out_channels)."""
     x = self.bn(self.conv(x), train=train)
     return jax.nn.relu(x) if self.relu else x
-
-
-def inside(sizes: jax.Array, shape: tuple[int, int]) -> jax.Array:
-  """Where the images of a padded batch are.
-
-  Args:
-    sizes: (n, 2) integers, height and width of each image without the padding at its bottom and
-      right.
-    shape: (h, w) with the padding.
-
-  Returns:
-    (n, h, w) bool.
-  """
-  rows = jnp.arange(shape[0])[:, None] < sizes[:, 0, None, None]
-  columns = jnp.arange(shape[1]) < sizes[:, 1, None, None]
-  return rows & columns
-
-
-def clear_outside(x: jax.Array, sizes: jax.Array | None) -> jax.Array:
-  """Sets the padding to zero, so that a convolution sees there what it sees beyond a border.
-
-  Args:
-    x: (n, h, w, c).
-    sizes: See `inside`; None for no padding.
-
-  Returns:
-    The same shape.
-  """
-  return x if sizes is None else jnp.where(inside(sizes, x.shape[1:3])[..., None], x, 0)
-
-
-def strided_sizes(sizes: jax.Array | None, stride: int) -> jax.Array | None:
-  """Sizes after a layer of a stride: `ceil(sizes / stride)`; None stays."""
-  return sizes if sizes is None else (sizes + (stride - 1)) // stride
-
-
-def bilinear_taps(
-  in_size: int, out_size: int, *, align_corners: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The two samples that each sample of a bilinearly resized axis is made of.
-
-  Source coordinates are computed in float32, as in `torch.nn.functional.interpolate`: half-pixel
-  centres clamped at 0, or corner on corner with `align_corners`.
-
-  Args:
-    in_size: Length of the axis before.
-    out_size: Length of the axis after.
-    align_corners: Whether the first and last samples keep their places.
-
-  Returns:
-    Indices of the lower and the upper sample, (out_size,) int64, and the share of the upper one,
-    (out_size,) float32.
-  """
-  positions = np.arange(out_size, dtype=np.float32)
-  if align_corners:
-    step = np.float32((in_size - 1) / (out_size - 1)) if out_size > 1 else np.float32(0)
-    source = positions * step
-  else:
-    step = np.float32(in_size / out_size)
-    source = np.maximum((positions + np.float32(0.5)) * step - np.float32(0.5), 0)
-  lower = np.minimum(source.astype(np.int64), in_size - 1)
-  upper = np.minimum(lower + 1, in_size - 1)
-  return lower, upper, source - lower.astype(np.float32)
-
-
-def bilinear_matrix(in_size: int, out_size: int, *, align_corners: bool) -> np.ndarray:
-  """The matrix that resizes one axis bilinearly, without antialiasing.
-
-  Args:
-    in_size: Length of the axis before.
-    out_size: Length of the axis after.
-    align_corners: See `bilinear_taps`.
-
-  Returns:
-    (out_size, in_size) float32; each row sums to 1.
-  """
-  lower, upper, share = bilinear_taps(in_size, out_size, align_corners=align_corners)
-  matrix = np.zeros((out_size, in_size), np.float32)
-  rows = np.arange(out_size)
-  np.add.at(matrix, (rows, lower), 1 - share)
-  np.add.at(matrix, (rows, upper), share)
-  return matrix
-
-
-def apply_axis_matrices(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
-  """Applies one matrix to the rows and one to the columns of `x`.
-
-  Two dense products instead of a gather: deterministic forwards and backwards on every device.
-
-  Args:
-    x: (n, h, w, c) float32.
-    rows: (out_h, h) float32.
-    columns: (out_w, w) float32.
-
-  Returns:
-    (n, out_h, out_w, c) float32.
-  """
-  highest = jax.lax.Precision.HIGHEST
-  x = jnp.einsum('oh,nhwc->nowc', rows, x, precision=highest)
-  return jnp.einsum('pw,nowc->nopc', columns, x, precision=highest)
-
-
-def resize_bilinear(x: jax.Array, size: tuple[int, int], *, align_corners: bool) -> jax.Array:
-  """Resizes feature maps bilinearly, as `torch.nn.functional.interpolate` does.
-
-  Args:
-    x: (n, h, w, c) float32.
-    size: (out_h, out_w).
-    align_corners: See `bilinear_matrix`.
-
-  Returns:
-    (n, out_h, out_w, c) float32.
-  """
-  _, height, width, _ = x.shape
-  if size == (height, width):
-    return x
-  return apply_axis_matrices(
-    x,
-    bilinear_matrix(height, size[0], align_corners=align_corners),
-    bilinear_matrix(width, size[1], align_corners=align_corners),
-  )

@@ -6,14 +6,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nonlocal_jax.models.attention import (
+from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv
+from nonlocal_jax.ops.attention import (
   Attention,
   cudnn_attention,
   over_query_blocks,
   softmax_attention,
 )
-from nonlocal_jax.models.flash_attention import flash_attention
+<<<<<<< HEAD
+from nonlocal_jax.ops.flash_attention import flash_attention
 from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv, inside
+=======
+from nonlocal_jax.ops.masking import valid_mask
+>>>>>>> rooms
 
 Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
 _SOFTMAX_MODES = ('embedded_gaussian', 'gaussian')
@@ -153,7 +158,7 @@ class NonLocalBlock(nnx.Module):
     values = pool(self.g(x))
     present = None
     if sizes is not None:
-      present = inside(sizes // 2 if self.sub_sample else sizes, values.shape[1:3])
+      present = valid_mask(sizes // 2 if self.sub_sample else sizes, values.shape[1:3])
       present = present.reshape(len(present), -1)
     y = self._aggregate(queries, keys, _positions(values), present)
     y = self.conv_out(y.reshape(*x.shape[:-1], y.shape[-1]))

@@ -6,14 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nonlocal_jax.models.layers import (
-  KEPT,
-  BatchNorm,
-  ConvNorm,
-  clear_outside,
-  conv,
-  strided_sizes,
-)
+from nonlocal_jax.models.layers import KEPT, BatchNorm, ConvNorm, conv
+from nonlocal_jax.ops.masking import mask_padding, strided_sizes
 
 STAGE_BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 STAGE_STRIDES = (1, 2, 1, 1)
@@ -51,11 +45,11 @@ class Bottleneck(nnx.Module):
   ) -> jax.Array:
     """(n, h, w, in_channels) -> (n, ceil(h / stride), ceil(w / stride), 4 * planes).
 
-    What lies in the padding that `sizes` tells of (see `layers.inside`) does not matter.
+    What lies in the padding that `sizes` tells of (see `masking.valid_mask`) does not matter.
     """
     shortcut = x if self.downsample is None else self.downsample(x, train=train)
     x = jax.nn.relu(self.bn1(self.conv1(x), train=train))
-    x = jax.nn.relu(self.bn2(self.conv2(clear_outside(x, sizes)), train=train))
+    x = jax.nn.relu(self.bn2(self.conv2(mask_padding(x, sizes)), train=train))
     return jax.nn.relu(self.bn3(self.conv3(x), train=train) + shortcut)
 
 
@@ -116,19 +110,19 @@ class ResNet(nnx.Module):
     Args:
       images: (n, h, w, 3) float32, normalised RGB.
       train: Whether batch normalisation uses and folds in the batch's statistics.
-      sizes: (n, 2) integers, see `layers.inside`: the features of each image are then those of the
-        image without padding; what they are in the padding has no meaning.
+      sizes: (n, 2) integers, see `masking.valid_mask`: the features of each image are then those of
+        the image without padding; what they are in the padding has no meaning.
 
     Returns:
       Features of stages 3 and 4: (n, ceil(h / 8), ceil(w / 8), 16 * width) and the same with 32 *
       width channels.
     """
-    x = self.stem[0](clear_outside(images, sizes), train=train)
+    x = self.stem[0](mask_padding(images, sizes), train=train)
     sizes = strided_sizes(sizes, 2)
     for layer in (self.stem[1], self.stem[2]):
-      x = layer(clear_outside(x, sizes), train=train)
+      x = layer(mask_padding(x, sizes), train=train)
     # After a ReLU zero is as good as the -inf that a pooling pads with.
-    x = nnx.max_pool(clear_outside(x, sizes), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    x = nnx.max_pool(mask_padding(x, sizes), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
     sizes = strided_sizes(sizes, 2)
     features = []
     for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

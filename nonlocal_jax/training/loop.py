@@ -11,37 +11,36 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nonlocal_jax.data.builders import PreparedSplit
+from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.errors import RunStopped, UserError
-from nonlocal_jax.evaluation.evaluator import Evaluation
-from nonlocal_jax.evaluation.program import (
+from nonlocal_jax.evaluation.evaluate import (
   evaluation_graphdef,
   evaluator_for,
   picture_of,
   show_evaluation,
   write_evaluation,
 )
+from nonlocal_jax.evaluation.evaluator import Evaluation
 from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, train_batches_of
-from nonlocal_jax.parallel import (
+from nonlocal_jax.runtime.parallel import (
   data_mesh,
   is_first_process,
   replicated,
   shard_batch,
 )
-from nonlocal_jax.progress import progress_bar
-from nonlocal_jax.training.curves import CURVES, write_curves
+from nonlocal_jax.runtime.progress import progress_bar
+from nonlocal_jax.runtime.signals import StopRequest
+from nonlocal_jax.training.checkpointing import restore, save, with_weights
 from nonlocal_jax.training.initial_weights import read_initial_weights
-from nonlocal_jax.training.log import LOG, TrainingLog, summary_table
+from nonlocal_jax.training.log import CURVES, LOG, TrainingLog, summary_table, write_curves
 from nonlocal_jax.training.recipe import (
   check_recipe,
   compile_step,
   optimizer_of,
   say_start,
 )
-from nonlocal_jax.training.resumption import restore, save, with_weights
 from nonlocal_jax.training.run_files import BEST, check_same_run, write_run_files
-from nonlocal_jax.training.state import Metrics, TrainState
-from nonlocal_jax.training.stopping import StopRequest
+from nonlocal_jax.training.train_step import Metrics, TrainState
 from nonlocal_jax.weights.run_checkpoints import RunCheckpoints, has_checkpoint
 
 _BATCH = ('image', 'label', 'size')
@@ -60,7 +59,7 @@ def train_and_evaluate(
   `config.init_backbone`, or from scratch.
 
   Args:
-    config: See `configs/common.py`.
+    config: See `nonlocal_jax/recipes.py`.
     workdir: Gets checkpoints, the weights with the best mIoU in `best`, `config.json`,
       `model.json`, `log.jsonl`, TensorBoard events, `curves.png`, `metrics.json` and
       `predictions.png`. Of several processes all must see it.

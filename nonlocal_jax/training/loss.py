@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nonlocal_jax.models.layers import apply_axis_matrices, bilinear_matrix
-from nonlocal_jax.models.upsampling import upsample, upsample_transpose_of, upsampling_factor
+from nonlocal_jax.ops.resize import apply_axis_matrices, bilinear_matrix
+from nonlocal_jax.ops.upsampling import upsample, upsample_transpose_of, upsampling_factor
 
 _PARTS = 8  # of the rows of an image that the loss is computed in
 
@@ -86,7 +86,7 @@ def pixel_losses(
   Args:
     logits: (n, h, w, c) floats; computed with in float32 at least.
     labels: (n, out_h, out_w) integers in [0, c) or `ignore_index`.
-    align_corners: See `layers.bilinear_matrix`.
+    align_corners: See `resize.bilinear_matrix`.
     ignore_index: Label of the pixels without a class.
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

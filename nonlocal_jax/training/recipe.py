@@ -8,13 +8,13 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nonlocal_jax.compiler import compiled, compiler_options
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.experiment import architecture_of, check_device, dataset_of
-from nonlocal_jax.parallel import over_batch, replicated
+from nonlocal_jax.runtime.compilation import compiled, compiler_options
+from nonlocal_jax.runtime.parallel import over_batch, replicated
 from nonlocal_jax.training.loss import Ohem
 from nonlocal_jax.training.optimizer import poly_schedule, sgd
-from nonlocal_jax.training.state import Metrics, TrainState, make_train_step, training_graphdef
+from nonlocal_jax.training.train_step import Metrics, TrainState, make_train_step, training_graphdef
 
 
 def check_recipe(config: ConfigDict, mesh: Mesh) -> None:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.experiment import architecture_of
-from nonlocal_jax.files import write_whole
+from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.weights.checkpoints import DESCRIPTION
 from nonlocal_jax.weights.description import ModelDescription
 

@@ -1,1 +1,1 @@
-"""Weights on disk: PyTorch files, the map between their names and ours, and Orbax checkpoints."""
+"""Weights on disk: released models, the map between names of arrays, and Orbax checkpoints."""

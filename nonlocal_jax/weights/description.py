@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.weights.torch_names import Architecture
+from nonlocal_jax.models.config import Architecture
 
 
 @dataclasses.dataclass(frozen=True)

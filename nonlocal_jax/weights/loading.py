@@ -12,17 +12,17 @@ from flax import nnx
 
 from nonlocal_jax.data.datasets import PUBLISHED, custom_dataset
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.torch_format.reader import read_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import load_weights
 from nonlocal_jax.weights.description import ModelDescription
-from nonlocal_jax.weights.recorded_config import RecordedConfig
+from nonlocal_jax.weights.mmseg_config import RecordedConfig
 from nonlocal_jax.weights.released import (
   ReleasedModel,
   released_model_of_file,
   released_model_of_sha256,
 )
-from nonlocal_jax.weights.torch_file import read_torch_checkpoint
-from nonlocal_jax.weights.torch_names import (
-  Architecture,
+from nonlocal_jax.weights.state_dict import (
   from_state_dict,
   infer_architecture,
   skipped,

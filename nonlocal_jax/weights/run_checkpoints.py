@@ -11,7 +11,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.parallel import is_first_process
+from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.weights.arrays import Arrays, checksum, from_arrays, to_arrays
 from nonlocal_jax.weights.orbax_errors import QuietThreads, one_error
 

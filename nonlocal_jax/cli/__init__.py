@@ -1,0 +1,1 @@
+"""The commands, one file each; `main.py` and `scripts/` are their faces."""

@@ -1,0 +1,237 @@
+"""Evaluates released checkpoints as they were published, and compares.
+
+python scripts/check_published.py --checkpoints=DIR --data=DIR --out=published
+
+Takes each file of --checkpoints that is a released one, whatever its name, and evaluates it on the
+folders in --data (cityscapes, ade, VOCdevkit, as MMSegmentation lays them out): single scale, and
+multi-scale with flips where that was published. Writes OUT/published.md and OUT/published.json
+after each, and goes on where it was stopped. Exit status 0: all that could be checked agrees. Takes
+every --config.FIELD=VALUE that main.py takes, such as --config.eval.batch_size=8.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.evaluation.report import METRICS
+from nonlocal_jax.recipes import variant_name
+from nonlocal_jax.runtime.files import write_whole
+from nonlocal_jax.runtime.progress import progress_bar
+from nonlocal_jax.weights.loading import sha256_of
+from nonlocal_jax.weights.released import RELEASED, ReleasedModel, released_model_of_sha256
+
+MAIN = Path(__file__).resolve().parents[2] / 'main.py'
+COST = 'cost.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """A published number.
+
+  Attributes:
+    model: The released checkpoint.
+    multi_scale_flip: Whether the number is with multi-scale and flips.
+    published: mIoU in percent.
+  """
+
+  model: ReleasedModel
+  multi_scale_flip: bool
+  published: float
+
+  @property
+  def name(self) -> str:
+    """Name of the folder of results, e.g. 'nonlocal_r50-d8_..._ade20k-5ae0aa33_ms_flip'."""
+    suffix = '_ms_flip' if self.multi_scale_flip else ''
+    return f'{self.model.name}-{self.model.sha256_prefix}{suffix}'
+
+
+CHECKS = tuple(
+  Check(model, several, miou)
+  for model in RELEASED
+  for several, miou in ((False, model.miou), (True, model.miou_ms_flip))
+  if miou is not None
+)
+
+
+def main() -> None:
+  """Runs what the arguments say."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+  )
+  parser.add_argument('--checkpoints', required=True, type=Path, help='folder of .pth files')
+  parser.add_argument('--data', required=True, type=Path, help='folder of the data sets')
+  parser.add_argument('--out', type=Path, default=Path('published'), help='default: published')
+  arguments, settings = parser.parse_known_args()
+  strangers = [setting for setting in settings if not setting.startswith('--config.')]
+  if strangers:
+    parser.error(f'unrecognized arguments: {" ".join(strangers)}')
+  files = find_released(arguments.checkpoints)
+  rows = check_all(CHECKS, files, arguments.data, arguments.out, settings, run=run_and_time)
+  print(as_markdown(rows))
+  checked = [row for row in rows if row['measured'] is not None]
+  wrong = [row for row in rows if row['verdict'] not in ('agrees', 'missing')]
+  print(f'{len(checked)} of {len(rows)} checked; the table is in {arguments.out / "published.md"}.')
+  if wrong or not checked:
+    raise UserError(
+      f'{len(wrong)} of {len(rows)} published numbers were not reproduced.'
+      if wrong
+      else f'{arguments.checkpoints} holds no released checkpoint that could be checked.'
+    )
+
+
+def find_released(folder: Path) -> dict[str, Path]:
+  """The released checkpoints in a folder, by the first digits of their sha256.
+
+  Raises:
+    UserError: If there is no such folder.
+  """
+  if not folder.is_dir():
+    raise UserError(f'There is no folder {folder}: give the one with the released .pth files.')
+  files = {}
+  for path in sorted(folder.rglob('*.pth')):
+    released = released_model_of_sha256(sha256_of(path))
+    if released is not None:
+      files[released.sha256_prefix] = path
+  return files
+
+
+def check_all(
+  checks: Sequence[Check],
+  files: dict[str, Path],
+  data: Path,
+  out: Path,
+  settings: Sequence[str],
+  *,
+  run: Callable[[list[str]], dict[str, Any]],
+) -> list[dict[str, Any]]:
+  """Makes the checks that were not made before, and writes the table after each.
+
+  Args:
+    checks: What to check.
+    files: The checkpoints by the first digits of their sha256.
+    data: Folder of the data sets.
+    out: Gets the table and, for each check, a folder with `metrics.json`.
+    settings: Further arguments of main.py.
+    run: Runs main.py with arguments; returns `status`, `error` and `seconds`.
+
+  Returns:
+    A row for each check: model, mode, published, measured, difference, seconds, peak_gib, verdict.
+  """
+  rows = []
+  with progress_bar(len(checks), 'Checking', unit='number') as bar:
+    for check in checks:
+      file = files.get(check.model.sha256_prefix)
+      workdir = out / check.name
+      if file is not None and not _is_done(workdir, settings):
+        cost = run(_arguments(check, file, data, workdir, settings))
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_whole(workdir / COST, json.dumps({**cost, 'settings': list(settings)}) + '\n')
+      rows.append(_row(check, workdir if file is not None else None))
+      write_whole(out / 'published.json', json.dumps(rows, indent=2) + '\n')
+      write_whole(out / 'published.md', as_markdown(rows) + '\n')
+      bar.update()
+  return rows
+
+
+def _is_done(workdir: Path, settings: Sequence[str]) -> bool:
+  if not (workdir / COST).exists():
+    return False
+  cost = json.loads((workdir / COST).read_text())
+  return cost['status'] == 0 and cost['settings'] == list(settings)
+
+
+def _arguments(
+  check: Check, file: Path, data: Path, workdir: Path, settings: Sequence[str]
+) -> list[str]:
+  model = check.model
+  config = MAIN.parent / f'configs/{model.dataset}_r{model.depth}.py'
+  return [
+    f'--config={config}:{variant_name(model)}',
+    '--mode=eval',
+    f'--checkpoint={file}',
+    f'--workdir={workdir}',
+    f'--config.data.source_dir={data}',
+    f'--config.eval.multi_scale_flip={check.multi_scale_flip}',
+    *settings,
+  ]
+
+
+def _row(check: Check, workdir: Path | None) -> dict[str, Any]:
+  row = {
+    'model': check.model.name,
+    'file': check.model.file,
+    'mode': 'ms+flip' if check.multi_scale_flip else 'single scale',
+    'published': check.published,
+    'measured': None,
+    'difference': None,
+    'seconds': None,
+    'peak_gib': None,
+    'verdict': 'missing',
+  }
+  if workdir is None:
+    return row
+  cost = json.loads((workdir / COST).read_text())
+  if cost['status'] != 0:
+    return {**row, 'verdict': f'failed: {cost["error"]}'}
+  report = json.loads((workdir / METRICS).read_text())
+  compared = report['published']
+  row |= {'measured': round(report['mIoU'], 2), 'verdict': 'not comparable'}
+  memory = report['peak_memory_gib']
+  row |= {'seconds': cost['seconds'], 'peak_gib': memory['device'] or memory['host']}
+  if compared:
+    verdict = 'agrees' if compared['agrees'] else 'differs'
+    row |= {'difference': compared['difference'], 'verdict': verdict}
+  return row
+
+
+def run_and_time(arguments: list[str]) -> dict[str, Any]:
+  """Runs main.py in a process of its own, whose progress is seen.
+
+  Returns:
+    Its exit `status`, its last line on stderr as `error`, and its `seconds`.
+  """
+  started, said = time.perf_counter(), b''
+  with subprocess.Popen(
+    [sys.executable, str(MAIN), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+  ) as process:
+    try:
+      assert process.stderr is not None
+      while part := process.stderr.read1():
+        sys.stderr.buffer.write(part)
+        sys.stderr.flush()
+        said = (said + part)[-4096:]
+      process.wait()
+    except BaseException:
+      process.terminate()
+      raise
+  lines = said.decode(errors='replace').replace('\r', '\n').split('\n')
+  return {
+    'status': process.returncode,
+    'error': next((line for line in reversed(lines) if line.strip()), ''),
+    'seconds': time.perf_counter() - started,
+  }
+
+
+def as_markdown(rows: Iterable[dict[str, Any]]) -> str:
+  """The rows as a table."""
+  lines = [
+    '| model | mode | published | measured | difference | seconds | peak GiB | |',
+    '|---|---|---|---|---|---|---|---|',
+  ]
+  for row in rows:
+    cells = [row['model'], row['mode'], f'{row["published"]:.2f}']
+    cells += [_number(row['measured'], '.2f'), _number(row['difference'], '+.2f')]
+    cells += [_number(row['seconds'], '.0f'), _number(row['peak_gib'], '.1f'), row['verdict']]
+    lines.append(f'| {" | ".join(cells)} |')
+  return '\n'.join(lines)
+
+
+def _number(value: float | None, form: str) -> str:
+  return '' if value is None else format(value, form)

@@ -1,0 +1,212 @@
+"""Converts PyTorch checkpoints of MMSegmentation, and weights trained here back to .pth.
+
+python scripts/convert_checkpoint.py FILE.pth OUT              one file to a directory
+python scripts/convert_checkpoint.py FOLDER OUT                each .pth of a folder, to OUT/STEM
+python scripts/convert_checkpoint.py SOURCE --to-pth OUT.pth   for MMSegmentation
+
+SOURCE is a converted directory or the workdir of a training run (its newest checkpoint).
+"""
+
+import argparse
+import collections
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from ml_collections import ConfigDict
+
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.recipes import base_config, published_config, variant_name
+from nonlocal_jax.runtime.progress import progress_bar
+from nonlocal_jax.torch_format.writer import write_torch_checkpoint
+from nonlocal_jax.weights.checkpoints import DESCRIPTION, read_description, save_weights
+from nonlocal_jax.weights.description import ModelDescription
+from nonlocal_jax.weights.loading import TorchWeights, read_torch_weights, read_weights
+from nonlocal_jax.weights.mmseg_config import RecordedConfig
+from nonlocal_jax.weights.released import RELEASED, ReleasedModel
+from nonlocal_jax.weights.state_dict import to_state_dict
+
+
+def main() -> None:
+  """Runs what the arguments say."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('source', type=Path, help='a .pth file, a folder of them, or see --to-pth')
+  parser.add_argument('out', type=Path, nargs='?', help='directory to write; must not exist')
+  parser.add_argument('--to-pth', type=Path, metavar='OUT.pth', help='file to write instead')
+  parser.add_argument(
+    '--align-corners',
+    action=argparse.BooleanOptionalAction,
+    help='the corner convention, for files that do not tell it',
+  )
+  arguments = parser.parse_args()
+  source, out, to_pth = arguments.source, arguments.out, arguments.to_pth
+  if (out is None) == (to_pth is None):
+    parser.error('give either OUT or --to-pth OUT.pth')
+  if to_pth:
+    write_pth(source, to_pth)
+  elif not source.is_dir():
+    weights = read_torch_weights(source, align_corners=arguments.align_corners)
+    save_weights(out, weights.state, weights.description)
+    print(summary(weights, out))
+  elif (source / DESCRIPTION).exists():
+    raise UserError(f'{source} needs no conversion; --to-pth writes a .pth file of it.')
+  else:
+    convert_folder(source, out, align_corners=arguments.align_corners)
+
+
+def convert_folder(folder: Path, out: Path, *, align_corners: bool | None) -> None:
+  """Converts each .pth file of a folder into a directory below `out`, and leaves what is there.
+
+  Args:
+    folder: The folder.
+    out: Gets a directory for each file, under the file's stem.
+    align_corners: The corner convention, in place of what the files tell.
+
+  Raises:
+    UserError: If there are no files or some could not be converted; the message lists those.
+  """
+  files = sorted(folder.glob('*.pth'))
+  if not files:
+    raise UserError(f'{folder} holds no .pth files and is no converted directory.')
+  failures = []
+  with progress_bar(len(files), 'Converting', unit='file') as bar:
+    for file in files:
+      directory = out / file.stem
+      try:
+        weights = read_torch_weights(file, align_corners=align_corners)
+        description = weights.description
+        if (directory / DESCRIPTION).exists() and read_description(directory) == description:
+          bar.write(f'{directory} is there already\n')
+        else:
+          save_weights(directory, weights.state, description)
+          bar.write(f'{summary(weights, directory)}\n')
+      except UserError as error:
+        failures.append(f'  {error}')
+      bar.update()
+  if failures:
+    count = f'{len(failures)} of {len(files)} files were not converted'
+    raise UserError('\n'.join((f'{count}:', *failures)))
+
+
+def write_pth(source: Path, path: Path) -> None:
+  """Writes weights as a .pth file that MMSegmentation loads, and says so.
+
+  Args:
+    source: Anything that `read_weights` reads.
+    path: The file; must not exist.
+
+  Raises:
+    UserError: If there are no weights, or `path` exists or cannot be written.
+  """
+  description, state = read_weights(source)
+  classes, palette = list(description.classes), list(map(list, description.palette))
+  recorded = RecordedConfig(
+    align_corners=description.align_corners,
+    test_scale=description.test_scale,
+    window_crop=description.window_crop,
+    window_stride=description.window_stride,
+  )
+  meta = {
+    'dataset_meta': {'classes': classes, 'palette': palette},
+    'CLASSES': classes,
+    'PALETTE': palette,
+    'config': recorded.to_text(),
+  }
+  arrays = to_state_dict(state, description.num_batches_tracked)
+  write_torch_checkpoint(path, arrays, meta)
+  print(f'{path}: {len(arrays)} arrays, {description.architecture}; how it was tested here:')
+  print(recorded.to_text(), end='')
+
+
+def summary(weights: TorchWeights, directory: Path) -> str:
+  """What was converted, and how to evaluate it."""
+  description, released = weights.description, weights.released
+  facts = {
+    'file': description.source,
+    'sha256': description.sha256,
+    'released as': _published(released) if released else 'unknown',
+    'network': description.architecture,
+    'dataset': f'{description.dataset}: {_shortened(description.classes)}',
+    'protocol': _protocol(description),
+  }
+  lines = [f'{name:12} {value}' for name, value in facts.items()]
+
+  rows = collections.defaultdict(lambda: [0, 0, 0])
+  for (part, *_), variable in nnx.to_flat_state(weights.state):
+    for name in (part, 'total'):
+      rows[name][0] += 1
+      rows[name][1 if isinstance(variable, nnx.Param) else 2] += variable.size
+  rows['total'] = rows.pop('total')
+  lines += ['', f'{"":16}{"arrays":>8}{"parameters":>14}{"statistics":>14}']
+  lines += [f'{name:16}{a:8,}{p:14,}{s:14,}' for name, (a, p, s) in rows.items()]
+  lines += [f'{"skipped":16}{count:8,}  {reason}' for reason, count in weights.skipped.items()]
+  lines += [
+    '',
+    *(f'Note: {note}' for note in weights.notes),
+    f'Written to {directory}. To evaluate:',
+  ]
+  return '\n'.join((*lines, f'  {evaluation_command(description, directory)}'))
+
+
+def evaluation_command(description: ModelDescription, directory: Path) -> str:
+  """The command that evaluates converted weights by the protocol of their description.
+
+  It begins with the config that is nearest, and sets what differs.
+  """
+  wanted = {
+    'model.depth': description.architecture.depth,
+    'model.width': description.architecture.width,
+    'model.non_local': description.architecture.non_local,
+    'model.align_corners': description.align_corners,
+    'data.num_classes': description.architecture.num_classes,
+    'eval.scale': description.test_scale or '(WIDTH,HEIGHT)',
+    'eval.window_crop': description.window_crop or (),
+    'eval.window_stride': description.window_stride or (),
+  }
+  configs = {'configs/custom.py': base_config()}
+  for model in RELEASED:
+    if model.dataset == description.dataset and not model.replaced:
+      variant = variant_name(model)
+      name = f'configs/{model.dataset}_r{model.depth}.py:{variant}'
+      configs[name] = published_config(model.dataset, model.depth, variant)
+  if len(configs) > 1:
+    del configs['configs/custom.py']
+  differences = {name: _differing(wanted, config) for name, config in configs.items()}
+  name = min(differences, key=lambda name: len(differences[name]))
+  settings = {'data.source_dir': 'DIR', **differences[name]}
+  flags = (
+    f'--config.{key}={shlex.quote(str(value).replace(" ", ""))}' for key, value in settings.items()
+  )
+  where = shlex.quote(str(directory))
+  return f'python main.py --config={name} --mode=eval --checkpoint={where} {" ".join(flags)}'
+
+
+def _differing(wanted: Mapping[str, Any], config: ConfigDict) -> dict[str, Any]:
+  values = {key: config[key.split('.')[0]][key.split('.')[1]] for key in wanted}
+  return {key: value for key, value in wanted.items() if values[key] != value}
+
+
+def _published(released: ReleasedModel) -> str:
+  multi_scale = released.miou_ms_flip
+  also = f', {multi_scale} with multi-scale and flip' if multi_scale is not None else ''
+  return f'{released.name}, mIoU {released.miou}{also}'
+
+
+def _protocol(description: ModelDescription) -> str:
+  scale = description.test_scale
+  where = f'in a box of {scale[0]}x{scale[1]}' if scale else 'at their own size'
+  how = 'whole images'
+  if description.window_crop:
+    crop, stride = description.window_crop, description.window_stride
+    how = f'windows of {crop} every {stride} pixels of images'
+  corners = 'corner-aligned' if description.align_corners else 'half-pixel'
+  return f'{how} {where}, {corners} logits'
+
+
+def _shortened(classes: tuple[str, ...]) -> str:
+  more = ', ...' if len(classes) > 4 else ''
+  return f'{len(classes)} classes ({", ".join(classes[:4])}{more})'

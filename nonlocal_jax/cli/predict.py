@@ -1,0 +1,179 @@
+"""Segments images: a label map and a picture of it for each.
+
+python scripts/predict.py --checkpoint=WEIGHTS INPUT... --out=DIR
+
+WEIGHTS are a .pth file of MMSegmentation, a converted directory or the workdir of a training run;
+an INPUT is an image, a folder, or a pattern such as 'photos/*.jpg'. For photos/a.jpg and for a.jpg
+in a folder there are DIR/a.png, a PNG file of class indices with the classes' colours, and
+DIR/a_overlay.jpg.
+"""
+
+import argparse
+import glob
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from PIL import Image
+
+import nonlocal_jax
+from nonlocal_jax.data.paths import files_below
+from nonlocal_jax.data.transforms import decode_image
+from nonlocal_jax.data.validation import CITYSCAPES_IDS
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.evaluation.pictures import overlay
+from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
+from nonlocal_jax.ops.convolution import Method
+from nonlocal_jax.runtime.files import whole_file
+from nonlocal_jax.runtime.progress import progress_bar
+
+_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+
+
+def main() -> None:
+  """Runs what the arguments say."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('inputs', nargs='+', metavar='INPUT')
+  parser.add_argument('--checkpoint', required=True, type=Path)
+  parser.add_argument('--out', required=True, type=Path)
+  parser.add_argument(
+    '--submission',
+    action='store_true',
+    help='label values as the servers of Cityscapes and ADE20K want them, and no pictures',
+  )
+  parser.add_argument(
+    '--multi-scale-flip', action='store_true', help='mean over six sizes, plain and mirrored'
+  )
+  parser.add_argument(
+    '--scale',
+    nargs=2,
+    type=int,
+    metavar=('WIDTH', 'HEIGHT'),
+    help='box that images are resized into, in place of that of the checkpoint',
+  )
+  parser.add_argument(
+    '--align-corners',
+    action=argparse.BooleanOptionalAction,
+    help='the corner convention, for files that do not tell it',
+  )
+  parser.add_argument(
+    '--convolution',
+    choices=get_args(Method),
+    default='fast',
+    help="how CPUs compute convolutions; 'direct' as other platforms do (default: fast)",
+  )
+  parser.add_argument(
+    '--precision',
+    choices=get_args(Precision),
+    default='highest',
+    help="of matrix products; 'default' is TF32 on recent GPUs, several times faster "
+    '(default: highest)',
+  )
+  arguments = parser.parse_args()
+  images = find_images(arguments.inputs)
+  model = nonlocal_jax.load(
+    arguments.checkpoint,
+    align_corners=arguments.align_corners,
+    convolution=arguments.convolution,
+    precision=arguments.precision,
+  )
+  if arguments.scale:
+    model = model.with_test_scale(tuple(arguments.scale))
+  values = submission_values(model) if arguments.submission else None
+  failures = []
+  with progress_bar(len(images), 'Predicting', unit='img') as bar:
+    for name, path in images.items():
+      try:
+        image = read(path)
+      except UserError as error:
+        failures.append(str(error))
+      else:
+        label = model.predict(image, multi_scale_flip=arguments.multi_scale_flip).astype(np.uint8)
+        target = arguments.out / name
+        if values is not None:
+          save(Image.fromarray(values[label]), Path(f'{target}.png'))
+        else:
+          save(with_palette(label, model.palette), Path(f'{target}.png'))
+          picture = overlay(image, label, classes=model.classes, palette=model.palette)
+          save(Image.fromarray(picture), Path(f'{target}_overlay.jpg'))
+      bar.update()
+  print(
+    f'{len(images) - len(failures)} of {len(images)} images were predicted, to {arguments.out}.'
+  )
+  if failures:
+    raise UserError('\n  '.join([f'{len(failures)} images failed:', *failures]))
+
+
+def find_images(inputs: Sequence[str]) -> dict[str, Path]:
+  """The images that the command line names, by the name of their results without suffix.
+
+  Raises:
+    UserError: If an input names no image, or two images would have one result.
+  """
+  found: dict[str, Path] = {}
+  for given in inputs:
+    paths = list(_images_of(given))
+    if not paths:
+      raise UserError(f'{given} is no image, no folder of images and no pattern that fits any.')
+    for name, path in paths:
+      if found.setdefault(name, path) != path:
+        raise UserError(f'{found[name]} and {path} would both go to {name}.png: rename one.')
+  return found
+
+
+def _images_of(given: str) -> Iterable[tuple[str, Path]]:
+  folder = Path(given)
+  if folder.is_dir():
+    for path in files_below(folder):
+      if path.suffix.lower() in _SUFFIXES:
+        yield path.relative_to(folder).with_suffix('').as_posix(), path
+    return
+  for name in [given] if folder.is_file() else sorted(glob.glob(given, recursive=True)):
+    if Path(name).is_file():
+      yield Path(name).stem, Path(name)
+
+
+def read(path: Path) -> np.ndarray:
+  """Reads an image, (h, w, 3) uint8 RGB.
+
+  Raises:
+    UserError: If it cannot be read.
+  """
+  try:
+    return decode_image(path.read_bytes())
+  except OSError as error:
+    raise UserError(f'File {path} cannot be read: {error.strerror}.') from error
+  except ValueError as error:
+    raise UserError(f'File {path} is {error}.') from error
+
+
+def submission_values(model: PretrainedModel) -> np.ndarray:
+  """The label values that the benchmark's server wants, by class, uint8.
+
+  Raises:
+    UserError: If the model is of another dataset.
+  """
+  dataset = model.description.dataset
+  if dataset == 'cityscapes':
+    return np.array(CITYSCAPES_IDS, np.uint8)
+  if dataset == 'ade20k':
+    return np.arange(1, len(model.classes) + 1, dtype=np.uint8)
+  raise UserError(
+    f'--submission is for models of Cityscapes and ADE20K, and this one is of {dataset}.'
+  )
+
+
+def with_palette(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
+  """A label map whose file shows the colours of the classes."""
+  image = Image.fromarray(label)
+  image.putpalette(np.array(palette, np.uint8).ravel().tolist())
+  return image
+
+
+def save(image: Image.Image, path: Path) -> None:
+  """Writes an image file whole or not at all."""
+  with whole_file(path) as partial:
+    image.save(partial, 'PNG' if path.suffix == '.png' else 'JPEG')

@@ -1,0 +1,246 @@
+"""Turns image folders into TFDS datasets of ArrayRecord files, once.
+
+The directory of a split is named after a fingerprint of the files that it was made from: changed
+folders are prepared anew, old data is never read. TensorFlow is not needed.
+"""
+
+import contextlib
+import functools
+import hashlib
+import io
+import itertools
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import absl.logging
+import filelock
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
+
+from nonlocal_jax.data.datasets import Dataset, Split
+from nonlocal_jax.data.layouts import Listing, Sample, list_samples
+from nonlocal_jax.data.paths import as_path, is_remote, version_of
+from nonlocal_jax.data.prepared import NAME, VERSION, PreparedSplit, record_files
+from nonlocal_jax.data.validation import AuditedSample, read_sample
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.progress import progress_bar
+
+_SHARD_BYTES = 128 << 20  # a shard is in memory while TFDS writes it
+_READERS = 32  # of a bucket, where waiting takes the time
+
+
+def prepare(
+  dataset: Dataset,
+  source_dir: str | os.PathLike[str],
+  *,
+  splits: Sequence[Split] = ('train', 'val'),
+  data_dir: str | os.PathLike[str] | None = None,
+  skip_bad: bool = False,
+) -> dict[Split, PreparedSplit]:
+  """Prepares the splits that are not prepared yet, with a progress bar, and opens them all.
+
+  Every file is read and decoded once, by all cores. An interrupted preparation leaves nothing that
+  could be opened, and the next one clears away what it left. Of several processes one prepares and
+  the others wait.
+
+  Args:
+    dataset: What the folder holds.
+    source_dir: Folder or bucket of images and label maps, see `layouts.list_samples`.
+    splits: Which splits; the files of the others need not exist.
+    data_dir: Where prepared data is kept; None for `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+    skip_bad: Whether to leave out bad samples.
+
+  Returns:
+    The opened splits by name.
+
+  Raises:
+    UserError: If files are missing, broken or do not fit together and are not to be left out, or
+      `data_dir` is not writable.
+  """
+  return {split: _prepare_split(dataset, source_dir, split, data_dir, skip_bad) for split in splits}
+
+
+def _prepare_split(
+  dataset: Dataset,
+  source_dir: str | os.PathLike[str],
+  split: Split,
+  data_dir: str | os.PathLike[str] | None,
+  skip_bad: bool,
+) -> PreparedSplit:
+  name = f'{dataset.name}-{split}'
+  listing = list_samples(dataset, source_dir, split)
+  if listing.incomplete and not skip_bad:
+    raise _bad_samples(name, listing.incomplete)
+  config = tfds.core.BuilderConfig(name=f'{name}-{_fingerprint(listing.samples)}')
+  with _quiet():
+    builder = _Builder(
+      name,
+      listing,
+      split=split,
+      source=str(as_path(source_dir)),
+      skip_bad=skip_bad,
+      config=config,
+      data_dir=os.path.expanduser(data_dir) if data_dir else None,
+    )
+    if not builder.is_prepared():
+      try:
+        builder.prepare_alone()
+      except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter on a full disk
+        raise UserError(
+          f'{name} cannot be prepared in {builder.data_path}: {error}; see to it, or give '
+          'another folder as --config.data.data_dir.'
+        ) from error
+  return PreparedSplit(name, builder.data_path)
+
+
+def _fingerprint(samples: Sequence[Sample]) -> str:
+  paths = [path for sample in samples for path in (sample.image, sample.label)]
+  with ThreadPoolExecutor(_READERS) as pool:
+    versions = pool.map(version_of, paths) if is_remote(paths[0]) else map(version_of, paths)
+    digest = hashlib.sha256()
+    for sample, image, label in zip(samples, versions, versions, strict=True):
+      names = (sample.id, sample.image.name, *sample.label.parts[-2:])
+      digest.update(repr((names, [image, label])).encode())
+  return digest.hexdigest()[:16]
+
+
+class _Builder(ShardBasedBuilder, skip_registration=True):
+  """Writes one split of a folder; reading it back needs no builder of this class."""
+
+  name = NAME
+  VERSION = tfds.core.Version(VERSION)
+  url_infos = None  # nothing is downloaded, so there are no checksums to look for
+
+  def __init__(
+    self,
+    title: str,
+    listing: Listing,
+    *,
+    split: Split,
+    source: str,
+    skip_bad: bool,
+    **kwargs,
+  ):
+    self._title = title
+    self._samples = listing.samples
+    self._unused_labels = listing.unused_labels
+    self._split = split
+    self._source = source
+    self._bad = list(listing.incomplete)
+    self._skip_bad = skip_bad
+    self._on_sample = lambda: None
+    super().__init__(file_format='array_record', **kwargs)
+
+  def prepare_alone(self) -> None:
+    """Prepares unless another process does, then waits for it; clears away what was left over."""
+    parent = self.data_path.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(parent / '.lock'):
+      if self.is_prepared():
+        return
+      for leftover in parent.glob(f'{tfds.core.constants.INCOMPLETE_PREFIX}*'):
+        shutil.rmtree(leftover)
+      with progress_bar(len(self._samples), f'Preparing {self._title}', unit='img') as bar:
+        self._on_sample = bar.update
+        self.download_and_prepare()
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return tfds.core.DatasetInfo(
+      builder=self,
+      description='Images and label maps, as the files they came in.',
+      features=tfds.features.FeaturesDict(
+        {
+          'id': tfds.features.Text(),
+          'image': tfds.features.Image(shape=(None, None, 3)),
+          'label': tfds.features.Image(shape=(None, None, 1)),
+        }
+      ),
+      metadata=tfds.core.MetadataDict(
+        source=self._source,
+        unused_labels=self._unused_labels,
+        sizes=[],
+        left_out=[],
+        label_values={},
+        record_files={},
+      ),
+      disable_shuffling=True,
+    )
+
+  def _shard_iterators_per_split(self, dl_manager):
+    shards = _in_shards(self._samples)
+    return {self._split: [functools.partial(self._generate, shard) for shard in shards]}
+
+  def _generate(self, shard: range) -> Iterator[tuple[int, dict]]:
+    label_values = self.info.metadata['label_values']
+    remote = is_remote(self._samples[0].image)
+    pool = ThreadPoolExecutor(_READERS if remote else os.cpu_count())
+    try:
+      audits = pool.map(_read_or_complain, self._samples[shard.start : shard.stop])
+      for index, audited in zip(shard, audits, strict=True):
+        self._on_sample()
+        if isinstance(audited, str):
+          self._bad.append(audited)
+          continue
+        sample = self._samples[index]
+        self.info.metadata['sizes'].append(audited.size)
+        for value in np.flatnonzero(audited.pixels).tolist():
+          pixels, first_file = label_values.get(value, (0, str(sample.label)))
+          label_values[value] = (pixels + int(audited.pixels[value]), first_file)
+        yield (
+          index,
+          {
+            'id': sample.id,
+            'image': io.BytesIO(audited.image),
+            'label': io.BytesIO(audited.label),
+          },
+        )
+    finally:
+      pool.shutdown(cancel_futures=True)
+
+  def _download_and_prepare(self, *arguments, **options) -> None:
+    super()._download_and_prepare(*arguments, **options)
+    if self._bad and not (self._skip_bad and self.info.splits.total_num_examples):
+      raise _bad_samples(self._title, self._bad)  # while the directory can still be dropped
+    self.info.metadata['left_out'] = self._bad
+    self.info.metadata['record_files'] = record_files(Path(self.data_dir))
+
+
+def _in_shards(samples: Sequence[Sample]) -> list[range]:
+  sizes = [version_of(path)[0] for sample in samples for path in (sample.image, sample.label)]
+  shard_of_sample = np.cumsum(np.reshape(sizes, (-1, 2)).sum(1)) // _SHARD_BYTES
+  starts = [0, *(np.flatnonzero(np.diff(shard_of_sample)) + 1).tolist(), len(samples)]
+  return [range(start, stop) for start, stop in itertools.pairwise(starts)]
+
+
+def _read_or_complain(sample: Sample) -> AuditedSample | str:
+  try:
+    return read_sample(sample)
+  except UserError as error:
+    return str(error)
+
+
+def _bad_samples(name: str, complaints: Sequence[str]) -> UserError:
+  if len(complaints) == 1:
+    return UserError(f'{complaints[0]} Or leave it out with prepare_dataset.py --skip-bad.')
+  listed = '\n  '.join(complaints[:20])
+  more = f'\n  and {len(complaints) - 20} more' if len(complaints) > 20 else ''
+  return UserError(
+    f'{name} has {len(complaints)} bad samples; mend them, or leave them out with '
+    f'prepare_dataset.py --skip-bad:\n  {listed}{more}'
+  )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps TFDS from printing and logging; for the main thread, since others print, too."""
+  verbosity = absl.logging.get_verbosity()
+  absl.logging.set_verbosity(absl.logging.ERROR)
+  try:
+    with contextlib.redirect_stdout(io.StringIO()):
+      yield
+  finally:
+    absl.logging.set_verbosity(verbosity)

@@ -1,0 +1,1 @@
+"""Predicting label maps: padded shapes, the predictor, and pretrained models."""

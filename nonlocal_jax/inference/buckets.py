@@ -1,0 +1,203 @@
+"""A few shapes for images of any size: each shape is compiled once, images are padded to it."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Self
+
+import numpy as np
+
+from nonlocal_jax.inference.views import views_of
+from nonlocal_jax.protocol import Protocol, Size
+
+_MOST_CANDIDATES = 256
+# A pixel of the result costs far less than one that goes through the network.
+_RESULT_COST = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewShape:
+  """Room for one view of an image.
+
+  Attributes:
+    network: (height, width) of the network's input.
+    windows: Number of windows (vertically, horizontally).
+  """
+
+  network: Size
+  windows: Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """Room for an image: all that a compiled program depends on.
+
+  Attributes:
+    result: (height, width) of the prediction.
+    views: One for each ratio of the protocol.
+    padded: Whether there may be more room than an image needs.
+  """
+
+  result: Size
+  views: tuple[ViewShape, ...]
+  padded: bool = True
+
+  @classmethod
+  def of_image(cls, size: Size, protocol: Protocol) -> Self:
+    """The room that an image of (height, width) `size` needs."""
+    views = views_of(protocol, size)
+    return cls(
+      size,
+      tuple(ViewShape(view.network, (len(view.tops), len(view.lefts))) for view in views),
+      padded=False,
+    )
+
+  def rounded_up(self, multiple: int) -> 'Shape':
+    """Room with sides that are multiples, so that images of nearly the same size share it."""
+
+    def up(size: Size) -> Size:
+      return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
+
+    views = tuple(dataclasses.replace(view, network=up(view.network)) for view in self.views)
+    return Shape(up(self.result), views)
+
+  def with_room(self, *, networks: bool) -> 'Shape':
+    """Sides rounded up by an eighth at most, or 63: images of nearly the same size share it.
+
+    Those that fill the room of the network's inputs have a faster program of their own.
+
+    Args:
+      networks: Whether the sides of the network's inputs, too; windows are all of one size anyway.
+    """
+    views = self.views
+    if networks:
+      views = tuple(dataclasses.replace(view, network=_with_room(view.network)) for view in views)
+    return Shape(_with_room(self.result), views, padded=views != self.views)
+
+  def _as_vector(self) -> list[int]:
+    return [*self.result, *(side for v in self.views for side in (*v.network, *v.windows))]
+
+  @classmethod
+  def _of_vector(cls, vector: Sequence[int]) -> Self:
+    result, views = vector[:2], np.reshape(vector[2:], (-1, 4)).tolist()
+    return cls(
+      (int(result[0]), int(result[1])),
+      tuple(ViewShape((h, w), (rows, columns)) for h, w, rows, columns in views),
+    )
+
+
+def _with_room(size: Size) -> Size:
+  height, width = (
+    -(-side // step) * step for side, step in zip(size, map(_step, size), strict=True)
+  )
+  return height, width
+
+
+def _step(side: int) -> int:
+  """The largest power of two in an eighth of `side`, at least 64."""
+  return max(1 << (side // 8).bit_length() >> 1, 64)
+
+
+def shapes_for(sizes: Iterable[Size], protocol: Protocol, *, most: int) -> dict[Size, Shape]:
+  """Chooses a few shapes so that as little as possible is padded.
+
+  Starting from the shapes of the images, those two are merged whose common room costs the fewest
+  pixels more, until few enough are left.
+
+  Args:
+    sizes: (height, width) of each image.
+    protocol: How they are tested.
+    most: Most shapes to have.
+
+  Returns:
+    The shape for each size; their views have at most `2 * most` different network inputs. If all
+    images are of one size, it is theirs.
+  """
+  counts: dict[Size, int] = {}
+  for size in sizes:
+    counts[size] = counts.get(size, 0) + 1
+  exact = {size: Shape.of_image(size, protocol) for size in counts}
+  shape_of, multiple = exact, 8
+  while len(set(shape_of.values())) > max(most, _MOST_CANDIDATES):
+    shape_of = {size: shape.rounded_up(multiple) for size, shape in exact.items()}
+    multiple *= 2
+  candidates = list(dict.fromkeys(shape_of.values()))
+  place = {shape: index for index, shape in enumerate(candidates)}
+  number = np.zeros(len(candidates))
+  for size, shape in shape_of.items():
+    number[place[shape]] += counts[size]
+  vectors, group_of = _merge(
+    np.array([c._as_vector() for c in candidates]), number, most=most, cost=_cost
+  )
+  number = np.bincount(group_of, weights=number)
+  merged = _sharing_networks(
+    [Shape._of_vector(vector) for vector in vectors.tolist()], number, most=2 * most
+  )
+  chosen = {size: merged[group_of[place[shape]]] for size, shape in shape_of.items()}
+  padded = {shape for size, shape in chosen.items() if exact[size].views != shape.views}
+  return {
+    size: dataclasses.replace(shape, padded=shape in padded) for size, shape in chosen.items()
+  }
+
+
+def _sharing_networks(shapes: list[Shape], number: np.ndarray, *, most: int) -> list[Shape]:
+  """Makes network inputs of different shapes and views alike until there are few."""
+  uses = [
+    (view.network, n) for shape, n in zip(shapes, number, strict=True) for view in shape.views
+  ]
+  networks = list(dict.fromkeys(network for network, _ in uses))
+  weights = [sum(n for used, n in uses if used == network) for network in networks]
+  merged, group_of = _merge(
+    np.array(networks), np.array(weights), most=most, cost=lambda sides: sides.prod(axis=-1)
+  )
+  common = {
+    network: (int(merged[group][0]), int(merged[group][1]))
+    for network, group in zip(networks, group_of, strict=True)
+  }
+  return [
+    dataclasses.replace(
+      shape,
+      views=tuple(dataclasses.replace(v, network=common[v.network]) for v in shape.views),
+    )
+    for shape in shapes
+  ]
+
+
+def _merge(
+  vectors: np.ndarray,
+  number: np.ndarray,
+  *,
+  most: int,
+  cost: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, list[int]]:
+  """Merges vectors, each there `number` times, until there are few; says which went where."""
+  vectors, number = vectors.copy(), number.astype(np.float64)
+  members = [[index] for index in range(len(vectors))]
+  alive = np.ones(len(vectors), bool)
+  dearer = np.full((len(vectors), len(vectors)), np.inf)
+
+  def update(index: int) -> None:
+    together = cost(np.maximum(vectors, vectors[index]))
+    added = number * (together - cost(vectors)) + number[index] * (together - cost(vectors[index]))
+    added = np.where(alive, added, np.inf)
+    added[index] = np.inf
+    dearer[index], dearer[:, index] = added, added
+
+  for index in range(len(vectors)):
+    update(index)
+  while alive.sum() > most:
+    kept, gone = divmod(int(np.argmin(dearer)), len(vectors))
+    vectors[kept] = np.maximum(vectors[kept], vectors[gone])
+    number[kept] += number[gone]
+    members[kept] += members[gone]
+    alive[gone] = False
+    dearer[gone], dearer[:, gone] = np.inf, np.inf
+    update(kept)
+  left = np.flatnonzero(alive).tolist()
+  group_of = {member: group for group, index in enumerate(left) for member in members[index]}
+  return vectors[left], [group_of[index] for index in range(len(vectors))]
+
+
+def _cost(vectors: np.ndarray) -> np.ndarray:
+  """Pixels that go through the network, and some for those of the result."""
+  views = vectors[..., 2:].reshape(*vectors.shape[:-1], -1, 4).astype(np.float64)
+  return views.prod(axis=-1).sum(axis=-1) + _RESULT_COST * vectors[..., :2].prod(axis=-1)

@@ -1,0 +1,308 @@
+"""From images of any size to class labels, with a few compiled programs (mmseg `EncoderDecoder`).
+
+An image's views, windows and flips go through the network padded to a shape that many images share;
+the padding has no influence. What follows is linear in rows and in columns, and so one matrix for
+each axis, given as data: no program depends on the size of an image, but for the width of the
+bands that the matrices of columns are, of which there are few. Class scores at image size are held
+for a few rows only.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from nonlocal_jax.data.transforms import IGNORE
+from nonlocal_jax.inference.buckets import Shape, ViewShape
+from nonlocal_jax.inference.views import View, axis_matrix, feature_size, views_of
+from nonlocal_jax.models import normalize
+from nonlocal_jax.ops.confusion import confusion_matrix
+from nonlocal_jax.protocol import Protocol, Size
+from nonlocal_jax.runtime.compilation import Program
+from nonlocal_jax.runtime.parallel import data_mesh, is_shared_by_processes, shard_batch
+
+_PIXELS_AT_ONCE = 2**21  # that a device sends through the network: a Cityscapes image
+# Class scores at image size that a device holds; on CPUs so few that they stay in the cache.
+_SCORES_AT_ONCE = 2**22
+_SCORES_AT_ONCE_ON_CPU = 2**21
+_COLUMNS_AT_ONCE = 128  # of the result, which are made of neighbouring columns of logits
+
+
+class Prediction(NamedTuple):
+  """What was predicted for a batch, on the devices.
+
+  Attributes:
+    labels: (n, h, w) uint8; without meaning in the padding.
+    confusion: (classes, classes) int32, rows by label, columns by prediction.
+  """
+
+  labels: jax.Array
+  confusion: jax.Array
+
+
+class Predictor:
+  """Predicts images by a protocol.
+
+  Attributes:
+    graphdef: Static part of the network.
+    protocol: How images are tested.
+    mesh: The devices that share a batch.
+  """
+
+  def __init__(
+    self,
+    graphdef: nnx.GraphDef,
+    protocol: Protocol,
+    *,
+    num_classes: int,
+    align_corners: bool,
+    precision: str = 'highest',
+    mesh: Mesh | None = None,
+  ):
+    """Prepares what is to be compiled.
+
+    Args:
+      graphdef: Static part of the network.
+      protocol: How images are tested.
+      num_classes: Number of classes.
+      align_corners: The network's corner convention.
+      precision: Of matrix products in the network, see `jax_default_matmul_precision`.
+      mesh: The devices that share a batch; by default the first one of this process.
+    """
+    self.graphdef = graphdef
+    self.protocol = protocol
+    self._align_corners = align_corners
+    self.mesh = mesh or data_mesh(jax.local_devices()[:1])
+
+    @jax.default_matmul_precision(precision)
+    def window_logits(
+      state: nnx.State, windows: dict[str, jax.Array], *, padded: bool
+    ) -> jax.Array:
+      model = nnx.merge(graphdef, state)
+      n, count = windows['images'].shape[:2]
+      flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in windows.items()}
+      normalized = normalize(flat['images'], flat['sizes'])
+      logits = model.encode_decode(normalized, sizes=flat['extents'] if padded else None)
+      return logits.reshape(n, count, *logits.shape[1:])
+
+    def predict(
+      views: Sequence[_LogitsOfView], labels: jax.Array, *, windows: Sequence[Size]
+    ) -> Prediction:
+      averages = len(protocol.ratios) * protocol.flips > 1
+      predicted = _most_likely(views, windows, averages=averages)
+      predicted = predicted[:, : labels.shape[1], : labels.shape[2]]
+      return Prediction(predicted, confusion_matrix(predicted, labels, num_classes=num_classes))
+
+    self._window_logits = Program(window_logits, static_argnames=['padded'])
+    self._predict = Program(predict, static_argnames=['windows'])
+
+  def __call__(
+    self,
+    state: nnx.State,
+    shape: Shape,
+    views: Sequence[Sequence[np.ndarray]],
+    labels: Sequence[np.ndarray],
+    *,
+    batch_size: int | None = None,
+  ) -> Prediction:
+    """Predicts images that share a shape; returns before the devices are done.
+
+    Args:
+      state: Parameters and running statistics, on the mesh.
+      shape: Room for each image.
+      views: For each image, the image (h, w, 3) uint8 RGB at the sizes of `views_of`.
+      labels: For each image its label map (h, w) uint8, 255 for pixels that do not count; the
+        prediction gets this size.
+      batch_size: Images of this process in a batch; fewer are filled up. None for as many as there
+        are.
+
+    Returns:
+      The predictions of the whole batch, over all processes.
+    """
+    n = batch_size or len(views)
+    geometries = [views_of(self.protocol, label.shape) for label in labels]
+    arguments = []
+    for ratio, view_shape in enumerate(shape.views):
+      view_images = [images[ratio] for images in views]
+      geometry = [views_of_image[ratio] for views_of_image in geometries]
+      logits = tuple(
+        self._window_logits(state, self._shard(chunk), padded=shape.padded)
+        for chunk in self._chunks(view_shape, view_images, geometry, n)
+      )
+      sizes = [label.shape for label in labels]
+      matrices = self._matrices(view_shape, shape.result, geometry, sizes, n)
+      arguments.append(_LogitsOfView(logits, **self._shard(matrices)))
+    label_map = np.full((n, *shape.result), IGNORE, np.uint8)
+    for place, label in zip(label_map, labels, strict=False):
+      place[: label.shape[0], : label.shape[1]] = label
+    windows = tuple(view_shape.windows for view_shape in shape.views)
+    label_map = self._shard({'labels': label_map})['labels']
+    return self._predict(tuple(arguments), label_map, windows=windows)
+
+  def _shard(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    return shard_batch(arrays, self.mesh)
+
+  def _chunks(
+    self, shape: ViewShape, images: Sequence[np.ndarray], geometry: Sequence[View], n: int
+  ) -> Iterator[dict[str, np.ndarray]]:
+    """The windows of a view, plain then mirrored, as many at a time as fit."""
+    rows, columns = shape.windows
+    count = self.protocol.flips * rows * columns
+    at_once = min(max(_PIXELS_AT_ONCE // (shape.network[0] * shape.network[1]), 1), count)
+    for start in range(0, count, at_once):
+      chunk = np.zeros((n, at_once, *shape.network, 3), np.uint8)
+      sizes = np.ones((n, at_once, 2), np.int32)
+      extents = np.ones((n, at_once, 2), np.int32)
+      for number, (image, view) in enumerate(zip(images, geometry, strict=True)):
+        for place in range(at_once):
+          flipped, window = divmod(start + place, rows * columns)
+          row, column = divmod(window, columns)
+          if flipped >= self.protocol.flips or row >= len(view.tops) or column >= len(view.lefts):
+            continue
+          top, left = view.tops[row], view.lefts[column]
+          whole = image[:, ::-1] if flipped else image
+          height, width = view.crop
+          chunk[number, place, :height, :width] = whole[top : top + height, left : left + width]
+          sizes[number, place] = view.crop
+          extents[number, place] = view.network
+      yield {'images': chunk, 'sizes': sizes, 'extents': extents}
+
+  def _matrices(
+    self,
+    shape: ViewShape,
+    result: Size,
+    geometry: Sequence[View],
+    sizes: Sequence[Size],
+    n: int,
+  ) -> dict[str, np.ndarray]:
+    """The matrices of both axes of a view; columns for plain and mirrored windows."""
+    flips = self.protocol.flips
+    features = [feature_size(side) for side in shape.network]
+    rows = np.zeros((n, result[0], shape.windows[0], features[0]), np.float32)
+    columns = np.zeros((n, flips, result[1], shape.windows[1], features[1]), np.float32)
+    for number, (view, size) in enumerate(zip(geometry, sizes, strict=True)):
+      of_rows, of_columns = (
+        axis_matrix(
+          starts,
+          crop=view.crop[axis],
+          network=view.network[axis],
+          size=view.size[axis],
+          out_size=size[axis],
+          align_corners=self._align_corners,
+        )
+        for axis, starts in enumerate((view.tops, view.lefts))
+      )
+      of_rows = of_rows.toarray().reshape(size[0], len(view.tops), -1)
+      of_columns = of_columns.toarray().reshape(size[1], len(view.lefts), -1)
+      rows[number, : size[0], : of_rows.shape[1], : of_rows.shape[2]] = of_rows
+      for flipped in range(flips):  # a mirrored result is turned back
+        place = columns[number, flipped, : size[1], : of_columns.shape[1], : of_columns.shape[2]]
+        place[:] = of_columns[::-1] if flipped else of_columns
+    starts, bands = _bands(
+      columns.reshape(n, flips, result[1], -1), whole=is_shared_by_processes(self.mesh)
+    )
+    return {'rows': rows.reshape(n, result[0], -1), 'starts': starts, 'bands': bands}
+
+
+def _bands(matrices: np.ndarray, *, whole: bool) -> tuple[np.ndarray, np.ndarray]:
+  """What matrices hold but zeros: a few neighbouring columns for each block of rows.
+
+  Args:
+    matrices: (..., rows, columns) float32.
+    whole: Whether to take all columns, for processes which have one program together but do not
+      know of each other's matrices.
+
+  Returns:
+    First columns, (..., blocks) int32, and (..., blocks, rows of a block, width) float32, the last
+    block padded. The width is that of all, or a power of two and at least a quarter of a block's
+    rows, so that there are few widths.
+  """
+  *batch, rows, width = matrices.shape
+  num_blocks = -(-rows // _COLUMNS_AT_ONCE)
+  padding = [(0, 0)] * len(batch) + [(0, num_blocks * _COLUMNS_AT_ONCE - rows), (0, 0)]
+  blocks = np.pad(matrices, padding).reshape(*batch, num_blocks, _COLUMNS_AT_ONCE, width)
+  used = blocks.any(axis=-2)  # (..., blocks, columns)
+  first = used.argmax(axis=-1)
+  after = np.where(used.any(axis=-1), width - used[..., ::-1].argmax(axis=-1), 0)
+  needed = max(int((after - first).max()), _COLUMNS_AT_ONCE // 4)
+  band = width if whole else min(1 << (needed - 1).bit_length(), width)
+  starts = np.minimum(first, width - band)
+  places = starts[..., None, None] + np.arange(band)
+  return starts.astype(np.int32), np.take_along_axis(blocks, places, axis=-1)
+
+
+class _LogitsOfView(NamedTuple):
+  """Logits of all windows of a view, in chunks, and the matrices to the result."""
+
+  logits: tuple[jax.Array, ...]  # each (n, windows, h, w, c)
+  rows: jax.Array  # (n, result_h, windows * h)
+  starts: jax.Array  # (n, flips, blocks), see `_bands`
+  bands: jax.Array  # (n, flips, blocks, columns of a block, width)
+
+
+def _most_likely(
+  views: Sequence[_LogitsOfView], windows: Sequence[Size], *, averages: bool
+) -> jax.Array:
+  """The class of each pixel of the results, (n, at least result_h, at least result_w) uint8."""
+  # Each (n, h, flips, w, c).
+  mosaics = [_mosaic(view, counts) for view, counts in zip(views, windows, strict=True)]
+  n, _, flips, _, num_classes = mosaics[0].shape
+  column_blocks, columns = views[0].bands.shape[2:4]
+  result_h = views[0].rows.shape[1]
+  on_cpu = jax.default_backend() == 'cpu'
+  most = _SCORES_AT_ONCE_ON_CPU if on_cpu else _SCORES_AT_ONCE
+  block = min(max(most // (n * flips * column_blocks * columns * num_classes), 1), result_h)
+  num_blocks = -(-result_h // block)
+  highest = jax.lax.Precision.HIGHEST
+
+  def in_blocks(rows: jax.Array) -> jax.Array:
+    padded = jnp.pad(rows, ((0, 0), (0, num_blocks * block - result_h), (0, 0)))
+    return jnp.moveaxis(padded.reshape(n, num_blocks, block, -1), 1, 0)
+
+  def neighbours(scores: jax.Array, view: _LogitsOfView) -> jax.Array:
+    """Of (n, h, flips, w, c), what each block is made of: (n, flips, blocks, h, width, c)."""
+    width = view.bands.shape[-1]
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width, axis=1)
+    of_blocks = jax.vmap(take, in_axes=(None, 0))
+    of_flips = jax.vmap(of_blocks, in_axes=(1, 0))
+    return jax.vmap(of_flips)(scores, view.starts)
+
+  def classes_of_rows(rows_of_views: tuple[jax.Array, ...]) -> jax.Array:
+    totals = []
+    for rows, mosaic, view in zip(rows_of_views, mosaics, views, strict=True):
+      scores = jnp.einsum('nor,nrfwc->nofwc', rows, mosaic, precision=highest)
+      scores = neighbours(scores, view)
+      scores = jnp.einsum('nfbpw,nfbowc->nfbocp', view.bands, scores, precision=highest)
+      totals.append((jax.nn.softmax(scores, axis=-2) if averages else scores).sum(axis=1))
+    labels = jnp.moveaxis(_first_of_largest(sum(totals[1:], start=totals[0]), axis=-2), 1, 2)
+    return labels.reshape(n, block, column_blocks * columns)
+
+  blocks = jax.lax.map(classes_of_rows, tuple(in_blocks(view.rows) for view in views))
+  return jnp.moveaxis(blocks, 0, 1).reshape(n, num_blocks * block, -1)
+
+
+def _first_of_largest(scores: jax.Array, *, axis: int) -> jax.Array:
+  """`jnp.argmax` as uint8 by two reductions that XLA makes vector instructions of on CPUs.
+
+  Where a score is not a number the place means nothing, but is one of those that there are.
+  """
+  places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim + axis)
+  smaller = scores < scores.max(axis=axis, keepdims=True)
+  return jnp.where(smaller, scores.shape[axis], places).min(axis=axis).astype(jnp.uint8)
+
+
+def _mosaic(view: _LogitsOfView, windows: Size) -> jax.Array:
+  """Logits of windows (n, flips * rows * columns, h, w, c) laid side by side."""
+  logits = jnp.concatenate(view.logits, axis=1)
+  n, flips = view.bands.shape[:2]
+  height, width, classes = logits.shape[2:]
+  rows, columns = windows
+  logits = logits[:, : flips * rows * columns]
+  logits = logits.reshape(n, flips, rows, columns, height, width, classes)
+  logits = logits.transpose(0, 2, 4, 1, 3, 5, 6)
+  return logits.reshape(n, rows * height, flips, columns * width, classes)

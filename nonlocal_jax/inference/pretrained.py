@@ -1,0 +1,175 @@
+"""Trained networks in Python: `model = nonlocal_jax.load(PATH)`, `model.predict(image)`."""
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+from flax import nnx
+
+from nonlocal_jax.data.transforms import IGNORE, resize_to
+from nonlocal_jax.inference.buckets import Shape
+from nonlocal_jax.inference.predictor import Predictor
+from nonlocal_jax.inference.views import views_of
+from nonlocal_jax.ops.convolution import Method
+from nonlocal_jax.protocol import Protocol, Windows
+from nonlocal_jax.runtime.compilation import Program
+from nonlocal_jax.weights.checkpoints import save_weights
+from nonlocal_jax.weights.description import ModelDescription
+from nonlocal_jax.weights.loading import read_weights
+
+Precision = Literal['highest', 'default']
+
+
+def load(
+  path: str | os.PathLike[str],
+  *,
+  align_corners: bool | None = None,
+  convolution: Method = 'fast',
+  precision: Precision = 'highest',
+) -> 'PretrainedModel':
+  """Loads a trained network; depth, width and classes are read off the weights.
+
+  Args:
+    path: A .pth file of mmsegmentation, a converted directory, or the workdir of a training run
+      (its newest checkpoint).
+    align_corners: The corner convention. By default that of the directory, or what the name of a
+      released file says, or else False, mmsegmentation's own default.
+    convolution: How convolutions are computed, see `ops.convolution`.
+    precision: Of matrix products: 'highest' for float32 everywhere, as the published scores were
+      measured, 'default' for what JAX chooses, on recent GPUs the several times faster TF32.
+
+  Returns:
+    The network, ready to predict.
+
+  Raises:
+    UserError: If there are no weights of a NonLocalNet.
+    ValueError: If `convolution` or `precision` is unknown.
+  """
+  weights = read_weights(Path(path), align_corners=align_corners)
+  return PretrainedModel(*weights, convolution=convolution, precision=precision)
+
+
+class PretrainedModel:
+  """A network with trained weights. Images of nearly the same size share a compiled program.
+
+  Attributes:
+    description: What is known about it: architecture, classes, colours, test scale.
+  """
+
+  def __init__(
+    self,
+    description: ModelDescription,
+    state: nnx.State,
+    *,
+    convolution: Method = 'fast',
+    precision: Precision = 'highest',
+  ):
+    """Puts the weights on the default device.
+
+    Args:
+      description: What the weights are.
+      state: Parameters and running statistics.
+      convolution: How convolutions are computed, see `ops.convolution`.
+      precision: See `load`.
+
+    Raises:
+      ValueError: If `convolution` or `precision` is unknown.
+    """
+    self.description = description
+    self._convolution: Method = convolution
+    self._precision: Precision = precision
+    self._state = jax.device_put(state, jax.local_devices()[0])
+    self._graphdef = nnx.graphdef(
+      description.architecture.abstract(
+        align_corners=description.align_corners, convolution=convolution
+      )
+    )
+    self._predictor_of = functools.cache(self._make_predictor)
+
+    @jax.default_matmul_precision(precision)
+    def logits(state: nnx.State, images: jax.Array) -> jax.Array:
+      return nnx.merge(self._graphdef, state)(images)
+
+    self._traced_logits = logits
+    self._logits = Program(logits)
+
+  @property
+  def classes(self) -> tuple[str, ...]:
+    """Name of each class."""
+    return self.description.classes
+
+  @property
+  def palette(self) -> tuple[tuple[int, int, int], ...]:
+    """RGB colour of each class, in [0, 255]."""
+    return self.description.palette
+
+  def predict(self, image: np.ndarray, *, multi_scale_flip: bool = False) -> np.ndarray:
+    """Predicts the class of each pixel as the model was tested: its scale, whole or windows.
+
+    Args:
+      image: (h, w, 3) uint8 RGB.
+      multi_scale_flip: Whether to take the mean over six sizes, plain and mirrored: better, and
+        some 17 times the work.
+
+    Returns:
+      (h, w) int32 in [0, classes).
+
+    Raises:
+      ValueError: If `image` is of another shape or dtype.
+    """
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
+      raise ValueError(f'image is {image.shape} {image.dtype}, expected (h, w, 3) uint8 RGB')
+    size = image.shape[:2]
+    predictor = self._predictor_of(multi_scale_flip)
+    protocol = predictor.protocol
+    views = [resize_to(image, view.size) for view in views_of(protocol, size)]
+    shape = Shape.of_image(size, protocol).with_room(networks=protocol.windows is None)
+    nothing = np.full(size, IGNORE, np.uint8)  # the label map of a prediction that is not scored
+    prediction = predictor(self._state, shape, [views], [nothing])
+    return np.asarray(prediction.labels)[0, : size[0], : size[1]].astype(np.int32)
+
+  def logits(self, images: np.ndarray | jax.Array) -> jax.Array:
+    """Logits of whole images at their own size.
+
+    Args:
+      images: (n, h, w, 3) float32, normalised RGB (see `nonlocal_jax.models.normalize`).
+
+    Returns:
+      (n, h, w, classes) float32.
+    """
+    # JAX refuses compiler options of a program inside another, such as the caller's own `jax.jit`.
+    run = self._traced_logits if isinstance(images, jax.core.Tracer) else self._logits
+    return run(self._state, images)
+
+  def with_test_scale(self, scale: tuple[int, int]) -> 'PretrainedModel':
+    """The same network, tested on images resized into another box, (width, height)."""
+    description = dataclasses.replace(self.description, test_scale=scale)
+    return PretrainedModel(
+      description, self._state, convolution=self._convolution, precision=self._precision
+    )
+
+  def _make_predictor(self, multi_scale_flip: bool) -> Predictor:
+    description, windows = self.description, None
+    if description.window_crop and description.window_stride:
+      windows = Windows(description.window_crop, description.window_stride)
+    return Predictor(
+      self._graphdef,
+      Protocol.of_version(
+        'v0', scale=description.test_scale, windows=windows, multi_scale_flip=multi_scale_flip
+      ),
+      num_classes=description.architecture.num_classes,
+      align_corners=description.align_corners,
+      precision=self._precision,
+    )
+
+  def save(self, directory: str | os.PathLike[str]) -> None:
+    """Writes weights and description to a directory that `load` reads.
+
+    Raises:
+      UserError: If `directory` exists.
+    """
+    save_weights(Path(directory), self._state, self.description)

@@ -1,0 +1,118 @@
+"""What a protocol makes of an image: its sizes, its windows, and one map of all their logits."""
+
+import dataclasses
+import functools
+
+import numpy as np
+import scipy.sparse
+
+from nonlocal_jax.data.transforms import rescaled_size
+from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE
+from nonlocal_jax.ops.resize import bilinear_taps
+from nonlocal_jax.protocol import Protocol, Size, Windows
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+  """An image at one of its sizes, and the windows on it.
+
+  Attributes:
+    size: (height, width) that the image is resized to.
+    crop: (height, width) of the part of it that is in a window.
+    network: (height, width) of what the network is to see: `crop`, or more where small windows are
+      padded.
+    tops: First row of the windows, from the first to the last.
+    lefts: First column of the windows.
+  """
+
+  size: Size
+  crop: Size
+  network: Size
+  tops: tuple[int, ...]
+  lefts: tuple[int, ...]
+
+
+def views_of(protocol: Protocol, size: Size) -> list[View]:
+  """The sizes and windows at which an image of (height, width) `size` is tested."""
+  return [_view(protocol, _resized(protocol, size, ratio)) for ratio in protocol.ratios]
+
+
+def _resized(protocol: Protocol, size: Size, ratio: float) -> Size:
+  if protocol.ratios_of_image or (protocol.scale is None and ratio != 1):
+    return rescaled_size(size, (int(size[0] * ratio + 0.5), int(size[1] * ratio + 0.5)))
+  if protocol.scale is None:
+    return size
+  return rescaled_size(size, (int(protocol.scale[0] * ratio), int(protocol.scale[1] * ratio)))
+
+
+def _view(protocol: Protocol, size: Size) -> View:
+  windows = protocol.windows or Windows(size, size)
+  crop = (min(windows.crop[0], size[0]), min(windows.crop[1], size[1]))
+  return View(
+    size=size,
+    crop=crop,
+    network=windows.crop if protocol.pad_windows else crop,
+    tops=window_starts(size[0], crop[0], windows.stride[0]),
+    lefts=window_starts(size[1], crop[1], windows.stride[1]),
+  )
+
+
+def window_starts(size: int, crop: int, stride: int) -> tuple[int, ...]:
+  """First pixels of the windows along an axis; the last window is shifted back inside."""
+  count = max(size - crop + stride - 1, 0) // stride + 1
+  return tuple(max(min(i * stride, size - crop), 0) for i in range(count))
+
+
+def feature_size(pixels: int) -> int:
+  """Features that the network makes of an axis of so many pixels."""
+  return -(-pixels // OUTPUT_STRIDE)
+
+
+@functools.lru_cache(maxsize=512)
+def axis_matrix(
+  starts: tuple[int, ...],
+  *,
+  crop: int,
+  network: int,
+  size: int,
+  out_size: int,
+  align_corners: bool,
+) -> scipy.sparse.csr_array:
+  """The matrix that makes one axis of the result of the logits of all windows along it.
+
+  Everything that happens after the network is linear and acts on rows and columns by themselves:
+  resizing a window's logits to its pixels, cutting off what was padded, averaging where windows
+  overlap, and resizing to the size of the label map.
+
+  Args:
+    starts: First pixels of the windows.
+    crop: Pixels of the image in a window.
+    network: Pixels that the network sees, at least `crop`.
+    size: Pixels of the resized image.
+    out_size: Pixels of the result.
+    align_corners: See `resize.bilinear_taps`.
+
+  Returns:
+    (out_size, windows * features) float64; each row sums to 1.
+  """
+  features = feature_size(network)
+  upsample = _bilinear(features, network, align_corners=align_corners)[:crop].tocoo()
+  window_rows, window_columns = upsample.coords
+  rows = np.concatenate([window_rows + start for start in starts])
+  columns = np.concatenate([window_columns + i * features for i in range(len(starts))])
+  values = np.tile(upsample.data, len(starts))
+  placed = scipy.sparse.csr_array((values, (rows, columns)), (size, len(starts) * features))
+  # Each row of `upsample` sums to 1, so this is in how many windows a pixel is.
+  covered = scipy.sparse.diags_array(1 / placed.sum(axis=1))
+  resize = _bilinear(size, out_size, align_corners=align_corners)
+  return scipy.sparse.csr_array(resize @ covered @ placed)
+
+
+def _bilinear(in_size: int, out_size: int, *, align_corners: bool) -> scipy.sparse.csr_array:
+  lower, upper, share = bilinear_taps(in_size, out_size, align_corners=align_corners)
+  rows = np.arange(out_size)
+  share = share.astype(np.float64)
+  return scipy.sparse.csr_array(
+    (np.concatenate([1 - share, share]), (np.tile(rows, 2), np.concatenate([lower, upper]))),
+    (out_size, in_size),
+  )

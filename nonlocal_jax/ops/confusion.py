@@ -1,0 +1,26 @@
+"""The confusion matrix of label maps (mmseg `IoUMetric`)."""
+
+import jax
+import jax.numpy as jnp
+
+
+def confusion_matrix(
+  predictions: jax.Array, labels: jax.Array, *, num_classes: int, ignore_index: int = 255
+) -> jax.Array:
+  """Counts pixels by class and predicted class.
+
+  Args:
+    predictions: Integers in [0, num_classes), any shape.
+    labels: Integers in [0, num_classes) or `ignore_index`, the same shape; at most 2**31 - 1
+      pixels.
+    num_classes: Number of classes.
+    ignore_index: Label of the pixels to leave out.
+
+  Returns:
+    (num_classes, num_classes) int32, rows by label, columns by prediction.
+  """
+  valid = labels != ignore_index
+  cells = labels.astype(jnp.int32) * num_classes + predictions.astype(jnp.int32)
+  cells = jnp.where(valid, cells, num_classes**2)
+  counts = jnp.bincount(cells.ravel(), length=num_classes**2 + 1)
+  return counts[:-1].astype(jnp.int32).reshape(num_classes, num_classes)

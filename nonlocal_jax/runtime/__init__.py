@@ -1,0 +1,1 @@
+"""Devices, compilation, signals, files and progress: what programs run on."""

@@ -1,0 +1,242 @@
+"""Reads PyTorch checkpoints (.pth) without PyTorch: both formats of `torch.save`."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import struct
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.torch_format.bounded_file import BoundedFile, RefusedError
+from nonlocal_jax.torch_format.tensors import Storage, Storages, tensor_names, to_native
+from nonlocal_jax.torch_format.unpickler import Inert, plain_names, read_pickle
+
+_ZIP_MAGIC = b'PK\x03\x04'
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_MAGIC_BYTES = _LEGACY_MAGIC.to_bytes(10, 'little')
+_LEGACY_PROTOCOL = 1001
+
+# Beginnings of files that people take for checkpoints: position, bytes, what it is.
+_OTHER_FORMATS = (
+  (0, b'\x80', 'a pickle that torch.save did not write'),
+  (0, b'\xff\xd8\xff', 'a JPEG image'),
+  (0, b'\x89PNG', 'a PNG image'),
+  (0, b'\x89HDF', 'an HDF5 file'),
+  (0, b'\x1f\x8b', 'compressed with gzip'),
+  (0, b'<', 'a web page or XML, perhaps the error message of a download'),
+  (0, b'version https://git-lfs', 'the pointer of Git LFS to a file, which `git lfs pull` fetches'),
+  (8, b'{"', 'a safetensors file'),
+  (257, b'ustar', "a tar archive, maybe PyTorch's oldest format: let PyTorch save it again"),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchCheckpoint:
+  """The weights in a PyTorch file, and what was saved beside them.
+
+  Attributes:
+    state_dict: Each weight under its name, without the prefix `module.`; arrays may share memory.
+    meta: The file's `meta`, {} if it has none. It holds e.g. CLASSES and PALETTE if
+      mmsegmentation 0.x wrote it, dataset_meta and cfg if 1.x did.
+  """
+
+  state_dict: dict[str, np.ndarray]
+  meta: dict[str, Any]
+
+
+def read_torch_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
+  """Reads the weights in a PyTorch file: a bare state dict, or a dict that has it as 'state_dict'.
+
+  Args:
+    path: The file.
+
+  Returns:
+    The weights, in the file's dtypes and shapes, and its meta.
+
+  Raises:
+    UserError: As `read_torch_file`, or if the file holds no state dict.
+  """
+  contents = read_torch_file(path)
+  with _errors_that_name(path):
+    meta = contents.get('meta') if type(contents) is dict else None
+    return TorchCheckpoint(_state_dict(contents), meta if type(meta) is dict else {})
+
+
+def read_torch_file(path: str | os.PathLike[str]) -> Any:
+  """Reads whatever `torch.save` wrote, and runs nothing of it.
+
+  Args:
+    path: The file, in the format of PyTorch 1.6 and later (zip) or of those before (legacy).
+
+  Returns:
+    The saved object: dicts, lists, tuples, scalars and strings, with an np.ndarray for each tensor
+    in its dtype, shape and strides. Tensors that share a storage give arrays that share memory.
+    Names and objects of no use here are `Inert`.
+
+  Raises:
+    UserError: If there is no such file, if it is none of PyTorch's, is damaged, or names what is
+      not known as harmless.
+  """
+  with _errors_that_name(path):
+    if not Path(path).exists():
+      raise RefusedError('does not exist: expected the path of a PyTorch checkpoint (.pth)')
+    if not Path(path).is_file():
+      raise RefusedError('is not a file: expected the path of a PyTorch checkpoint (.pth)')
+    with open(path, 'rb') as file:
+      return _read(BoundedFile(file, os.fstat(file.fileno()).st_size))
+
+
+@contextlib.contextmanager
+def _errors_that_name(path: str | os.PathLike[str]) -> Iterator[None]:
+  try:
+    yield
+  except RefusedError as error:
+    raise UserError(f'{path} {error}.') from error
+  except OSError as error:
+    raise UserError(f'{path} cannot be read: {error.strerror or error}.') from error
+
+
+def _state_dict(contents: Any) -> dict[str, np.ndarray]:
+  expected = "expected weights by name, or a dict that has them under 'state_dict'"
+  if type(contents) is not dict:
+    raise RefusedError(f'holds no state dict but an object of type {_type(contents)}: {expected}')
+  weights = contents.get('state_dict', contents)
+  if type(weights) is not dict or not weights:
+    raise RefusedError(f'holds an empty state dict or none ({_type(weights)}): {expected}')
+  state_dict = {}
+  for name, value in weights.items():
+    if type(name) is not str or not isinstance(value, np.ndarray):
+      raise RefusedError(f'has {_type(value)} under {ascii(name)[:80]}, not a tensor: {expected}')
+    state_dict[name.removeprefix('module.')] = value
+  if len(state_dict) < len(weights):
+    raise RefusedError('holds some weights twice, with and without the prefix module.')
+  return state_dict
+
+
+def _type(value: Any) -> str:
+  return value.name if type(value) is Inert else type(value).__name__
+
+
+def _read(file: BoundedFile) -> Any:
+  if file.size == 0:
+    raise RefusedError('is empty: expected a PyTorch checkpoint, download or copy it again')
+  head = file.file.read(512)
+  file.file.seek(0)
+  if head.startswith(_ZIP_MAGIC):
+    return _read_zip(file)
+  if _LEGACY_MAGIC_BYTES in head[:32]:
+    return _read_legacy(file)
+  other = (what for position, start, what in _OTHER_FORMATS if head[position:].startswith(start))
+  what = next(other, f'a file that begins with {head[:8]!r}')
+  raise RefusedError(f'is {what}: expected a checkpoint written by torch.save')
+
+
+def _read_zip(file: BoundedFile) -> Any:
+  """PyTorch 1.6 and later: an uncompressed zip archive of data.pkl and one member a storage."""
+  members = _zip_members(file)
+  roots = [match[1] for match in map(re.compile(r'([^/]+/)data\.pkl').fullmatch, members) if match]
+  if not roots:
+    raise RefusedError(
+      'is a zip archive without data.pkl: expected a checkpoint written by torch.save; '
+      'if there is one inside, unpack it'
+    )
+  root = roots[0]
+  if f'{root}constants.pkl' in members:
+    raise RefusedError(
+      'is a TorchScript archive: expected a checkpoint, so save the state dict of its model '
+      'with torch.save'
+    )
+  byte_order = 'little'
+  if f'{root}byteorder' in members:
+    size = _seek_member(file, members[f'{root}byteorder'])
+    byte_order = file.read(min(size, 8)).decode('ascii', 'replace')
+    if byte_order not in ('little', 'big'):
+      raise RefusedError(f'is damaged: it gives its byte order as {byte_order!a}')
+
+  def fill(key: str, storage: Storage) -> None:
+    member = members.get(f'{root}data/{key}')
+    if member is None:
+      raise RefusedError(f'is damaged: the storage {key[:80]!a} of its pickle is missing')
+    size = _seek_member(file, member)
+    if size // storage.itemsize != storage.size:
+      raise RefusedError(
+        f'is damaged: the storage {key[:80]!a} has {size:,} bytes, not {storage.size:,} values '
+        f'of {storage.dtype}'
+      )
+    file.read_into(storage)
+    to_native(storage, byte_order)
+
+  pickled = file.read(_seek_member(file, members[f'{root}data.pkl']))
+  names = {**plain_names(file), **tensor_names(file, byte_order)}
+  in_memory = BoundedFile(io.BytesIO(pickled), len(pickled))
+  return read_pickle(in_memory, names, Storages(file, fill).load)
+
+
+def _zip_members(file: BoundedFile) -> dict[str, zipfile.ZipInfo]:
+  try:
+    with zipfile.ZipFile(file.file) as archive:
+      return {member.filename: member for member in archive.infolist()}
+  except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
+    raise RefusedError(
+      'begins like a PyTorch file (zip) but its table of contents is missing or damaged: '
+      'it is probably cut off, download or copy it again'
+    ) from error
+
+
+def _seek_member(file: BoundedFile, member: zipfile.ZipInfo) -> int:
+  """Moves to the data of a member, and returns their size."""
+  if member.compress_type != zipfile.ZIP_STORED:
+    raise RefusedError(
+      'is a compressed zip archive, which torch.save never writes: it is not loaded'
+    )
+  if member.compress_size != member.file_size or not 0 <= member.header_offset < file.size:
+    raise _damaged_member(member)
+  file.file.seek(member.header_offset)
+  header = file.read(30)
+  name_size, extra_size = struct.unpack('<HH', header[26:])
+  start = member.header_offset + len(header) + name_size + extra_size
+  if not header.startswith(_ZIP_MAGIC) or start + member.file_size > file.size:
+    raise _damaged_member(member)
+  file.file.seek(start)
+  return member.file_size
+
+
+def _damaged_member(member: zipfile.ZipInfo) -> RefusedError:
+  return RefusedError(
+    f'is damaged: its member {member.filename[:80]!a} is not where its table of contents says, '
+    'download or copy it again'
+  )
+
+
+def _read_legacy(file: BoundedFile) -> Any:
+  """PyTorch before 1.6: five pickles, then the data of the storages, always little-endian."""
+  magic, protocol, _system = (read_pickle(file, {}) for _ in range(3))
+  if (magic, protocol) != (_LEGACY_MAGIC, _LEGACY_PROTOCOL):
+    raise RefusedError(
+      f'is damaged: it begins like a file of torch.save, but its protocol is not {_LEGACY_PROTOCOL}'
+    )
+  storages = Storages(file)
+  names = {**plain_names(file), **tensor_names(file, 'little')}
+  contents = read_pickle(file, names, storages.load)
+  keys = read_pickle(file, {})
+  if type(keys) is not list or not all(type(key) is str for key in keys):
+    raise RefusedError('is damaged: no list of storages follows its pickle')
+  if sorted(keys) != sorted(storages.by_key):
+    raise RefusedError('is damaged: the storages that it lists are not those that its pickle uses')
+  for key in keys:
+    storage = storages.by_key[key]
+    (length,) = struct.unpack('<q', file.read(8))
+    if length != storage.size:
+      raise RefusedError(
+        f'is damaged: the storage {key[:80]!a} has {length:,} values, not {storage.size:,}'
+      )
+    file.read_into(storage)
+    to_native(storage, 'little')
+  return contents

@@ -1,0 +1,65 @@
+"""A training state into a run's checkpoints, and back."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from nonlocal_jax.data.loader import TrainIterator
+from nonlocal_jax.training.train_step import TrainState
+from nonlocal_jax.weights.arrays import from_arrays, to_arrays
+from nonlocal_jax.weights.run_checkpoints import RunCheckpoints
+
+
+def with_weights(state: TrainState, weights: nnx.State) -> TrainState:
+  """`state` with other parameters and running statistics, where `weights` has them."""
+  params, batch_stats = nnx.split_state(weights, nnx.Param, nnx.BatchStat)
+  params = nnx.merge_state(state.params, params)
+  return dataclasses.replace(
+    state,
+    params=params,
+    batch_stats=nnx.merge_state(state.batch_stats, batch_stats),
+    ema=None if state.ema is None else params,
+  )
+
+
+def save(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterator) -> None:
+  """Writes a state and the place in the data, in the background."""
+  checkpoints.save(
+    int(state.step),
+    model=state.variables,
+    training=_beside_model(state),
+    data=batches.get_state(),
+  )
+
+
+def restore(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterator) -> TrainState:
+  """The newest checkpoint in the structure of `state`; sets `batches` to its place."""
+  restored = checkpoints.restore(model=state.variables, training=_beside_model(state))
+  batches.set_state(restored.data)
+  params, batch_stats = nnx.split_state(restored.model, nnx.Param, nnx.BatchStat)
+  training = restored.training
+  ema = None
+  if state.ema is not None:
+    params, ema = from_arrays(training['params'], state.params), params
+  return TrainState(
+    step=training['step'],
+    params=params,
+    batch_stats=batch_stats,
+    opt_state=training['opt_state'],
+    rng=jax.random.wrap_key_data(training['rng']),
+    ema=ema,
+  )
+
+
+def _beside_model(state: TrainState) -> dict[str, Any]:
+  """All of the state but what is evaluated."""
+  beside = {
+    'step': state.step,
+    'opt_state': state.opt_state,
+    'rng': jax.random.key_data(state.rng),
+  }
+  if state.ema is not None:
+    beside['params'] = to_arrays(state.params)
+  return beside
