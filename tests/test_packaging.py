@@ -74,7 +74,8 @@ def test_every_import_is_declared():
 def test_version():
   assert PROJECT['dynamic'] == ['version']
   assert re.fullmatch(r'\d+\.\d+\.\d+', nonlocal_jax.__version__)
-  assert nonlocal_jax.__version__ in (ROOT / 'CHANGELOG.md').read_text()
+  for name in ('CHANGELOG.md', 'CITATION.cff'):
+    assert nonlocal_jax.__version__ in (ROOT / name).read_text(), name
 
 
 def test_the_core_imports_without_the_extras():
