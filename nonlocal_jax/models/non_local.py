@@ -13,12 +13,8 @@ from nonlocal_jax.ops.attention import (
   over_query_blocks,
   softmax_attention,
 )
-<<<<<<< HEAD
 from nonlocal_jax.ops.flash_attention import flash_attention
-from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv, inside
-=======
 from nonlocal_jax.ops.masking import valid_mask
->>>>>>> rooms
 
 Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
 _SOFTMAX_MODES = ('embedded_gaussian', 'gaussian')

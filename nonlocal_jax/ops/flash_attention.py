@@ -1,4 +1,4 @@
-"""Softmax attention in one kernel on GPUs (https://arxiv.org/abs/2307.08691), in float32 or TF32."""
+"""Softmax attention in one kernel on GPUs (https://arxiv.org/abs/2307.08691)."""
 
 import functools
 import math
