@@ -16,7 +16,7 @@ from nonlocal_jax.inference import predictor as predicting
 from nonlocal_jax.inference.buckets import Shape, shapes_for
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import axis_matrix, views_of
-from nonlocal_jax.models import NonLocalNet, normalize
+from nonlocal_jax.models import Execution, NonLocalNet, normalize
 from nonlocal_jax.protocol import RATIOS, Protocol, Windows
 from nonlocal_jax.runtime.parallel import data_mesh, replicated
 from nonlocal_jax.weights.state_dict import from_state_dict, infer_config
@@ -301,12 +301,13 @@ def test_processes_have_one_program_whatever_their_images_are(half_pixel, monkey
   assert agreement(*found) > 0.9999
 
 
-def test_scores_are_held_for_a_few_rows_only(half_pixel, monkeypatch):
+def test_scores_are_held_for_a_few_rows_only(half_pixel):
   _, _, state = half_pixel
   protocol = Protocol(scale=(90, 70), flip=True)
   image = image_of(SIZES[0])
   shape = Shape.of_image(image.shape[:2], protocol)
   whole = predict(predictor_of(half_pixel, protocol), state, shape, [image])
-  monkeypatch.setattr(predicting, '_SCORES_AT_ONCE_ON_CPU', 2 * 19 * 112 * 9)  # nine rows of 70
-  blocks = predict(predictor_of(half_pixel, protocol), state, shape, [image])
+  execution = Execution.for_platform(scores_at_once=2 * 19 * 112 * 9)  # nine rows of 70
+  predictor = predictor_of(half_pixel, protocol, execution=execution)
+  blocks = predict(predictor, state, shape, [image])
   np.testing.assert_array_equal(blocks, whole)
