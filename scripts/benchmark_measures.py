@@ -35,7 +35,7 @@ from nonlocal_jax.models import Execution, NonLocalBlock, NonLocalNet
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE, state_shapes
 from nonlocal_jax.recipes import base_config
-from nonlocal_jax.runtime.parallel import data_mesh, replicated, shard_batch
+from nonlocal_jax.runtime.parallel import data_mesh, platform_of, replicated, shard_batch
 from nonlocal_jax.training.recipe import compile_step, optimizer_of
 from nonlocal_jax.training.train_step import TrainState
 from nonlocal_jax.weights.description import ModelDescription
@@ -70,7 +70,7 @@ def measure_machine() -> Figures:
   device = jax.local_devices()[0]
   return {
     'jax': jax.__version__,
-    'backend': jax.default_backend(),
+    'backend': platform_of(),
     'device': device.device_kind,
     'devices': jax.local_device_count(),
   }
