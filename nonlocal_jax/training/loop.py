@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from nonlocal_jax.data.datasets import Dataset
@@ -20,7 +18,7 @@ from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import RunStopped, UserError
 from nonlocal_jax.evaluation.evaluate import picture_of
 from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
-from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.models import Execution, NonLocalNetConfig
 from nonlocal_jax.runtime.parallel import is_first_process, replicated, shard_batch
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.runtime.signals import StopRequest
@@ -33,7 +31,7 @@ from nonlocal_jax.training.train_step import (
   BatchShape,
   Metrics,
   StepConfig,
-  TrainState,
+  initial_state,
   lower_train_step,
 )
 from nonlocal_jax.weights.run_checkpoints import RunCheckpoints
@@ -137,23 +135,6 @@ class TrainingRun:
       'no non-local block': not self.network.non_local,
     }
     return ', '.join(name for name, on in extras.items() if on) or 'no further options'
-
-
-def initial_state(
-  network: NonLocalNetConfig,
-  tx: optax.GradientTransformation,
-  *,
-  seed: int,
-  keep_ema: bool,
-  mesh: Mesh,
-) -> TrainState:
-  """The state of a new run from scratch, on each device of a mesh."""
-
-  def create() -> TrainState:
-    model = NonLocalNet(network, rngs=nnx.Rngs(seed))
-    return TrainState.create(nnx.state(model), tx, seed=seed, keep_ema=keep_ema)
-
-  return jax.jit(create, out_shardings=replicated(mesh))()
 
 
 def train_and_evaluate(

@@ -78,6 +78,23 @@ class TrainState:
     )
 
 
+def initial_state(
+  network: NonLocalNetConfig,
+  tx: optax.GradientTransformation,
+  *,
+  seed: int,
+  keep_ema: bool,
+  mesh: Mesh,
+) -> TrainState:
+  """The state of a new run from scratch, on each device of a mesh."""
+
+  def create() -> TrainState:
+    model = NonLocalNet(network, rngs=nnx.Rngs(seed))
+    return TrainState.create(nnx.state(model), tx, seed=seed, keep_ema=keep_ema)
+
+  return jax.jit(create, out_shardings=replicated(mesh))()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
   """What a training step computes.
