@@ -9,6 +9,7 @@ DIR/a_overlay.jpg.
 """
 
 import argparse
+import dataclasses
 import glob
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from nonlocal_jax.data.validation import CITYSCAPES_IDS
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
 from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
-from nonlocal_jax.ops.convolution import Method
+from nonlocal_jax.models import Execution
 from nonlocal_jax.runtime.files import whole_file
 from nonlocal_jax.runtime.progress import progress_bar
 
@@ -61,7 +62,7 @@ def main() -> None:
   )
   parser.add_argument(
     '--convolution',
-    choices=get_args(Method),
+    choices=['fast', 'direct'],
     default='fast',
     help="how CPUs compute convolutions; 'direct' as other platforms do (default: fast)",
   )
@@ -74,10 +75,13 @@ def main() -> None:
   )
   arguments = parser.parse_args()
   images = find_images(arguments.inputs)
+  execution = Execution.for_platform()
+  if arguments.convolution == 'direct':
+    execution = dataclasses.replace(execution, convolution='direct')
   model = nonlocal_jax.load(
     arguments.checkpoint,
     align_corners=arguments.align_corners,
-    convolution=arguments.convolution,
+    execution=execution,
     precision=arguments.precision,
   )
   if arguments.scale:
