@@ -13,8 +13,8 @@ import nonlocal_jax
 from nonlocal_jax import recipes
 from nonlocal_jax.cli import main
 from nonlocal_jax.cli.config import config_text, read_config
-from nonlocal_jax.cli.main import COMMANDS, TRAIN_PACKAGES
-from nonlocal_jax.cli.program import run_program
+from nonlocal_jax.cli.main import COMMANDS
+from nonlocal_jax.cli.program import TRAIN_PACKAGES, run_program
 from nonlocal_jax.errors import UserError
 from tests.conftest import run_in_process
 

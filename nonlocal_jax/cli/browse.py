@@ -28,7 +28,7 @@ _PER_PICTURE = 4
 
 def main(arguments: Sequence[str]) -> None:
   """Draws and counts as the arguments say."""
-  parser = Parser('browse', __doc__)
+  parser = Parser('nonlocal-jax browse', __doc__)
   parser.add_argument(
     '--config', metavar='NAME', help=f'one of {", ".join(config_names())}, or a file'
   )

@@ -62,7 +62,7 @@ CHECKS = tuple(
 
 def main(arguments: Sequence[str]) -> None:
   """Checks as the arguments say."""
-  parser = Parser('check-published', __doc__)
+  parser = Parser('nonlocal-jax check-published', __doc__)
   parser.add_argument('--checkpoints', required=True, type=Path, help='folder of .pth files')
   parser.add_argument('--data', required=True, type=Path, help='folder of the data sets')
   parser.add_argument('--out', type=Path, default=Path('published'), help='default: published')

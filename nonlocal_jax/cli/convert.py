@@ -32,7 +32,7 @@ from nonlocal_jax.weights.state_dict import to_state_dict
 
 def main(arguments: Sequence[str]) -> None:
   """Converts as the arguments say."""
-  parser = Parser('convert', __doc__)
+  parser = Parser('nonlocal-jax convert', __doc__)
   parser.add_argument('source', type=Path, help='a .pth file, a folder of them, or see --to-pth')
   parser.add_argument('out', type=Path, nargs='?', help='directory to write; must not exist')
   parser.add_argument('--to-pth', type=Path, metavar='OUT.pth', help='file to write instead')

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import nonlocal_jax
-from nonlocal_jax.cli.program import print_and_exit, run_program
-from nonlocal_jax.errors import UsageError, UserError, nearest
+from nonlocal_jax.cli.program import needs_extra, print_and_exit, run_program
+from nonlocal_jax.errors import UsageError, nearest
 
 _EXAMPLES = """\
 Non-local segmentation networks: train, evaluate, predict, convert.
@@ -24,12 +24,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
   'prepare': ('prepare', 'Check a dataset and pack it into ArrayRecord files.'),
   'browse': ('browse', 'Draw what training sees, and count the pixels of each class.'),
   'check-published': ('check_published', 'Reproduce the published scores of released checkpoints.'),
+  'benchmark': ('benchmark', 'Measure speed and memory on this machine.'),
 }
-
-# What only the extra `train` installs, by the names under which it is imported.
-TRAIN_PACKAGES = frozenset(
-  ('array_record', 'clu', 'filelock', 'grain', 'matplotlib', 'tensorboardX', 'tensorflow_datasets')
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,16 +61,8 @@ def run(arguments: Sequence[str]) -> None:
       f'there is no command {command!r}; the nearest is {likely}, see nonlocal-jax --help.'
     )
   module, _ = COMMANDS[command]
-  try:
+  with needs_extra(command):
     importlib.import_module(f'nonlocal_jax.cli.{module}').main(options)
-  except ModuleNotFoundError as error:
-    package = (error.name or '').partition('.')[0]
-    if package not in TRAIN_PACKAGES:
-      raise
-    raise UserError(
-      f'nonlocal-jax {command} needs the package {package}, which the core installation leaves '
-      "out: pip install 'nonlocal-jax[train]'."
-    ) from error
 
 
 def help_text() -> str:

@@ -34,7 +34,7 @@ _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 def main(arguments: Sequence[str]) -> None:
   """Predicts as the arguments say."""
-  parser = Parser('predict', __doc__)
+  parser = Parser('nonlocal-jax predict', __doc__)
   parser.add_argument('inputs', nargs='+', metavar='INPUT')
   parser.add_argument('--checkpoint', required=True, type=Path)
   parser.add_argument('--out', required=True, type=Path)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str]) -> None:
   """Prepares as the arguments say."""
-  parser = Parser('prepare', __doc__)
+  parser = Parser('nonlocal-jax prepare', __doc__)
   parser.add_argument('--dataset', required=True, choices=[*PUBLISHED, 'custom'])
   parser.add_argument('--source', required=True, help='its folder, or a bucket such as gs://...')
   parser.add_argument('--data-dir', help='where to; default: $TFDS_DATA_DIR, ~/tensorflow_datasets')

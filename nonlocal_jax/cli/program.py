@@ -1,11 +1,12 @@
 """How the commands read options and how they end: one sentence instead of a traceback."""
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,11 @@ import absl.logging
 
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UsageError, UserError, nearest
 from nonlocal_jax.runtime.compilation import use_compilation_cache
+
+# What only the extra `train` installs, by the names under which it is imported.
+TRAIN_PACKAGES = frozenset(
+  ('array_record', 'clu', 'filelock', 'grain', 'matplotlib', 'tensorboardX', 'tensorflow_datasets')
+)
 
 
 def run_program(program: Callable[[], object]) -> None:
@@ -54,16 +60,16 @@ def run_program(program: Callable[[], object]) -> None:
 class Parser(argparse.ArgumentParser):
   """The options of a command, whose errors are a `UsageError` of one sentence."""
 
-  def __init__(self, command: str, description: str | None, **options: Any):
+  def __init__(self, program: str, description: str | None, **options: Any):
     """A parser without options but --help.
 
     Args:
-      command: The command's name, as in 'nonlocal-jax COMMAND'.
+      program: How the program is called, as in 'nonlocal-jax train'.
       description: What --help shows first: what the command does, and an example.
       **options: See `argparse.ArgumentParser`.
     """
     super().__init__(
-      prog=f'nonlocal-jax {command}',
+      prog=program,
       description=description,
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
@@ -100,6 +106,25 @@ class Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     """Raises `UsageError`."""
     raise UsageError(f'{message}; see {self.prog} --help.')
+
+
+@contextlib.contextmanager
+def needs_extra(command: str) -> Iterator[None]:
+  """Turns a missing package of the extra `train` into a `UserError` with the remedy.
+
+  Args:
+    command: The command's name, as in 'nonlocal-jax COMMAND'.
+  """
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    package = (error.name or '').partition('.')[0]
+    if package not in TRAIN_PACKAGES:
+      raise
+    raise UserError(
+      f'nonlocal-jax {command} needs the package {package}, which the core installation leaves '
+      "out: pip install 'nonlocal-jax[train]'."
+    ) from error
 
 
 def print_and_exit(text: str) -> NoReturn:

@@ -19,7 +19,7 @@ def make_parser(command: str, description: str | None) -> Parser:
     'fields of the config with their defaults, set by --config.FIELD=VALUE as in '
     f'--config.model.depth=101:\n{fields}'
   )
-  parser = Parser(command, description, epilog=epilog)
+  parser = Parser(f'nonlocal-jax {command}', description, epilog=epilog)
   add = parser.add_argument
   add(
     '--config',
