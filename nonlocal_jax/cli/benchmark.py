@@ -123,7 +123,7 @@ def run(
         shown = {'section': child.section, 'label': child.label, 'side': child.side}
         records.append({**shown, 'options': child.options, **run_child(child, Path(folder))})
         write(options.out, machine, settings_of(options), records)
-        bar.write(f'{as_line(records[-1])}\n')
+        bar.write(as_line(records[-1]))
         bar.update()
   print(f'Results are in {options.out}.')
   failed = [record for record in records if 'error' in record]
