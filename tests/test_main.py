@@ -175,7 +175,10 @@ def test_published_configs_evaluate_as_the_original(
       'has no such field: dept. Did you mean "depth"',
     ),
     ([DEMO, '--config.model.depth=deep'], 'depth'),
-    ([DEMO, '--config.model.attention=flash'], 'attention is flash; it must be blocks or cudnn'),
+    (
+      [DEMO, '--config.model.attention=fast'],
+      'attention is fast; it must be blocks or cudnn or flash',
+    ),
     (
       [DEMO, '--config.model.attention=cudnn'],
       'config.model.attention is cudnn, which needs an NVIDIA GPU, and this program runs on cpu',

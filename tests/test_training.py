@@ -39,6 +39,7 @@ def test_a_run_leaves_all_that_is_promised(trained):
     'checkpoints',
     'config.json',
     'curves.png',
+    'parameters.txt',
     'log.jsonl',
     'metrics.json',
     'model.json',
