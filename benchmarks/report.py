@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nonlocal_jax.cli.benchmark import RESULTS, Record
 from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.errors import UsageError, UserError
-from nonlocal_jax.models.non_local import max_pairwise_weights
+from nonlocal_jax.models import Execution
 from nonlocal_jax.runtime.files import whole_file, write_whole
 
 # Dense products in TFLOP/s as NVIDIA states them, by a part of the device's name.
@@ -271,7 +271,7 @@ def non_local_table(records: Sequence[Record], measured: Sequence[Record], machi
       cells += [number(values[index] / 2**20), number(slope)]
     rows.append(cells)
   table = _table(['positions', 'forward MiB', 'slope', 'with gradient MiB', 'slope'], rows)
-  most = max_pairwise_weights(machine['backend'])
+  most = Execution.for_platform(machine['backend']).pairwise_weights
   first = sum(count**2 <= most for count in record['positions'])
   if len(record['positions']) - first < 2:
     return table

@@ -2,8 +2,16 @@
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.pretrained import PretrainedModel, load
-from nonlocal_jax.models import NonLocalBlock, NonLocalNet
+from nonlocal_jax.models import Execution, NonLocalBlock, NonLocalNet, NonLocalNetConfig
 
 __version__ = '0.1.0'
 
-__all__ = ['NonLocalBlock', 'NonLocalNet', 'PretrainedModel', 'UserError', 'load']
+__all__ = [
+  'Execution',
+  'NonLocalBlock',
+  'NonLocalNet',
+  'NonLocalNetConfig',
+  'PretrainedModel',
+  'UserError',
+  'load',
+]

@@ -29,8 +29,7 @@ import jax
 from nonlocal_jax.cli.program import Parser
 from nonlocal_jax.data.synthetic import DEMO, write_demo_set
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models.config import Architecture
-from nonlocal_jax.models.resnet import STAGE_BLOCKS
+from nonlocal_jax.models.config import STAGE_BLOCKS, NonLocalNetConfig
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
@@ -321,10 +320,10 @@ def evaluated_folder(options: argparse.Namespace, folder: Path) -> dict[str, Any
   checkpoint = options.checkpoint
   if checkpoint is None:
     checkpoint = folder / 'random.pth'
-    architecture = Architecture.of_depth(
+    config = NonLocalNetConfig.from_depth(
       options.depth, width=options.width, num_classes=num_classes
     )
-    arrays = to_state_dict(random_state(architecture), num_batches_tracked={})
+    arrays = to_state_dict(random_state(config), num_batches_tracked={})
     write_torch_checkpoint(checkpoint, arrays, meta={})
   return {
     'data': str(linked),

@@ -104,7 +104,7 @@ def write_pth(source: Path, path: Path) -> None:
   description, state = read_weights(source)
   classes, palette = list(description.classes), list(map(list, description.palette))
   recorded = RecordedConfig(
-    align_corners=description.align_corners,
+    align_corners=description.config.align_corners,
     test_scale=description.test_scale,
     window_crop=description.window_crop,
     window_stride=description.window_stride,
@@ -117,7 +117,7 @@ def write_pth(source: Path, path: Path) -> None:
   }
   arrays = to_state_dict(state, description.num_batches_tracked)
   write_torch_checkpoint(path, arrays, meta)
-  print(f'{path}: {len(arrays)} arrays, {description.architecture}; how it was tested here:')
+  print(f'{path}: {len(arrays)} arrays, {description.config}; how it was tested here:')
   print(recorded.to_text(), end='')
 
 
@@ -128,7 +128,7 @@ def summary(weights: TorchWeights, directory: Path) -> str:
     'file': description.source,
     'sha256': description.sha256,
     'released as': _published(released) if released else 'unknown',
-    'network': description.architecture,
+    'network': description.config,
     'dataset': f'{description.dataset}: {_shortened(description.classes)}',
     'protocol': _protocol(description),
   }
@@ -157,11 +157,11 @@ def evaluation_command(description: ModelDescription, directory: Path) -> str:
   It begins with the config that is nearest, and sets what differs.
   """
   wanted = {
-    'model.depth': description.architecture.depth,
-    'model.width': description.architecture.width,
-    'model.non_local': description.architecture.non_local,
-    'model.align_corners': description.align_corners,
-    'data.num_classes': description.architecture.num_classes,
+    'model.depth': description.config.depth,
+    'model.width': description.config.width,
+    'model.non_local': description.config.non_local,
+    'model.align_corners': description.config.align_corners,
+    'data.num_classes': description.config.num_classes,
     'eval.scale': description.test_scale or '(WIDTH,HEIGHT)',
     'eval.window_crop': description.window_crop or (),
     'eval.window_stride': description.window_stride or (),
@@ -202,7 +202,7 @@ def _protocol(description: ModelDescription) -> str:
   if description.window_crop:
     crop, stride = description.window_crop, description.window_stride
     how = f'windows of {crop} every {stride} pixels of images'
-  corners = 'corner-aligned' if description.align_corners else 'half-pixel'
+  corners = 'corner-aligned' if description.config.align_corners else 'half-pixel'
   return f'{how} {where}, {corners} logits'
 
 

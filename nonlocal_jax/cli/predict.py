@@ -9,6 +9,7 @@ DIR/a_overlay.jpg.
 """
 
 import argparse
+import dataclasses
 import glob
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,7 +26,7 @@ from nonlocal_jax.data.validation import CITYSCAPES_IDS
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
 from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
-from nonlocal_jax.ops.convolution import Method
+from nonlocal_jax.models import Execution
 from nonlocal_jax.runtime.files import whole_file
 from nonlocal_jax.runtime.progress import progress_bar
 
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
   )
   parser.add_argument(
     '--convolution',
-    choices=get_args(Method),
+    choices=['fast', 'direct'],
     default='fast',
     help="how CPUs compute convolutions; 'direct' as other platforms do (default: fast)",
   )
@@ -73,10 +74,13 @@ def main(arguments: Sequence[str]) -> None:
   )
   options = parser.parse_args(arguments)
   images = find_images(options.inputs)
+  execution = Execution.for_platform()
+  if options.convolution == 'direct':
+    execution = dataclasses.replace(execution, convolution='direct')
   model = nonlocal_jax.load(
     options.checkpoint,
     align_corners=options.align_corners,
-    convolution=options.convolution,
+    execution=execution,
     precision=options.precision,
   )
   if options.scale:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import absl.logging
 
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UsageError, UserError, nearest
-from nonlocal_jax.runtime.compilation import use_compilation_cache
+from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_compilation_cache
 
 # What only the extra `train` installs, by the names under which it is imported.
 TRAIN_PACKAGES = frozenset(
@@ -39,6 +39,7 @@ def run_program(program: Callable[[], object]) -> None:
   absl.logging.set_verbosity(absl.logging.ERROR)
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   use_compilation_cache()
+  trim_memory_after_compiling()
   before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
     program()

@@ -17,8 +17,8 @@ from nonlocal_jax.inference.buckets import Shape, shapes_for
 from nonlocal_jax.inference.predictor import Prediction, Predictor
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models.folding import fold_batch_norms
-from nonlocal_jax.runtime.compilation import Program
-from nonlocal_jax.runtime.parallel import replicated
+from nonlocal_jax.runtime.compilation import compiler_options
+from nonlocal_jax.runtime.parallel import platform_of, replicated
 from nonlocal_jax.runtime.progress import progress_bar
 
 _EXAMPLES = 4
@@ -63,8 +63,8 @@ class Evaluator:
     """Plans the evaluation.
 
     Args:
-      predictor: How to predict, and on which devices; with a folded network, see
-        `folding.folded_graphdef`.
+      predictor: How to predict, and on which devices; its network's `Execution.batch_norm` is
+        'folded'.
       split: The prepared images and labels.
       num_classes: Number of classes.
       label_lookup: See `transforms.label_lookup`.
@@ -72,9 +72,10 @@ class Evaluator:
       most_shapes: See `buckets.shapes_for`.
     """
     self._predictor = predictor
-    self._fold = Program(
+    self._fold = jax.jit(
       functools.partial(fold_batch_norms, predictor.graphdef),
       out_shardings=replicated(predictor.mesh),
+      compiler_options=compiler_options(platform_of(list(predictor.mesh.devices.flat))),
     )
     self._split = split
     self._num_classes = num_classes

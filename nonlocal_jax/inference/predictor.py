@@ -20,16 +20,18 @@ from jax.sharding import Mesh
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.inference.buckets import Shape, ViewShape
 from nonlocal_jax.inference.views import View, axis_matrix, feature_size, views_of
-from nonlocal_jax.models import normalize
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig, normalize
 from nonlocal_jax.ops.confusion import confusion_matrix
 from nonlocal_jax.protocol import Protocol, Size
-from nonlocal_jax.runtime.compilation import Program
-from nonlocal_jax.runtime.parallel import data_mesh, is_shared_by_processes, shard_batch
+from nonlocal_jax.runtime.compilation import compiler_options
+from nonlocal_jax.runtime.parallel import (
+  data_mesh,
+  is_shared_by_processes,
+  platform_of,
+  shard_batch,
+)
 
 _PIXELS_AT_ONCE = 2**21  # that a device sends through the network: a Cityscapes image
-# Class scores at image size that a device holds; on CPUs so few that they stay in the cache.
-_SCORES_AT_ONCE = 2**22
-_SCORES_AT_ONCE_ON_CPU = 2**21
 _COLUMNS_AT_ONCE = 128  # of the result, which are made of neighbouring columns of logits
 
 
@@ -56,28 +58,28 @@ class Predictor:
 
   def __init__(
     self,
-    graphdef: nnx.GraphDef,
+    config: NonLocalNetConfig,
     protocol: Protocol,
     *,
-    num_classes: int,
-    align_corners: bool,
+    execution: Execution | None = None,
     precision: str = 'highest',
     mesh: Mesh | None = None,
   ):
     """Prepares what is to be compiled.
 
     Args:
-      graphdef: Static part of the network.
+      config: The network.
       protocol: How images are tested.
-      num_classes: Number of classes.
-      align_corners: The network's corner convention.
+      execution: How the network is computed; None for what is fastest on the devices of `mesh`.
       precision: Of matrix products in the network, see `jax_default_matmul_precision`.
       mesh: The devices that share a batch; by default the first one of this process.
     """
-    self.graphdef = graphdef
     self.protocol = protocol
-    self._align_corners = align_corners
     self.mesh = mesh or data_mesh(jax.local_devices()[:1])
+    platform = platform_of(list(self.mesh.devices.flat))
+    execution = execution or Execution.for_platform(platform)
+    graphdef = self.graphdef = nnx.graphdef(NonLocalNet.abstract(config, execution))
+    self._align_corners = config.align_corners
 
     @jax.default_matmul_precision(precision)
     def window_logits(
@@ -94,12 +96,19 @@ class Predictor:
       views: Sequence[_LogitsOfView], labels: jax.Array, *, windows: Sequence[Size]
     ) -> Prediction:
       averages = len(protocol.ratios) * protocol.flips > 1
-      predicted = _most_likely(views, windows, averages=averages)
+      predicted = _most_likely(
+        views, windows, averages=averages, scores_at_once=execution.scores_at_once
+      )
       predicted = predicted[:, : labels.shape[1], : labels.shape[2]]
-      return Prediction(predicted, confusion_matrix(predicted, labels, num_classes=num_classes))
+      return Prediction(
+        predicted, confusion_matrix(predicted, labels, num_classes=config.num_classes)
+      )
 
-    self._window_logits = Program(window_logits, static_argnames=['padded'])
-    self._predict = Program(predict, static_argnames=['windows'])
+    options = compiler_options(platform)
+    self._window_logits = jax.jit(
+      window_logits, static_argnames=['padded'], compiler_options=options
+    )
+    self._predict = jax.jit(predict, static_argnames=['windows'], compiler_options=options)
 
   def __call__(
     self,
@@ -246,7 +255,11 @@ class _LogitsOfView(NamedTuple):
 
 
 def _most_likely(
-  views: Sequence[_LogitsOfView], windows: Sequence[Size], *, averages: bool
+  views: Sequence[_LogitsOfView],
+  windows: Sequence[Size],
+  *,
+  averages: bool,
+  scores_at_once: int,
 ) -> jax.Array:
   """The class of each pixel of the results, (n, at least result_h, at least result_w) uint8."""
   # Each (n, h, flips, w, c).
@@ -254,9 +267,8 @@ def _most_likely(
   n, _, flips, _, num_classes = mosaics[0].shape
   column_blocks, columns = views[0].bands.shape[2:4]
   result_h = views[0].rows.shape[1]
-  on_cpu = jax.default_backend() == 'cpu'
-  most = _SCORES_AT_ONCE_ON_CPU if on_cpu else _SCORES_AT_ONCE
-  block = min(max(most // (n * flips * column_blocks * columns * num_classes), 1), result_h)
+  scores_of_row = n * flips * column_blocks * columns * num_classes
+  block = min(max(scores_at_once // scores_of_row, 1), result_h)
   num_blocks = -(-result_h // block)
   highest = jax.lax.Precision.HIGHEST
 

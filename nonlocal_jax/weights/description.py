@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.models.config import NonLocalNetConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,8 +14,7 @@ class ModelDescription:
   """A trained network without its weights.
 
   Attributes:
-    architecture: Shape of the network.
-    align_corners: Whether logits are resized corner on corner.
+    config: What the network is.
     dataset: 'cityscapes', 'ade20k', 'voc12aug', 'demo' or 'custom'.
     classes: Name of each class.
     palette: RGB colour of each class, in [0, 255].
@@ -29,8 +28,7 @@ class ModelDescription:
       have seen, by PyTorch's counters; nothing computes with them.
   """
 
-  architecture: Architecture
-  align_corners: bool
+  config: NonLocalNetConfig
   dataset: str
   classes: tuple[str, ...]
   palette: tuple[tuple[int, int, int], ...]
@@ -57,9 +55,12 @@ class ModelDescription:
       UserError: If it is not a description.
     """
     try:
-      fields: Mapping[str, Any] = {key: _tuples(value) for key, value in json.loads(text).items()}
-      architecture = {key: _tuples(value) for key, value in fields['architecture'].items()}
-      return cls(**{**fields, 'architecture': Architecture(**architecture)})
+      fields: dict[str, Any] = {key: _tuples(value) for key, value in json.loads(text).items()}
+      if 'architecture' in fields:  # until November 2026 with the shapes of the weights alone
+        config = {**fields.pop('architecture'), 'align_corners': fields.pop('align_corners')}
+      else:
+        config = fields['config']
+      return cls(**{**fields, 'config': NonLocalNetConfig.from_dict(config)})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
       raise UserError(
         f'{source} is no description of a model ({error}); write the weights again.'
