@@ -53,6 +53,7 @@ from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.released import released_model_of_sha256
 from nonlocal_jax.weights.run_checkpoints import has_checkpoint
 
+_PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
 _OF_THE_DATASET = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
 
 
@@ -490,6 +491,7 @@ def _dataset(config: ConfigDict) -> Dataset:
 def _frozen(value):
   return tuple(value) if isinstance(value, (list, tuple)) else value
 
+
 def _values(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
   """The config's values, with what the description beside a custom dataset adds."""
   values = config.to_dict()
@@ -541,8 +543,14 @@ def _check_values(config: ConfigDict) -> None:
   counts += ('eval.batch_size', 'eval.shapes', 'train.accumulate', 'train.ohem_min_kept')
   pairs = ('train.scale', 'train.crop', 'train.ratio_range', 'eval.scale')
   windows = ('eval.window_crop', 'eval.window_stride')
-  for key in (*counts, 'checkpoint.keep', 'model.width'):
+  for key in (*counts, 'checkpoint.keep'):
     _expect(_value(config, key) >= 1, config, key, 'a number of at least 1')
+  _expect(config.model.width >= 2, config, 'model.width', 'a number of at least 2')
+  _expect(0 <= config.model.dropout < 1, config, 'model.dropout', 'in [0, 1)')
+  depths = ', '.join(map(str, STAGE_BLOCKS))
+  _expect(config.model.depth in STAGE_BLOCKS, config, 'model.depth', f'one of {depths}')
+  for key in ('train.precision', 'eval.precision'):
+    _expect(_value(config, key) in _PRECISIONS, config, key, f'one of {", ".join(_PRECISIONS)}')
   for key in (*pairs, *(key for key in windows if _value(config, key))):
     value = _value(config, key)
     _expect(len(value) == 2 and min(value) > 0, config, key, 'two positive numbers')

@@ -249,25 +249,32 @@ def check_attention(attention: Attention, channels: int, device: jax.Device) -> 
   """Checks that a device can compute attention so.
 
   Args:
-    attention: The value of `config.model.attention`.
+    attention: See `NonLocalBlock`.
     channels: Inner channels of the non-local block.
     device: One of those that compute.
 
   Raises:
     UserError: If it cannot.
   """
-  if attention != 'cudnn':
+  if attention == 'blocks':
     return
   most = _most_cudnn_channels(device)
   if not most:
     raise UserError(
-      'config.model.attention is cudnn, which needs an NVIDIA GPU, and this program runs on '
+      f'attention is {attention}, which needs an NVIDIA GPU, and this program runs on '
       f'{device.device_kind}; leave it at blocks.'
     )
+  if attention == 'flash':
+    if channels & (channels - 1) or channels < 16:
+      raise UserError(
+        'attention is flash, which takes a power of two of at least 16 inner channels, and the '
+        f'non-local block has {channels}; leave it at blocks, or change the width.'
+      )
+    return
   capability = device.compute_capability
   if channels > most or channels % 8:
     raise UserError(
-      f'config.model.attention is cudnn, which on {device.device_kind} (compute capability '
+      f'attention is cudnn, which on {device.device_kind} (compute capability '
       f'{capability}) takes a multiple of 8 inner channels up to {most}, and the non-local block '
-      f'has {channels}; leave it at blocks, or set config.model.width.'
+      f'has {channels}; leave it at blocks, or change the width.'
     )

@@ -19,6 +19,7 @@ from nonlocal_jax.errors import RunStopped, UserError
 from nonlocal_jax.evaluation.evaluate import picture_of
 from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
 from nonlocal_jax.models import Execution, NonLocalNetConfig
+from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import is_first_process, replicated, shard_batch
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.runtime.signals import StopRequest
@@ -26,6 +27,7 @@ from nonlocal_jax.training.checkpointing import restore, save, with_weights
 from nonlocal_jax.training.initial_weights import InitialWeights
 from nonlocal_jax.training.log import CURVES, LOG, TrainingLog, summary_table, write_curves
 from nonlocal_jax.training.optimizer import OptimizerConfig
+from nonlocal_jax.training.parameter_tables import PARAMETERS, all_parameters, parameters_by_module
 from nonlocal_jax.training.run_files import BEST
 from nonlocal_jax.training.train_step import (
   BatchShape,
@@ -164,9 +166,7 @@ def train_and_evaluate(
   """
   mesh, batches, split, plan = run.mesh, run.batches, run.split, run.schedule
   learning_rate, tx = run.optimizer.make(plan.steps)
-  state = initial_state(
-    run.network, tx, seed=plan.seed, keep_ema=run.step.ema_decay > 0, mesh=mesh
-  )
+  state = initial_state(run.network, tx, seed=plan.seed, keep_ema=run.step.ema_decay > 0, mesh=mesh)
 
   with (
     RunCheckpoints(workdir, keep=plan.keep) as checkpoints,
@@ -193,6 +193,8 @@ def train_and_evaluate(
     if is_first_process():
       size = sum(array.size for array in jax.tree.leaves(state.params))
       print(run.start_lines(source, size, _gibibytes(train_step)), flush=True)
+      write_whole(workdir / PARAMETERS, all_parameters(state.params) + '\n')
+      print(parameters_by_module(state.params), flush=True)
 
     with (
       TrainingLog(workdir, batch_size=plan.batch_size, start=start) as log,

@@ -25,9 +25,7 @@ _FREE = (
 )
 
 
-def check_same_run(
-  workdir: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> None:
+def check_same_run(workdir: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
   """Checks that what stands in `workdir`, if anything, was made with this config.
 
   Args:
@@ -48,8 +46,7 @@ def check_same_run(
   ]
   if differences:
     raise UserError(
-      f'{workdir} holds a run of another config ({"; ".join(differences)}); '
-      'choose another workdir.'
+      f'{workdir} holds a run of another config ({"; ".join(differences)}); choose another workdir.'
     )
 
 

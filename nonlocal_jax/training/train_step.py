@@ -280,9 +280,7 @@ def lower_train_step(
     return state, {**metrics, 'stop': jnp.any(stop)}
 
   everywhere, over = replicated(mesh), over_batch(mesh)
-  create = functools.partial(
-    TrainState.create, tx=tx, seed=0, keep_ema=options.ema_decay > 0
-  )
+  create = functools.partial(TrainState.create, tx=tx, seed=0, keep_ema=options.ema_decay > 0)
   state = jax.eval_shape(create, state_shapes(config))
   jitted = jax.jit(
     train_step,
