@@ -30,8 +30,9 @@ from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
 from nonlocal_jax.evaluation.report import ReportFacts, published_line
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.models.config import STAGE_BLOCKS
 from nonlocal_jax.models.nonlocal_net import state_shapes
-from nonlocal_jax.ops.attention import check_attention
+from nonlocal_jax.ops.attention import Attention, check_attention, fastest_attention
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config
 from nonlocal_jax.runtime.compilation import compiler_options
@@ -144,7 +145,12 @@ class Experiment:
     """
     _check_values(config)
     dataset, mesh = _dataset(config), data_mesh(devices)
-    _check_sharing(config, dataset, mesh)
+    weights = config.train.class_weights
+    if weights and len(weights) != dataset.num_classes:
+      raise UserError(
+        f'config.train.class_weights has {len(weights)} weights, but there are '
+        f'{dataset.num_classes} classes: give one for each.'
+      )
     train, evaluation = config.train, config.eval
     network = NonLocalNetConfig.from_depth(
       config.model.depth,
@@ -155,11 +161,12 @@ class Experiment:
       dropout=config.model.dropout,
       zero_init=config.model.zero_init,
     )
-    _check_device(config, network, mesh)
-    chosen: dict[str, Any] = {'attention': config.model.attention}
-    if config.model.convolution == 'direct':
-      chosen['convolution'] = 'direct'
     platform = platform_of_mesh(mesh)
+    chosen = {'convolution': 'direct'} if config.model.convolution == 'direct' else {}
+    attention, eval_attention = (
+      _attention(config, network, mesh, precision=precision, train=is_train)
+      for precision, is_train in ((train.precision, True), (evaluation.precision, False))
+    )
     ohem = Ohem(train.ohem_threshold, train.ohem_min_kept) if train.ohem else None
     return cls(
       name=config.name,
@@ -172,12 +179,15 @@ class Experiment:
       network=network,
       execution=Execution.for_platform(
         platform,
+        attention=attention,
         batch_norm=train.batch_norm,
         batch_norm_groups=mesh.size if train.batch_norm == 'per_device' else 1,
         rematerialize=train.rematerialize,
         **chosen,
       ),
-      eval_execution=Execution.for_platform(platform, batch_norm='folded', **chosen),
+      eval_execution=Execution.for_platform(
+        platform, attention=eval_attention, batch_norm='folded', **chosen
+      ),
       protocol=EvalProtocol.from_version(
         evaluation.protocol,
         scale=tuple(evaluation.scale),
@@ -253,6 +263,7 @@ class Experiment:
     """
     if new_classifier and checkpoint is None:
       raise UserError('--new_classifier is for the network of a --checkpoint; give one.')
+    self._check_batch()
     check_same_run(workdir, self.values, base_config().to_dict())
     initial = None
     if not has_checkpoint(workdir):
@@ -337,7 +348,12 @@ class Experiment:
     return evaluation
 
   def lower_train_step(self) -> jax.stages.Lowered:
-    """The training step for the devices, from shapes only; see `train_step.lower_train_step`."""
+    """The training step for the devices, from shapes only; see `train_step.lower_train_step`.
+
+    Raises:
+      UserError: If the devices cannot share a batch.
+    """
+    self._check_batch()
     _, tx = self.optimizer.make(self.schedule.steps)
     batch = BatchShape(self.schedule.batch_size, self.augment.crop)
     return lower_train_step(
@@ -374,6 +390,15 @@ class Experiment:
     images = jax.ShapeDtypeStruct((batch, *size, self.network.in_channels), jnp.float32)
     with jax.default_matmul_precision(precision or self.evaluation.precision):
       return jitted.lower(state_shapes(self.network), images)
+
+  def _check_batch(self) -> None:
+    """Checks that the devices can share a batch evenly, which evaluation does not need."""
+    size, count, parts = self.schedule.batch_size, self.mesh.size, self.step.accumulate
+    if size % (count * parts):
+      raise UserError(
+        f'config.train.batch_size is {size}, which {count} devices cannot share'
+        f'{f" in {parts} parts each" if parts > 1 else ""}; make it a multiple.'
+      )
 
   def description(self) -> ModelDescription:
     """What is saved with the weights of a run."""
@@ -507,30 +532,25 @@ def _values(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
   return values
 
 
-def _check_sharing(config: ConfigDict, dataset: Dataset, mesh: Mesh) -> None:
-  """Checks that devices can share a batch evenly, and that each class has a weight if any has."""
-  weights = config.train.class_weights
-  if weights and len(weights) != dataset.num_classes:
-    raise UserError(
-      f'config.train.class_weights has {len(weights)} weights, but there are '
-      f'{dataset.num_classes} classes: give one for each.'
-    )
-  parts = mesh.size * config.train.accumulate
-  if config.train.batch_size % parts:
-    accumulated = config.train.accumulate > 1
-    raise UserError(
-      f'config.train.batch_size is {config.train.batch_size}, which {mesh.size} devices cannot '
-      f'share{f" in {config.train.accumulate} parts each" if accumulated else ""}; make it a '
-      'multiple.'
-    )
+def _attention(
+  config: ConfigDict, network: NonLocalNetConfig, mesh: Mesh, *, precision: str, train: bool
+) -> Attention:
+  """The attention asked for, if the devices can compute it.
 
-
-def _check_device(config: ConfigDict, network: NonLocalNetConfig, mesh: Mesh) -> None:
-  """Checks that the devices can compute the attention asked for."""
+  Raises:
+    UserError: If they cannot.
+  """
+  attention, channels = config.model.attention, network.inner_channels
+  devices = list(mesh.devices.flat)
+  if attention == 'auto':
+    if not network.non_local:
+      return 'blocks'
+    return fastest_attention(channels, devices, precision=precision, train=train)
   try:
-    check_attention(config.model.attention, network.inner_channels, mesh.devices.flat[0])
+    check_attention(attention, channels, devices[0])
   except UserError as error:
     raise UserError(f'config.model.{error}') from error
+  return attention
 
 
 def _check_values(config: ConfigDict) -> None:
@@ -557,7 +577,7 @@ def _check_values(config: ConfigDict) -> None:
   both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
   _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
   choices = {
-    'model.attention': ('blocks', 'cudnn', 'flash'),
+    'model.attention': ('blocks', 'cudnn', 'flash', 'auto'),
     'model.convolution': ('fast', 'direct'),
     'eval.protocol': ('v0', 'v1'),
     'optimizer.schedule': ('v0', 'v1'),
@@ -566,7 +586,7 @@ def _check_values(config: ConfigDict) -> None:
   }
   for key, values in choices.items():
     _expect(_value(config, key) in values, config, key, ' or '.join(values))
-  has_block = config.model.non_local or config.model.attention == 'blocks'
+  has_block = config.model.non_local or config.model.attention in ('blocks', 'auto')
   _expect(has_block, config, 'model.attention', 'blocks without the non-local block')
   _expect(0 <= config.train.ema_decay < 1, config, 'train.ema_decay', 'in [0, 1)')
   _expect(config.optimizer.head_multiplier > 0, config, 'optimizer.head_multiplier', 'positive')

@@ -30,8 +30,8 @@ def base_config() -> ConfigDict:
   config.model.dropout = 0.1
   # How convolutions are computed on CPUs: 'fast', or 'direct' as elsewhere (for comparisons).
   config.model.convolution = 'fast'
-  # Of the non-local block: 'blocks' of queries, or 'cudnn' on an NVIDIA GPU, which rounds what goes
-  # in to bfloat16.
+  # Of the non-local block: 'blocks' of queries; on an NVIDIA GPU 'cudnn', which rounds what goes in
+  # to the 11 bits of TF32, or 'flash', as exact as float32; 'auto': the fastest as exact as asked.
   config.model.attention = 'blocks'
 
   config.data = ConfigDict()

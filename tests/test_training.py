@@ -20,11 +20,10 @@ from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.training.log import summary_table
-from nonlocal_jax.training.loop import train_and_evaluate
 from nonlocal_jax.weights.arrays import to_arrays
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.state_dict import to_state_dict
-from tests.conftest import run_two_processes
+from tests.conftest import run_two_processes, train_and_evaluate
 
 
 def read_log(workdir: Path) -> list[dict]:

@@ -18,7 +18,7 @@ from nonlocal_jax.inference.predictor import Prediction, Predictor
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.runtime.compilation import compiler_options
-from nonlocal_jax.runtime.parallel import platform_of, replicated
+from nonlocal_jax.runtime.parallel import platform_of_mesh, replicated
 from nonlocal_jax.runtime.progress import progress_bar
 
 _EXAMPLES = 4
@@ -75,7 +75,7 @@ class Evaluator:
     self._fold = jax.jit(
       functools.partial(fold_batch_norms, predictor.graphdef),
       out_shardings=replicated(predictor.mesh),
-      compiler_options=compiler_options(platform_of(list(predictor.mesh.devices.flat))),
+      compiler_options=compiler_options(platform_of_mesh(predictor.mesh)),
     )
     self._split = split
     self._num_classes = num_classes

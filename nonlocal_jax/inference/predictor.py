@@ -28,7 +28,7 @@ from nonlocal_jax.runtime.compilation import compiler_options
 from nonlocal_jax.runtime.parallel import (
   data_mesh,
   is_shared_by_processes,
-  platform_of,
+  platform_of_mesh,
   shard_batch,
 )
 
@@ -77,7 +77,7 @@ class Predictor:
     """
     self.protocol = protocol
     self.mesh = mesh or data_mesh(jax.local_devices()[:1])
-    platform = platform_of(list(self.mesh.devices.flat))
+    platform = platform_of_mesh(self.mesh)
     execution = execution or Execution.for_platform(platform)
     graphdef = self.graphdef = nnx.graphdef(NonLocalNet.abstract(config, execution))
     self._align_corners = config.align_corners
