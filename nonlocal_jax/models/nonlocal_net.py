@@ -66,7 +66,8 @@ class NonLocalNet(nnx.Module):
     Returns:
       (n, h, w, num_classes) float32.
     """
-    return self.upsample(self.encode_decode(images), images.shape[1:3])
+    _, height, width, _ = images.shape
+    return self.upsample(self.encode_decode(images), (height, width))
 
   def encode_decode(self, images: jax.Array, *, sizes: jax.Array | None = None) -> jax.Array:
     """Logits at stride 8.
