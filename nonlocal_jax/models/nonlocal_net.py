@@ -1,7 +1,6 @@
 """NonLocalNet: backbone and heads in one module (mmseg `EncoderDecoder` with `NLHead`)."""
 
 import functools
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +52,7 @@ class NonLocalNet(nnx.Module):
     self.auxiliary_head = AuxiliaryHead(config, execution, rngs=rngs)
 
   @classmethod
-  def abstract(cls, config: NonLocalNetConfig, execution: Execution | None = None) -> Self:
+  def abstract(cls, config: NonLocalNetConfig, execution: Execution | None = None) -> 'NonLocalNet':
     """The network with shapes in place of arrays; costs no memory."""
     return nnx.merge(*_abstract_parts(config, execution or Execution.for_platform()), copy=True)
 
