@@ -34,6 +34,7 @@ from nonlocal_jax.inference.pretrained import PretrainedModel
 from nonlocal_jax.models import NonLocalBlock
 from nonlocal_jax.models.config import Architecture
 from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE
+from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config
 from nonlocal_jax.runtime.parallel import data_mesh, replicated, shard_batch
 from nonlocal_jax.training.recipe import compile_step, optimizer_of
@@ -103,13 +104,10 @@ def measure_inference(
   dataset = custom_dataset(classes)
   description = ModelDescription(
     architecture,
-    align_corners=False,
+    EvalProtocol(),
     dataset=dataset.name,
     classes=dataset.classes,
     palette=dataset.palette,
-    test_scale=None,
-    window_crop=None,
-    window_stride=None,
     source='random weights',
     sha256=None,
     num_batches_tracked={},

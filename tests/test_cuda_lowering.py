@@ -105,8 +105,6 @@ def evaluation_programs(config: ConfigDict, monkeypatch) -> Programs:
     predictor = Predictor(
       evaluation_graphdef(config),
       protocol,
-      num_classes=CLASSES[config.data.dataset],
-      align_corners=config.model.align_corners,
       precision=config.eval.precision,
     )
   sizes = SIZES[config.data.dataset]
@@ -114,7 +112,7 @@ def evaluation_programs(config: ConfigDict, monkeypatch) -> Programs:
   assert shape.padded == (len(sizes) > 1)
   views = [np.zeros((*view.size[:2], 3), np.uint8) for view in views_of(protocol, sizes[0])]
   state = architecture_of(config).state_shapes()
-  predictor(state, shape, [views], [np.zeros(sizes[0], np.uint8)])
+  predictor(state, shape, [views], [sizes[0]])
   return programs
 
 

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.models import NonLocalNet, normalize
+from nonlocal_jax.models import NonLocalNet
 from nonlocal_jax.models.folding import fold_batch_norms, folded_graphdef
 from nonlocal_jax.models.heads import dropout_channels
+from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.training.optimizer import poly_schedule, sgd
 from nonlocal_jax.training.train_step import TrainState, make_train_step
 from nonlocal_jax.weights.state_dict import from_state_dict, infer_architecture, to_state_dict
@@ -120,7 +121,10 @@ def test_training_steps_equal_the_original_in_float64(rng):
     )
     losses = peer.train(
       model,
-      ((np.asarray(normalize(b['image'], b['size']), np.float64), b['label']) for b in batches),
+      (
+        (np.asarray(normalize(b['image'], sizes=b['size']), np.float64), b['label'])
+        for b in batches
+      ),
       learning_rates=[float(schedule(step)) for step in range(10)],
     )
     for batch, loss in zip(batches, losses, strict=True):

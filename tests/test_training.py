@@ -70,7 +70,7 @@ def test_a_workdir_is_loaded_as_a_model(trained, demo_set):
   workdir, _ = trained
   model = nonlocal_jax.load(workdir)
   assert model.description.architecture == Architecture((1, 1, 1, 1), 4, 8)
-  assert model.description.test_scale == (96, 96)
+  assert model.protocol.scale == (96, 96)
   assert model.predict(np.zeros((50, 70, 3), np.uint8)).shape == (50, 70)
 
 
@@ -147,7 +147,7 @@ def test_a_trained_network_becomes_a_file_of_pytorch(trained, converter, tmp_pat
     np.testing.assert_array_equal(saved['state_dict'][name].numpy(), array)
   assert saved['meta']['CLASSES'][0] == 'class 0'
   again, here = nonlocal_jax.load(tmp_path / 'x.pth'), nonlocal_jax.load(workdir)
-  assert again.description.test_scale == here.description.test_scale == (96, 96)
+  assert again.protocol.scale == here.protocol.scale == (96, 96)
 
 
 def test_two_processes_train_as_one_and_only_the_first_speaks(
@@ -244,7 +244,7 @@ def test_the_best_weights_are_kept_beside_the_last(trained):
   log = [line for line in read_log(trained[0]) if 'mIoU' in line]
   best = max(log, key=lambda line: line['mIoU'])['step']
   assert [path.name for path in (trained[0] / 'best/checkpoints').iterdir()] == [str(best)]
-  assert nonlocal_jax.load(trained[0] / 'best').description.test_scale == (96, 96)
+  assert nonlocal_jax.load(trained[0] / 'best').protocol.scale == (96, 96)
 
 
 def test_the_table_has_the_best_and_the_last():

@@ -9,6 +9,7 @@ DIR/a_overlay.jpg.
 """
 
 import argparse
+import dataclasses
 import glob
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -45,7 +46,10 @@ def main() -> None:
     help='label values as the servers of Cityscapes and ADE20K want them, and no pictures',
   )
   parser.add_argument(
-    '--multi-scale-flip', action='store_true', help='mean over six sizes, plain and mirrored'
+    '--multi-scale-flip',
+    action='store_true',
+    default=None,
+    help='mean over six sizes, plain and mirrored',
   )
   parser.add_argument(
     '--scale',
@@ -81,7 +85,8 @@ def main() -> None:
     precision=arguments.precision,
   )
   if arguments.scale:
-    model = model.with_test_scale(tuple(arguments.scale))
+    protocol = dataclasses.replace(model.protocol, scale=tuple(arguments.scale))
+    model = model.with_protocol(protocol)
   values = submission_values(model) if arguments.submission else None
   failures = []
   with progress_bar(len(images), 'Predicting', unit='img') as bar:

@@ -1,18 +1,13 @@
 """NonLocalNet: backbone and heads in one module (mmseg `EncoderDecoder` with `NLHead`)."""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from nonlocal_jax.models.heads import AuxiliaryHead, NonLocalHead
 from nonlocal_jax.models.resnet import STAGE_BLOCKS, ResNet
-from nonlocal_jax.ops.masking import mask_padding, strided_sizes
+from nonlocal_jax.ops.masking import strided_sizes
 from nonlocal_jax.ops.resize import resize_bilinear
 
-# ImageNet statistics of RGB in [0, 255], the `data_preprocessor` of the released models.
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
 OUTPUT_STRIDE = 8  # of the backbone
 
 
@@ -118,20 +113,3 @@ class NonLocalNet(nnx.Module):
   def upsample(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Resizes logits (n, h, w, c) to `size` (height, width) by the network's corner convention."""
     return resize_bilinear(logits, size, align_corners=self.align_corners)
-
-
-def normalize(images: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
-  """Normalises RGB images; padding becomes exactly zero, as when it is added after normalisation.
-
-  Args:
-    images: (n, h, w, 3), RGB in [0, 255], any real dtype.
-    sizes: (n, 2) integers, height and width of each image without the padding at its bottom and
-      right; None for no padding.
-
-  Returns:
-    (n, h, w, 3) float32.
-  """
-  # A product with the reciprocal, as mmcv's `imnormalize`: the same bits compiled or not.
-  reciprocal = (1 / np.asarray(STD)).astype(np.float32)
-  normalized = (images.astype(jnp.float32) - np.asarray(MEAN, np.float32)) * reciprocal
-  return mask_padding(normalized, sizes)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.experiment import architecture_of, check_device, dataset_of
+from nonlocal_jax.experiment import architecture_of, check_device, dataset_of, protocol_of
 from nonlocal_jax.runtime.compilation import compiled, compiler_options
 from nonlocal_jax.runtime.parallel import over_batch, replicated
 from nonlocal_jax.training.loss import Ohem
@@ -121,6 +121,7 @@ def lower_step(
     rematerialize=options.rematerialize,
   )
   ohem = Ohem(options.ohem_threshold, options.ohem_min_kept) if options.ohem else None
+  protocol = protocol_of(config)
   take_step = make_train_step(
     graphdef,
     tx,
@@ -131,6 +132,8 @@ def lower_step(
     compute_dtype=jnp.dtype(options.dtype),
     accumulate=options.accumulate,
     ema_decay=options.ema_decay or None,
+    mean=protocol.mean,
+    std=protocol.std,
   )
 
   def train_step(

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.protocol import EvalProtocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,14 +16,10 @@ class ModelDescription:
 
   Attributes:
     architecture: Shape of the network.
-    align_corners: Whether logits are resized corner on corner.
+    protocol: How its images are tested.
     dataset: 'cityscapes', 'ade20k', 'voc12aug', 'demo' or 'custom'.
     classes: Name of each class.
     palette: RGB colour of each class, in [0, 255].
-    test_scale: (width, height) of the box that test images are resized into; None leaves them at
-      their own size.
-    window_crop: (height, width) of the sliding windows at test time; None for the whole image.
-    window_stride: (vertical, horizontal) step of the windows; None for the whole image.
     source: Where the weights come from: a file, or the training run.
     sha256: The file's sha256 in hex digits, None if there was none.
     num_batches_tracked: Training batches that the batch normalisations of each part of the network
@@ -30,13 +27,10 @@ class ModelDescription:
   """
 
   architecture: Architecture
-  align_corners: bool
+  protocol: EvalProtocol
   dataset: str
   classes: tuple[str, ...]
   palette: tuple[tuple[int, int, int], ...]
-  test_scale: tuple[int, int] | None
-  window_crop: tuple[int, int] | None
-  window_stride: tuple[int, int] | None
   source: str
   sha256: str | None
   num_batches_tracked: Mapping[str, int]
@@ -47,7 +41,7 @@ class ModelDescription:
 
   @classmethod
   def from_json(cls, text: str, *, source: str) -> Self:
-    """Reads what `to_json` wrote.
+    """Reads what `to_json` of this or an earlier version wrote.
 
     Args:
       text: The JSON.
@@ -58,12 +52,25 @@ class ModelDescription:
     """
     try:
       fields: Mapping[str, Any] = {key: _tuples(value) for key, value in json.loads(text).items()}
+      fields = fields if 'protocol' in fields else _with_protocol(fields)
       architecture = {key: _tuples(value) for key, value in fields['architecture'].items()}
-      return cls(**{**fields, 'architecture': Architecture(**architecture)})
+      parts = {
+        'architecture': Architecture(**architecture),
+        'protocol': EvalProtocol.from_dict(fields['protocol']),
+      }
+      return cls(**{**fields, **parts})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
       raise UserError(
         f'{source} is no description of a model ({error}); write the weights again.'
       ) from error
+
+
+def _with_protocol(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Fields of before December 2026, when a description held parts of the protocol one by one."""
+  fields = dict(fields)
+  names = {'test_scale': 'scale'}
+  names |= {name: name for name in ('align_corners', 'window_crop', 'window_stride')}
+  return {'protocol': {new: fields.pop(old) for old, new in names.items()}, **fields}
 
 
 def _tuples(value: Any) -> Any:

@@ -16,7 +16,7 @@ from nonlocal_jax.models.config import Architecture
 from nonlocal_jax.torch_format.reader import read_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import load_weights
 from nonlocal_jax.weights.description import ModelDescription
-from nonlocal_jax.weights.mmseg_config import RecordedConfig
+from nonlocal_jax.weights.mmseg_config import recorded_protocol
 from nonlocal_jax.weights.released import (
   ReleasedModel,
   released_model_of_file,
@@ -70,7 +70,8 @@ def read_weights(
     return weights.description, weights.state
   description, state = load_weights(path)
   if align_corners is not None:
-    description = dataclasses.replace(description, align_corners=align_corners)
+    protocol = dataclasses.replace(description.protocol, align_corners=align_corners)
+    description = dataclasses.replace(description, protocol=protocol)
   return description, state
 
 
@@ -101,9 +102,10 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
   if rounded:
     notes.append(f'{rounded} float64 arrays were rounded to float32.')
 
-  recorded = released or RecordedConfig.of_meta(checkpoint.meta)
-  corners = recorded.align_corners if align_corners is None else align_corners
-  if corners is None:
+  protocol, unknown = (released.protocol, ()) if released else recorded_protocol(checkpoint.meta)
+  if align_corners is not None:
+    protocol = dataclasses.replace(protocol, align_corners=align_corners)
+  elif 'align_corners' in unknown:
     notes.append(
       'The file does not tell the corner convention: half-pixel corners (align_corners=False) are '
       'assumed.'
@@ -111,13 +113,10 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
   dataset, classes, palette = _classes(architecture, released, checkpoint.meta)
   description = ModelDescription(
     architecture=architecture,
-    align_corners=bool(corners),
+    protocol=protocol,
     dataset=dataset,
     classes=classes,
     palette=palette,
-    test_scale=recorded.test_scale,
-    window_crop=recorded.window_crop,
-    window_stride=recorded.window_stride,
     source=path.name,
     sha256=sha256,
     num_batches_tracked=tracked_batches(arrays),
