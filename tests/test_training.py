@@ -16,11 +16,14 @@ from numpy.testing import assert_allclose
 
 import nonlocal_jax
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.experiment import dataset_of, protocol_of
 from nonlocal_jax.models.config import Architecture
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.training.log import summary_table
 from nonlocal_jax.training.loop import train_and_evaluate
+from nonlocal_jax.training.run_files import write_run_files
 from nonlocal_jax.weights.arrays import to_arrays
+from nonlocal_jax.weights.checkpoints import read_description
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.state_dict import to_state_dict
 from tests.conftest import run_two_processes
@@ -51,6 +54,9 @@ def test_a_run_leaves_all_that_is_promised(trained):
 
   metrics = json.loads((workdir / 'metrics.json').read_text())
   assert (metrics['step'], metrics['images'], metrics['config']) == (4, 5, 'custom')
+  protocol = nonlocal_jax.EvalProtocol.from_dict(metrics['protocol'])
+  assert protocol == nonlocal_jax.EvalProtocol(scale=(96, 96))
+  assert {nonlocal_jax.load(path).protocol for path in (workdir, workdir / 'best')} == {protocol}
   assert metrics['mIoU'] == pytest.approx(100 * evaluation.scores.mean_iou, abs=1e-4)
   assert set(metrics['classes']['class 0']) == {'IoU', 'Acc'}
   assert evaluation.confusion.sum() == 5 * 192 * 192
@@ -64,6 +70,17 @@ def test_a_run_leaves_all_that_is_promised(trained):
   assert all(0 <= entry['waiting_for_data'] <= 1 for entry in log if 'loss' in entry)
   for entry in log:
     assert all(np.isfinite(value) for value in entry.values())
+
+
+def test_a_run_keeps_how_it_was_tested(training_config, tmp_path):
+  config = training_config.copy_and_resolve_references()
+  config.eval.protocol, config.eval.multi_scale_flip = 'v1', True
+  config.eval.window_crop = config.eval.window_stride = (64, 64)
+  write_run_files(config, tmp_path, dataset_of(config))
+  for directory in (tmp_path, tmp_path / 'best'):
+    protocol = read_description(directory).protocol
+    assert protocol == protocol_of(config)
+    assert (protocol.version, protocol.pad_windows, protocol.flip) == ('v1', False, True)
 
 
 def test_a_workdir_is_loaded_as_a_model(trained, demo_set):
