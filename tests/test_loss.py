@@ -7,12 +7,14 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
+from nonlocal_jax.ops.upsampling import upsampling_factor
 from nonlocal_jax.runtime.parallel import data_mesh, over_batch
 from nonlocal_jax.training.loss import (
   Ohem,
   loss_divisor,
   pixel_accuracy,
   pixel_losses,
+  reduced_pixel_losses,
   sum_of_losses,
 )
 from tests.mmseg_import import mmseg_module
@@ -96,6 +98,57 @@ def test_pixel_losses_of_upsampled_logits_are_those_of_pytorch(rng, logits, size
   np.testing.assert_array_equal(hits, expected_hits)
   accuracy = pixel_accuracy(hits, jnp.asarray(labels))
   assert_allclose(accuracy, expected_hits.sum() / (labels != 255).sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ('size', 'factor', 'align_corners'),
+  [((40, 48), 8, False), ((33, 41), 8, True), ((10, 12), 2, False)],
+)
+def test_reduced_losses_are_those_of_pytorch(rng, size, factor, align_corners):
+  x = rng.normal(scale=3, size=(2, 5, 6, 7))
+  labels = rng.integers(0, 7, size=(2, *size))
+  labels[rng.random(labels.shape) < 0.2] = 255
+  weights = rng.normal(size=labels.shape)
+  tensor = torch.as_tensor(x).permute(0, 3, 1, 2).requires_grad_()
+  upsampled = torch.nn.functional.interpolate(
+    tensor, size, mode='bilinear', align_corners=align_corners
+  )
+  expected = torch.nn.functional.cross_entropy(
+    upsampled, torch.as_tensor(labels), ignore_index=255, reduction='none'
+  )
+  expected.backward(torch.as_tensor(weights))
+  hits = (upsampled.argmax(dim=1).numpy() == labels) & (labels != 255)
+  assert upsampling_factor((5, 6), size, align_corners=align_corners) == factor
+
+  def losses(logits):
+    found = reduced_pixel_losses(logits, jnp.asarray(labels), factor, align_corners, 255)
+    return found.losses, found.hits
+
+  with jax.enable_x64(True):
+    found, pull, found_hits = jax.vjp(losses, jnp.asarray(x), has_aux=True)
+    (gradient,) = pull(jnp.asarray(weights))
+  assert_allclose(found, expected.detach(), atol=1e-12)
+  assert_allclose(gradient, tensor.grad.permute(0, 2, 3, 1), atol=1e-12)
+  assert (np.asarray(found_hits) == hits).all()
+
+
+def test_sizes_that_are_no_whole_multiples_have_no_factor():
+  assert upsampling_factor((5, 6), (40, 47), align_corners=False) is None
+  assert upsampling_factor((5, 6), (40, 48), align_corners=True) is None
+  assert upsampling_factor((5, 6), (15, 18), align_corners=False) is None  # no power of two
+  assert upsampling_factor((1, 1), (1, 1), align_corners=True) is None
+
+
+def test_reduced_losses_hold_no_upsampled_logits():
+  """Only the gradient's sums over columns are as large: an eighth of the pixels."""
+  logits = jax.ShapeDtypeStruct((1, 64, 64, 19), jnp.float32)
+  labels = jax.ShapeDtypeStruct((1, 512, 512), jnp.uint8)
+
+  def loss(logits, labels):
+    return reduced_pixel_losses(logits, labels, 8, False, 255).losses.sum()
+
+  compiled = jax.jit(jax.grad(loss)).lower(logits, labels).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 512 * 512 * 19 * 4
 
 
 def test_accuracy_is_zero_where_no_pixel_has_a_class():

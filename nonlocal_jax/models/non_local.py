@@ -188,7 +188,7 @@ class NonLocalBlock(nnx.Module):
       return over_query_blocks(from_concatenation, query_part, block)
     scale = channels**-0.5 if self.mode == 'embedded_gaussian' and self.use_scale else 1.0
     if self.attention == 'flash':
-      return flash_attention(queries, keys, values, scale=scale, present=present)
+      return flash_attention(queries, keys, values, scale=scale, key_mask=present)
     if self.attention == 'cudnn':
       return cudnn_attention(queries, keys, values, scale=scale, present=present)
     return softmax_attention(

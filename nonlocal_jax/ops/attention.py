@@ -1,5 +1,7 @@
 """Attention in blocks of queries and keys or through cuDNN, and where the latter can be had."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -144,8 +146,9 @@ def cudnn_attention(
 ) -> jax.Array:
   """`softmax(scale * queries . keys) . values` through cuDNN, forwards and backwards.
 
-  Queries, keys and values are rounded to bfloat16, whatever their dtype and
-  `jax_default_matmul_precision`; the softmax within is float32.
+  cuDNN takes 16-bit floats. float32 operands are scaled by powers of two and rounded to float16,
+  which has the 11 bits of TF32, whatever `jax_default_matmul_precision` says; the softmax within is
+  float32. Reverse mode only, as cuDNN's.
 
   Args:
     queries: (n, q, d) floats.
@@ -172,11 +175,61 @@ def cudnn_attention(
     lengths = present.sum(axis=1, dtype=jnp.int32)
   elif num_keys % 2:
     lengths = jnp.full(len(keys), num_keys, jnp.int32)
-  one_head = (_even(x).astype(jnp.bfloat16)[:, :, None] for x in (queries, keys, values))
-  results = jax.nn.dot_product_attention(
+  operands = [_even(x) for x in (queries, keys, values)]
+  attend = _cudnn if queries.dtype.itemsize == 2 else _cudnn_in_float16
+  return attend(*operands, lengths, scale)[:, :num_queries]
+
+
+def _cudnn(
+  queries: jax.Array, keys: jax.Array, values: jax.Array, lengths: jax.Array | None, scale: float
+) -> jax.Array:
+  one_head = (x[:, :, None] for x in (queries, keys, values))
+  result = jax.nn.dot_product_attention(
     *one_head, scale=scale, key_value_seq_lengths=lengths, implementation='cudnn'
   )
-  return results[:, :num_queries, 0].astype(values.dtype)
+  return result[:, :, 0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _cudnn_in_float16(queries, keys, values, lengths, scale) -> jax.Array:
+  return _cudnn_in_float16_forwards(queries, keys, values, lengths, scale)[0]
+
+
+def _cudnn_in_float16_forwards(queries, keys, values, lengths, scale):
+  # Queries and keys get the same size, which leaves their products as they are.
+  q_exponent, k_exponent = _exponent(queries), _exponent(keys)
+  shift = (k_exponent - q_exponent) // 2
+  v_exponent = _exponent(values)
+  operands = (
+    jnp.ldexp(x, e).astype(jnp.float16)
+    for x, e in ((queries, shift), (keys, -shift), (values, -v_exponent))
+  )
+  result, pull = jax.vjp(lambda q, k, v: _cudnn(q, k, v, lengths, scale), *operands)
+  result = jnp.ldexp(result.astype(values.dtype), v_exponent)
+  return result, (pull, shift, v_exponent)
+
+
+def _cudnn_in_float16_backwards(scale, residuals, gradient):
+  del scale
+  pull, shift, v_exponent = residuals
+  # As large as a sum over all queries allows.
+  headroom = 14 - math.ceil(math.log2(gradient.shape[1]))
+  g_shift = headroom - _exponent(gradient)
+  of_operands = pull(jnp.ldexp(gradient, g_shift).astype(jnp.float16))
+  exponents = (shift + v_exponent, v_exponent - shift, 0)
+  return *(
+    jnp.ldexp(x.astype(gradient.dtype), e - g_shift)
+    for x, e in zip(of_operands, exponents, strict=True)
+  ), None
+
+
+_cudnn_in_float16.defvjp(_cudnn_in_float16_forwards, _cudnn_in_float16_backwards)
+
+
+def _exponent(x: jax.Array) -> jax.Array:
+  """(n, 1, 1) integers: all values of a sample are below 2^exponent."""
+  _, exponent = jnp.frexp(jnp.abs(x).max(axis=(1, 2), keepdims=True))
+  return exponent
 
 
 def _even(x: jax.Array) -> jax.Array:

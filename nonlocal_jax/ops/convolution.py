@@ -86,12 +86,32 @@ def fast_convolution(
 def _convolve_on_accelerator(
   x: jax.Array, kernel: jax.Array, window: _Window, precision: lax.PrecisionLike
 ) -> jax.Array:
+  if x.dtype == jnp.float32 and _is_high(precision):
+    (x_high, x_low), (kernel_high, kernel_low) = _tf32_parts(x), _tf32_parts(kernel)
+    of_parts = functools.partial(
+      _convolve_on_accelerator, window=window, precision=lax.Precision.DEFAULT
+    )
+    small = of_parts(x_high, kernel_low) + of_parts(x_low, kernel_high)
+    return of_parts(x_high, kernel_high) + small
   same_size = window.stride == 1 and 2 * window.padding == window.dilation * (len(kernel) - 1)
   if window.dilation == 1 or not same_size:
     return _convolve_directly(x, kernel, window=window, precision=precision)
   plain = _Window(stride=1, dilation=1, padding=window.padding // window.dilation)
   y = _convolve_directly(sub_images(x, window.dilation), kernel, window=plain, precision=precision)
   return from_sub_images(y, window.dilation, x.shape[1:3])
+
+
+def _is_high(precision: lax.PrecisionLike) -> bool:
+  if precision is None:
+    precision = jax.config.jax_default_matmul_precision
+  pair = precision if isinstance(precision, tuple) else (precision,) * 2
+  return {str(p).rpartition('.')[2].lower() for p in pair} == {'high'}
+
+
+def _tf32_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """What TF32 keeps of float32, and the rest."""
+  high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
+  return high, x - high
 
 
 def sub_images(x: jax.Array, step: int) -> jax.Array:

@@ -1,23 +1,33 @@
-"""Softmax attention in one kernel on GPUs (https://arxiv.org/abs/2307.08691)."""
+"""Softmax attention in one GPU kernel (https://arxiv.org/abs/2307.08691), as exact as float32."""
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+from jax.experimental.pallas import triton
 
-from nonlocal_jax.ops.attention import over_query_blocks
+from nonlocal_jax.ops.attention import softmax_attention
 
-_MASKED = -1e30  # a score; its exponential is 0 beside that of any other
-_LOG2_E = math.log2(math.e)
+_MASKED = -1e30  # a score whose weight is zero
+_LARGEST = 8  # float16 operands are below 2^8, so that few of them are subnormal
+_LOW_BITS = 11  # the low part of an operand is 2^-11 of the high part
+_PAIRS_AT_ONCE = 2**24  # of queries and keys, in derivatives
 
 
 class Tiles(NamedTuple):
-  """How a kernel works through queries and keys."""
+  """How the kernel works through queries and keys.
+
+  Attributes:
+    queries: Queries of a program.
+    keys: Keys that a program loads at a time.
+    warps: Warps of a program.
+    stages: Loads in flight.
+  """
 
   queries: int
   keys: int
@@ -25,9 +35,7 @@ class Tiles(NamedTuple):
   stages: int
 
 
-_TILES = Tiles(queries=64, keys=32, warps=8, stages=2)
-_HALF_TILES = Tiles(queries=128, keys=64, warps=8, stages=2)  # of 16-bit floats
-_PAIRS_AT_ONCE = 2**24  # of queries and keys, in derivatives
+_TILES = {1: Tiles(128, 64, 8, 2), 2: Tiles(128, 64, 8, 1)}  # by parts; fastest on an H100
 
 
 def flash_attention(
@@ -36,135 +44,171 @@ def flash_attention(
   values: jax.Array,
   *,
   scale: float,
-  present: jax.Array | None = None,
+  key_mask: jax.Array | None = None,
+  parts: int = 2,
   tiles: Tiles | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """`softmax(scale * queries . keys) . values` without holding a score, differentiable both ways.
+  """`softmax(scale * queries . keys) . values` without a score in memory.
 
-  Products of float32 are of the precision that `jax_default_matmul_precision` says: TF32 by
-  default; 'highest' takes three TF32 products for one, and is as exact as float32. Derivatives are
-  computed in blocks of queries, from the queries' normalisers.
+  float32 operands are scaled by powers of two and split into float16 parts, whose products run on
+  tensor cores several times faster than those of TF32. Derivatives of any mode are those of
+  `attention.softmax_attention`.
 
   Args:
     queries: (n, q, d) floats, d a power of two.
     keys: (n, k, d), the same dtype.
     values: (n, k, d), the same dtype.
     scale: Factor of the scores.
-    present: (n, k) bool, keys that count, the first one in any case; None for all.
-    tiles: Of the kernel; None for what was fastest on an H100.
-    interpret: Whether to run the kernel step by step on any device, for tests.
+    key_mask: (n, k) bool, keys that count, the first one in any case; None for all.
+    parts: float16 parts of a float32 operand: 1 has the 11 bits of TF32, 2 have 22 bits. 16-bit
+      operands have one part.
+    tiles: Of the kernel; None for the fastest on an H100.
+    interpret: Whether to run the kernel as plain JAX on any device, for tests.
 
   Returns:
     (n, q, d) of the dtype of `values`.
   """
-  if tiles is None:
-    tiles = _TILES if queries.dtype.itemsize > 2 else _HALF_TILES
-  bias = None
-  if present is not None:
-    bias = jnp.where(present, 0.0, _MASKED).astype(jnp.float32)
-  return _attention(queries * (scale * _LOG2_E), keys, values, bias, tiles, interpret)
+  if queries.dtype.itemsize == 2:
+    parts = 1
+  return _attention(
+    queries, keys, values, key_mask, scale, parts, tiles or _TILES[parts], interpret
+  )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5))
-def _attention(queries, keys, values, bias, tiles: Tiles, interpret: bool) -> jax.Array:
-  """`softmax` to the base of 2; `bias` (n, k) is added to the scores."""
-  return _forward(queries, keys, values, bias, tiles, interpret)[0]
-
-
-def _forward(queries, keys, values, bias, tiles, interpret) -> tuple[jax.Array, jax.Array]:
-  """The result, and for each query the logarithm of the sum of its weights, (n, q) float32."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4, 5, 6, 7))
+def _attention(
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  key_mask: jax.Array | None,
+  scale: float,
+  parts: int,
+  tiles: Tiles,
+  interpret: bool,
+) -> jax.Array:
   n, num_queries, channels = queries.shape
   num_keys = keys.shape[1]
   missing = -num_keys % tiles.keys
-  if missing:
-    bias = jnp.zeros((n, num_keys), jnp.float32) if bias is None else bias
-    bias = jnp.pad(bias, ((0, 0), (0, missing)), constant_values=_MASKED)
-    keys, values = (jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (keys, values))
+  if missing and key_mask is None:
+    key_mask = jnp.ones((n, num_keys), bool)
+  bias = None
+  if key_mask is not None:
+    bias = jnp.pad(
+      jnp.where(key_mask, 0.0, _MASKED), ((0, 0), (0, missing)), constant_values=_MASKED
+    )
+    bias = bias.astype(jnp.float32)
+  keys, values = (jnp.pad(x, ((0, 0), (0, missing), (0, 0))) for x in (keys, values))
   rows = -(-num_queries // tiles.queries)
-  queries = jnp.pad(queries, ((0, 0), (0, rows * tiles.queries - num_queries), (0, 0)))
+  padded = jnp.pad(queries, ((0, 0), (0, rows * tiles.queries - num_queries), (0, 0)))
+  (q, q_exponent), (k, k_exponent), (v, v_exponent) = (
+    _split(x, parts) for x in (padded, keys, values)
+  )
+  factor = jnp.ldexp(jnp.float32(scale * math.log2(math.e)), q_exponent + k_exponent)  # (n,)
+
   all_keys = pl.BlockSpec((None, num_keys + missing, channels), lambda i, j: (i, 0, 0))
   few_queries = pl.BlockSpec((None, tiles.queries, channels), lambda i, j: (i, j, 0))
-  mask = None if bias is None else pl.BlockSpec((None, num_keys + missing), lambda i, j: (i, 0))
-  result, log_sum = pl.pallas_call(
-    functools.partial(_kernel, tile=tiles.keys, precision=_precision(queries.dtype, interpret)),
+  of_sample = pl.BlockSpec((None, 1), lambda i, j: (i, 0))
+  of_keys = None if bias is None else pl.BlockSpec((None, num_keys + missing), lambda i, j: (i, 0))
+  result = pl.pallas_call(
+    functools.partial(_kernel, tile=tiles.keys),
     grid=(n, rows),
-    in_specs=[few_queries, all_keys, all_keys, mask],
-    out_specs=[few_queries, pl.BlockSpec((None, tiles.queries), lambda i, j: (i, j))],
-    out_shape=[
-      jax.ShapeDtypeStruct(queries.shape, values.dtype),
-      jax.ShapeDtypeStruct(queries.shape[:2], jnp.float32),
-    ],
-    compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+    in_specs=[[few_queries] * parts, [all_keys] * parts, [all_keys] * parts, of_sample, of_keys],
+    out_specs=few_queries,
+    out_shape=jax.ShapeDtypeStruct(padded.shape, jnp.float32),
+    compiler_params=triton.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
     interpret=interpret,
     name='attention',
-  )(queries, keys, values, bias)
-  return result[:, :num_queries], log_sum[:, :num_queries]
+  )(q, k, v, factor[:, None], bias)
+  result = jnp.ldexp(result[:, :num_queries], v_exponent[:, None, None])
+  return result.astype(values.dtype)
 
 
-def _kernel(queries, keys, values, bias, result, log_sum, *, tile: int, precision) -> None:
-  """A few queries, (queries, channels), over all keys, (keys, channels)."""
-  q = queries[...]
-  dot = functools.partial(lax.dot_general, precision=precision, preferred_element_type=jnp.float32)
+@_attention.defjvp
+def _attention_jvp(scale, parts, tiles, interpret, primals, tangents):
+  queries, keys, values, key_mask = primals
+  result = _attention(*primals, scale, parts, tiles, interpret)
+  blocks = functools.partial(
+    softmax_attention,
+    scale=scale,
+    present=key_mask,
+    query_block=max(_PAIRS_AT_ONCE // (len(keys) * keys.shape[1]), 1),
+    key_block=keys.shape[1],
+  )
+  _, tangent = jax.jvp(blocks, (queries, keys, values), tangents[:3])
+  return result, tangent
+
+
+def _split(x: jax.Array, parts: int) -> tuple[list[jax.Array], jax.Array]:
+  """Parts whose sum, the second 2^-11 as large, is `x` times 2^-exponent; (n,) exponents."""
+  if x.dtype.itemsize == 2:
+    return [x], jnp.zeros(len(x), jnp.int32)
+  _, exponent = jnp.frexp(jnp.abs(x).max(axis=(1, 2)))
+  exponent = exponent - _LARGEST
+  x = jnp.ldexp(x, -exponent[:, None, None])
+  # XLA drops a conversion to float16 and back, but no `reduce_precision`.
+  high = lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
+  low = (x - high) * 2**_LOW_BITS
+  return [part.astype(jnp.float16) for part in (high, low)[:parts]], exponent
+
+
+def _parts(x: jax.Array, parts: int, dtype: jax.typing.DTypeLike) -> list[jax.Array]:
+  high = x.astype(dtype)
+  if parts == 1:
+    return [high]
+  return [high, ((x - high.astype(jnp.float32)) * 2**_LOW_BITS).astype(dtype)]
+
+
+def _kernel(
+  queries: Sequence[jax.Ref],
+  keys: Sequence[jax.Ref],
+  values: Sequence[jax.Ref],
+  factor: jax.Ref,
+  bias: jax.Ref | None,
+  result: jax.Ref,
+  *,
+  tile: int,
+) -> None:
+  """A tile of queries, (queries, channels), over all keys, (keys, channels), in parts."""
+  q = [part[...] for part in queries]
+  score_factor = factor[0]
+  weight_factor = 2.0**_LARGEST if len(q) > 1 or q[0].dtype == jnp.float16 else 1.0
 
   def add_keys(index, sums):
     largest, total, weighted = sums
     few = pl.ds(index * tile, tile)
-    scores = dot(q, keys[few, :], (((1,), (1,)), ((), ())))  # (queries, tile)
+    scores = _product(q, [part[few, :] for part in keys], contract=(1, 1)) * score_factor
     if bias is not None:
       scores += bias[few][None]
     new_largest = jnp.maximum(largest, scores.max(axis=1))
-    weights = jnp.exp2(scores - new_largest[:, None])
+    weights = jnp.exp2(scores - new_largest[:, None])  # (queries, tile)
     rescale = jnp.exp2(largest - new_largest)
-    v = values[few, :]
-    product = dot(weights.astype(v.dtype), v, (((1,), (0,)), ((), ())))
+    v = [part[few, :] for part in values]
+    weight_parts = _parts(weights * weight_factor, len(v), v[0].dtype)
     return (
       new_largest,
       total * rescale + weights.sum(axis=1),
-      weighted * rescale[:, None] + product,
+      weighted * rescale[:, None] + _product(weight_parts, v, contract=(1, 0)),
     )
 
   start = (
-    jnp.full(q.shape[:1], -jnp.inf, jnp.float32),
-    jnp.zeros(q.shape[:1], jnp.float32),
-    jnp.zeros(q.shape, jnp.float32),
+    jnp.full(q[0].shape[:1], -jnp.inf, jnp.float32),
+    jnp.zeros(q[0].shape[:1], jnp.float32),
+    jnp.zeros(q[0].shape, jnp.float32),
   )
-  largest, total, weighted = lax.fori_loop(0, keys.shape[0] // tile, add_keys, start)
-  result[...] = (weighted / total[:, None]).astype(result.dtype)
-  log_sum[...] = largest + jnp.log2(total)
+  _, total, weighted = lax.fori_loop(0, keys[0].shape[0] // tile, add_keys, start)
+  result[...] = weighted / (total * weight_factor)[:, None]
 
 
-def _precision(dtype: jax.typing.DTypeLike, interpret: bool) -> lax.PrecisionLike:
-  if interpret or dtype != jnp.float32:
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
-  if str(jax.config.jax_default_matmul_precision) in ('highest', 'float32'):
-    return lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-  return lax.DotAlgorithmPreset.TF32_TF32_F32
-
-
-@_attention.defjvp
-def _attention_jvp(tiles, interpret, primals, tangents):
-  queries, keys, values, bias = primals
-  d_queries, d_keys, d_values, _ = tangents
-  result, log_sum = _forward(queries, keys, values, bias, tiles, interpret)
-
-  def tangent(of_queries: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-    q, log_sum, d_q = of_queries
-    scores = _pairwise(q, keys)
-    if bias is not None:
-      scores += bias[:, None]
-    weights = jnp.exp2(scores - log_sum)
-    d_scores = (_pairwise(d_q, keys) + _pairwise(q, d_keys)) * math.log(2)
-    d_weights = weights * (d_scores - jnp.sum(weights * d_scores, axis=-1, keepdims=True))
-    dtype = values.dtype
-    return d_weights.astype(dtype) @ values + weights.astype(dtype) @ d_values
-
-  block = max(_PAIRS_AT_ONCE // (len(keys) * keys.shape[1]), 1)
-  return result, over_query_blocks(
-    jax.checkpoint(tangent), (queries, log_sum[..., None], d_queries), block
+def _product(
+  a: Sequence[jax.Array], b: Sequence[jax.Array], *, contract: tuple[int, int]
+) -> jax.Array:
+  """The product of operands in parts, without that of both low parts."""
+  dot: Callable[[jax.Array, jax.Array], jax.Array] = functools.partial(
+    lax.dot_general,
+    dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),
+    preferred_element_type=jnp.float32,
   )
-
-
-def _pairwise(queries: jax.Array, keys: jax.Array) -> jax.Array:
-  """(n, q, d), (n, k, d) -> (n, q, k) float32."""
-  return jnp.einsum('nqd,nkd->nqk', queries, keys, preferred_element_type=jnp.float32)
+  if len(a) == 1:
+    return dot(a[0], b[0])
+  return dot(a[0], b[0]) + (dot(a[0], b[1]) + dot(a[1], b[0])) * 2.0**-_LOW_BITS

@@ -92,7 +92,7 @@ def pixel_losses(
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   factor = upsampling_factor(logits.shape[1:3], labels.shape[1:], align_corners=align_corners)
   if factor is not None and jax.default_backend() != 'cpu':
-    return _reduced_losses(logits, labels, factor, align_corners, ignore_index)
+    return reduced_pixel_losses(logits, labels, factor, align_corners, ignore_index)
   n, height, width = labels.shape
   rows, columns = (
     bilinear_matrix(before, after, align_corners=align_corners)
@@ -122,14 +122,14 @@ def pixel_losses(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _reduced_losses(
+def reduced_pixel_losses(
   logits: jax.Array, labels: jax.Array, factor: int, align_corners: bool, ignore_index: int
 ) -> PixelLosses:
   """See `pixel_losses`; in one reduction over the classes of upsampled logits."""
-  return _forwards_reduced(logits, labels, factor, align_corners, ignore_index)[0]
+  return _reduced_forwards(logits, labels, factor, align_corners, ignore_index)[0]
 
 
-def _forwards_reduced(logits, labels, factor, align_corners, ignore_index):
+def _reduced_forwards(logits, labels, factor, align_corners, ignore_index):
   # One program holds two heads: joined into one kernel, their logits would be held upsampled.
   logits, labels = jax.lax.optimization_barrier((logits, labels))
   upsampled = upsample(logits, factor, align_corners=align_corners)  # (n, h, f, w, f, c)
@@ -165,7 +165,7 @@ def _add_classes(a, b):
   return largest, total, jnp.minimum(*candidates), a[3] + b[3]
 
 
-def _backwards_reduced(factor, align_corners, ignore_index, residuals, cotangents):
+def _reduced_backwards(factor, align_corners, ignore_index, residuals, cotangents):
   del ignore_index
   logits, blocks, log_sum = residuals
   # Keeps XLA from holding what the forward pass upsampled.
@@ -184,7 +184,7 @@ def _backwards_reduced(factor, align_corners, ignore_index, residuals, cotangent
   return gradient, None
 
 
-_reduced_losses.defvjp(_forwards_reduced, _backwards_reduced)
+reduced_pixel_losses.defvjp(_reduced_forwards, _reduced_backwards)
 
 
 def _in_blocks(x: jax.Array, size: tuple[int, int], factor: int, *, fill: int) -> jax.Array:
