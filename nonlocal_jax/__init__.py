@@ -2,7 +2,7 @@
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.pretrained import PretrainedModel, load
-from nonlocal_jax.models import NonLocalBlock, NonLocalNet
+from nonlocal_jax.models import Execution, NonLocalBlock, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.protocol import EvalProtocol
 
@@ -10,8 +10,10 @@ __version__ = '0.1.0'
 
 __all__ = [
   'EvalProtocol',
+  'Execution',
   'NonLocalBlock',
   'NonLocalNet',
+  'NonLocalNetConfig',
   'PretrainedModel',
   'UserError',
   'load',

@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -22,10 +23,10 @@ from nonlocal_jax.data.loader import TrainIterator, train_batches
 from nonlocal_jax.data.preparation import prepare
 from nonlocal_jax.data.prepared import PreparedSplit, check_split, open_prepared
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.models.config import STAGE_BLOCKS, Execution, NonLocalNetConfig
 from nonlocal_jax.ops.attention import check_attention
 from nonlocal_jax.protocol import EvalProtocol
-from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.runtime.parallel import Platform, is_first_process, platform_of
 
 _OF_THE_DATASET = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
 
@@ -77,18 +78,50 @@ def _frozen(value):
   return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
-def architecture_of(config: ConfigDict) -> Architecture:
+def network_of(config: ConfigDict) -> NonLocalNetConfig:
   """The network that a config describes.
 
   Raises:
     UserError: If the depth or the number of classes is unknown, see `dataset_of`.
   """
-  return Architecture.of_depth(
-    config.model.depth,
-    width=config.model.width,
+  model = config.model
+  if model.depth not in STAGE_BLOCKS:
+    raise UserError(
+      f'config.model.depth is {model.depth}; it must be one of {", ".join(map(str, STAGE_BLOCKS))}.'
+    )
+  return NonLocalNetConfig.from_depth(
+    model.depth,
     num_classes=dataset_of(config).num_classes,
-    non_local=config.model.non_local,
+    width=model.width,
+    non_local=model.non_local,
+    align_corners=model.align_corners,
+    dropout=model.dropout,
+    zero_init=model.zero_init,
   )
+
+
+def execution_of(
+  config: ConfigDict, mesh: Mesh, *, train: bool, platform: Platform | None = None
+) -> Execution:
+  """How a config's network is computed on the devices of a mesh, in training or prediction.
+
+  Args:
+    config: The config.
+    mesh: The devices.
+    train: Whether it is for training.
+    platform: In place of that of the devices.
+  """
+  chosen: dict[str, Any] = {'attention': config.model.attention}
+  if config.model.convolution == 'direct':
+    chosen['convolution'] = 'direct'
+  if train:
+    chosen['batch_norm'] = config.train.batch_norm
+    chosen['rematerialize'] = config.train.rematerialize
+    if config.train.batch_norm == 'per_device':
+      chosen['batch_norm_groups'] = mesh.size
+  else:
+    chosen['batch_norm'] = 'folded'
+  return Execution.for_platform(platform or platform_of(list(mesh.devices.flat)), **chosen)
 
 
 def check_device(config: ConfigDict, mesh: Mesh) -> None:
@@ -98,7 +131,7 @@ def check_device(config: ConfigDict, mesh: Mesh) -> None:
     UserError: If they cannot.
   """
   if config.model.attention != 'blocks':
-    channels = architecture_of(config).inner_channels
+    channels = network_of(config).inner_channels
     check_attention(config.model.attention, channels, mesh.local_devices[0])
 
 

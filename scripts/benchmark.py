@@ -30,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.data.synthetic import DEMO, write_demo_set
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models.config import Architecture
-from nonlocal_jax.models.resnet import STAGE_BLOCKS
+from nonlocal_jax.models.config import STAGE_BLOCKS, NonLocalNetConfig
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.state_dict import to_state_dict
@@ -255,10 +254,10 @@ def evaluated_folder(arguments: argparse.Namespace, folder: Path) -> dict[str, A
   checkpoint = arguments.checkpoint
   if checkpoint is None:
     checkpoint = folder / 'random.pth'
-    architecture = Architecture.of_depth(
+    config = NonLocalNetConfig.from_depth(
       arguments.depth, width=arguments.width, num_classes=num_classes
     )
-    arrays = to_state_dict(random_state(architecture), num_batches_tracked={})
+    arrays = to_state_dict(random_state(config), num_batches_tracked={})
     write_torch_checkpoint(checkpoint, arrays, meta={})
   return {
     'data': str(linked),

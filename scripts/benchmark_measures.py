@@ -29,14 +29,14 @@ from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS, peak_memory_gib
-from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, train_batches_of
+from nonlocal_jax.experiment import dataset_of, network_of, open_splits, train_batches_of
 from nonlocal_jax.inference.pretrained import PretrainedModel
-from nonlocal_jax.models import NonLocalBlock
-from nonlocal_jax.models.config import Architecture
-from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE
+from nonlocal_jax.models import Execution, NonLocalBlock, NonLocalNet
+from nonlocal_jax.models.config import NonLocalNetConfig
+from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE, state_shapes
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config
-from nonlocal_jax.runtime.parallel import data_mesh, replicated, shard_batch
+from nonlocal_jax.runtime.parallel import data_mesh, platform_of, replicated, shard_batch
 from nonlocal_jax.training.recipe import compile_step, optimizer_of
 from nonlocal_jax.training.train_step import TrainState
 from nonlocal_jax.weights.description import ModelDescription
@@ -71,7 +71,7 @@ def measure_machine() -> Figures:
   device = jax.local_devices()[0]
   return {
     'jax': jax.__version__,
-    'backend': jax.default_backend(),
+    'backend': platform_of(),
     'device': device.device_kind,
     'devices': jax.local_device_count(),
   }
@@ -100,10 +100,10 @@ def measure_inference(
     `seconds` of a later prediction, the median; `first_call_seconds`, compilation included;
     `start_seconds` from the start of the process to the first result.
   """
-  architecture = Architecture.of_depth(depth, width=width, num_classes=classes)
+  config = NonLocalNetConfig.from_depth(depth, width=width, num_classes=classes)
   dataset = custom_dataset(classes)
   description = ModelDescription(
-    architecture,
+    config,
     EvalProtocol(),
     dataset=dataset.name,
     classes=dataset.classes,
@@ -112,7 +112,7 @@ def measure_inference(
     sha256=None,
     num_batches_tracked={},
   )
-  model = PretrainedModel(description, random_state(architecture))
+  model = PretrainedModel(description, random_state(config))
   rng = np.random.default_rng(0)
 
   def predict() -> float:
@@ -162,7 +162,7 @@ def measure_training(
   _, tx = optimizer_of(config)
 
   def initial_state() -> TrainState:
-    model = architecture_of(config).build(rngs=nnx.Rngs(config.seed))
+    model = NonLocalNet(network_of(config), rngs=nnx.Rngs(config.seed))
     return TrainState.create(nnx.state(model), tx, seed=config.seed)
 
   state = jax.jit(initial_state, out_shardings=replicated(mesh))()
@@ -301,25 +301,23 @@ def measure_network(
   Returns:
     `parameters`, and `flops` by size ('512x1024'), from a normalised image to logits at stride 8.
   """
-  architecture = Architecture.of_depth(depth, width=width, num_classes=classes)
-  params, _ = nnx.split_state(architecture.state_shapes(), nnx.Param, nnx.BatchStat)
+  config = NonLocalNetConfig.from_depth(depth, width=width, num_classes=classes)
+  params, _ = nnx.split_state(state_shapes(config), nnx.Param, nnx.BatchStat)
   return {
     'parameters': sum(array.size for array in jax.tree.leaves(params)),
-    'flops': {f'{h}x{w}': forward_flops(architecture, (h, w)) for h, w in sizes},
+    'flops': {f'{h}x{w}': forward_flops(config, (h, w)) for h, w in sizes},
   }
 
 
-def forward_flops(architecture: Architecture, size: tuple[int, int]) -> float:
+def forward_flops(config: NonLocalNetConfig, size: tuple[int, int]) -> float:
   """Operations from a normalised image to logits at stride 8; a multiply-add is two.
 
   XLA counts a loop's body once and Winograd's products in place of those of the convolution, so the
   network is taken without both.
   """
-  model = architecture.abstract(convolution='direct', loops=False)
-  if model.decode_head.nl_block is not None:
-    block = model.decode_head.nl_block
-    block.query_block = block.key_block = math.prod(-(-side // OUTPUT_STRIDE) for side in size)
-  graphdef, state = nnx.split(model)
+  positions = math.prod(-(-side // OUTPUT_STRIDE) for side in size)
+  execution = Execution(query_block=positions)
+  graphdef, state = nnx.split(NonLocalNet.abstract(config, execution))
 
   def logits(state: nnx.State, image: jax.Array) -> jax.Array:
     return nnx.merge(graphdef, state).encode_decode(image)
@@ -370,11 +368,11 @@ MEASURES: Mapping[str, Callable[..., Figures]] = {
 }
 
 
-def random_state(architecture: Architecture) -> nnx.State:
+def random_state(config: NonLocalNetConfig) -> nnx.State:
   """Random parameters and statistics, none of which is zero; activations keep their scale."""
   rng = np.random.default_rng(0)
   arrays = {}
-  for path, variable in nnx.to_flat_state(architecture.state_shapes()):
+  for path, variable in nnx.to_flat_state(state_shapes(config)):
     if len(variable.shape) > 1:
       fan_in = np.prod(variable.shape[:-1])
       values = rng.standard_normal(variable.shape, np.float32) * np.sqrt(2 / fan_in)

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nonlocal_jax.models.non_local import max_pairwise_weights
+from nonlocal_jax.models import Execution
 from nonlocal_jax.runtime.files import whole_file, write_whole
 
 Record = Mapping[str, Any]
@@ -272,7 +272,7 @@ def non_local_table(records: Sequence[Record], measured: Sequence[Record], machi
       cells += [number(values[index] / 2**20), number(slope)]
     rows.append(cells)
   table = _table(['positions', 'forward MiB', 'slope', 'with gradient MiB', 'slope'], rows)
-  most = max_pairwise_weights(machine['backend'])
+  most = Execution.for_platform(machine['backend']).pairwise_weights
   first = sum(count**2 <= most for count in record['positions'])
   if len(record['positions']) - first < 2:
     return table

@@ -126,6 +126,7 @@ def test_blocks_are_the_default_and_call_no_cudnn():
   'options',
   [
     {'attention': 'quick'},
+    {'attention': 'flash', 'mode': 'dot_product'},
     {'attention': 'cudnn', 'mode': 'gaussian'},
     {'attention': 'cudnn', 'query_block': 64},
     {'attention': 'cudnn', 'key_block': 64},

@@ -11,7 +11,8 @@ from flax import nnx
 
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.experiment import architecture_of, dataset_of, protocol_of
+from nonlocal_jax.experiment import dataset_of, network_of, protocol_of
+from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.recipes import variant_name
 from nonlocal_jax.weights.released import RELEASED, released_model, released_model_of_file
 from tests import peer
@@ -110,8 +111,10 @@ def test_network(model):
   assert config.model.dropout == theirs.decode_head.dropout_ratio
   assert config.model.align_corners == theirs.decode_head.align_corners
   assert config.data.num_classes == theirs.decode_head.num_classes
-  network = architecture_of(config).abstract(align_corners=config.model.align_corners)
-  count = sum(v.size for _, v in nnx.to_flat_state(nnx.state(network, nnx.Param)))
+  network = network_of(config)
+  assert network.align_corners == config.model.align_corners
+  params = nnx.split_state(state_shapes(network), nnx.Param, ...)[0]
+  count = sum(v.size for _, v in nnx.to_flat_state(params))
   assert count == PARAMETERS[config.model.depth, config.data.num_classes]
 
 
@@ -130,7 +133,7 @@ def test_other_classes_for_a_published_set():
   dataset = dataset_of(config)
   assert dataset.classes == ('road/sidewalk', 'building')
   assert dataset.label_lookup[[0, 1, 2, 3]].tolist() == [0, 0, 255, 255]
-  assert architecture_of(config).num_classes == 2
+  assert network_of(config).num_classes == 2
   config.data.classes = ('ground', 'house')
   assert dataset_of(config).classes == ('ground', 'house')
   config.data.num_classes = 3
@@ -143,7 +146,7 @@ def test_custom_set_is_described_beside_its_images_and_by_the_config(tmp_path):
   config.data.source_dir = str(tmp_path)
   description = {'classes': ['sky', 'sea', 'ship'], 'ignore_labels': [7], 'reduce_zero_label': True}
   (tmp_path / 'dataset.json').write_text(json.dumps(description))
-  assert architecture_of(config).num_classes == 3
+  assert network_of(config).num_classes == 3
   dataset = dataset_of(config)
   assert dataset.classes == ('sky', 'sea', 'ship')
   assert dataset.label_lookup[[0, 1, 7, 8]].tolist() == [255, 0, 255, 7]

@@ -18,7 +18,7 @@ import nonlocal_jax
 from nonlocal_jax.cli.convert import evaluation_command
 from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.torch_format.reader import read_torch_file
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
@@ -82,6 +82,7 @@ def test_there_and_back_without_the_loss_of_a_bit(config, models, converter, tmp
   description, _ = read_weights(directory)
   published = released_of(config)
   assert description.protocol == published.protocol
+  assert description.config.align_corners == published.align_corners
   assert read_torch_weights(back).description.num_batches_tracked == description.num_batches_tracked
 
 
@@ -112,7 +113,8 @@ def test_summary(convert, peer_checkpoint, tmp_path):
   assert 'half-pixel corners (align_corners=False) are assumed.' in printed
   told = convert(peer_checkpoint, tmp_path / 'other', '--align-corners')
   assert 'assumed' not in told and 'corner-aligned logits' in told
-  assert read_weights(tmp_path / 'other')[0].protocol.align_corners
+  description = read_weights(tmp_path / 'other')[0]
+  assert description.config.align_corners and description.protocol.align_corners
 
 
 def test_the_printed_command_evaluates(convert, program, peer_checkpoint, photos, tmp_path):
@@ -136,10 +138,10 @@ def test_the_printed_command_evaluates(convert, program, peer_checkpoint, photos
 @pytest.mark.parametrize('model', [m for m in RELEASED if not m.replaced], ids=lambda m: m.name)
 def test_the_command_of_a_release_is_its_config_alone(model, loaded_description, tmp_path):
   classes = {'cityscapes': 19, 'ade20k': 150, 'voc12aug': 21}[model.dataset]
-  architecture = Architecture.of_depth(model.depth, width=64, num_classes=classes)
-  description = loaded_description(
-    dataset=model.dataset, protocol=model.protocol, architecture=architecture
+  config = NonLocalNetConfig.from_depth(
+    model.depth, num_classes=classes, align_corners=model.align_corners
   )
+  description = loaded_description(dataset=model.dataset, protocol=model.protocol, config=config)
   command = evaluation_command(description, tmp_path / 'a b')
   match = re.fullmatch(
     rf'python main\.py --config=configs/{model.dataset}_r{model.depth}\.py:(\w+) --mode=eval '
@@ -314,8 +316,8 @@ def test_a_backbone_alone(peer_model, tmp_path, prefix):
   arrays = {f'{prefix}{name}': x for name, x in peer_model.backbone.state_dict().items()}
   arrays |= {'fc.weight': torch.zeros(5, 3), 'fc.bias': torch.zeros(5)} if not prefix else {}
   torch.save(arrays, tmp_path / 'resnet50_v1c-2cccc1ad.pth')
-  architecture = Architecture.of_depth(50, width=8, num_classes=3)
-  state = read_backbone(tmp_path / 'resnet50_v1c-2cccc1ad.pth', architecture)
+  config = NonLocalNetConfig.from_depth(50, width=8, num_classes=3)
+  state = read_backbone(tmp_path / 'resnet50_v1c-2cccc1ad.pth', config)
   read = to_arrays(state)
   _, whole = read_torch_weights_of(peer_model, tmp_path)
   expected = {name: x for name, x in to_arrays(whole).items() if name.startswith('backbone.')}
@@ -334,11 +336,11 @@ def test_a_backbone_of_another_kind(peer_model, tmp_path):
   arrays = peer_model.backbone.state_dict()
   arrays['conv1.weight'] = arrays.pop('stem.0.weight')
   torch.save(arrays, tmp_path / 'x.pth')
-  architecture = Architecture.of_depth(50, width=8, num_classes=3)
+  config = NonLocalNetConfig.from_depth(50, width=8, num_classes=3)
   with pytest.raises(UserError, match=r'backbone\.stem\.0\.weight is missing'):
-    read_backbone(tmp_path / 'x.pth', architecture)
+    read_backbone(tmp_path / 'x.pth', config)
   with pytest.raises(UserError, match=r'gives \(1, 1, 8, 8\), expected \(1, 1, 16, 16\)'):
-    wide = Architecture.of_depth(50, width=16, num_classes=3)
+    wide = NonLocalNetConfig.from_depth(50, width=16, num_classes=3)
     read_backbone(tmp_path / 'x.pth', wide)
 
 

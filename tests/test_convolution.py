@@ -1,6 +1,7 @@
 """Fast convolutions and their gradients against PyTorch in float64."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,12 @@ import torch
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.models.config import Architecture
-from nonlocal_jax.ops import winograd
-from nonlocal_jax.ops.convolution import convolution_function, fast_convolution
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.ops.convolution import (
+  convolution_function,
+  matmul_convolution,
+  sub_image_convolution,
+)
 
 # Shape of the input, channels out, edge, stride, dilation; whether it is done by Winograd.
 CASES = {
@@ -63,7 +67,8 @@ def of_torch(case: str) -> list[np.ndarray]:
   return [y.detach().numpy(), x.grad.numpy(), kernel.grad.numpy()]
 
 
-def of_jax(case: str, dtype) -> list[np.ndarray]:
+def results_of(case: str, convolution=matmul_convolution):
+  """The function from input, kernel and gradient of the output to output and both gradients."""
   _, _, edge, stride, dilation, _ = CASES[case]
   pad = dilation * (edge // 2)
 
@@ -71,7 +76,7 @@ def of_jax(case: str, dtype) -> list[np.ndarray]:
   def results(x, kernel, gradient):
     y, pull = jax.vjp(
       functools.partial(
-        fast_convolution,
+        convolution,
         window_strides=(stride, stride),
         padding=((pad, pad), (pad, pad)),
         rhs_dilation=(dilation, dilation),
@@ -81,13 +86,20 @@ def of_jax(case: str, dtype) -> list[np.ndarray]:
     )
     return [y, *pull(gradient)]
 
+  return results
+
+
+def of_jax(case: str, dtype, convolution=matmul_convolution) -> list[np.ndarray]:
+  results = results_of(case, convolution)
   return [np.asarray(a) for a in results(*(jnp.asarray(a, dtype) for a in arrays(case)))]
 
 
+@pytest.mark.parametrize('convolution', [matmul_convolution, sub_image_convolution])
 @pytest.mark.parametrize('case', CASES)
-def test_convolution_and_gradients_equal_pytorch_in_float64(case):
+def test_convolution_and_gradients_equal_pytorch_in_float64(case, convolution):
   with jax.enable_x64(True):
-    for ours, theirs in zip(of_jax(case, jnp.float64), of_torch(case), strict=True):
+    ours_of_case = of_jax(case, jnp.float64, convolution)
+    for ours, theirs in zip(ours_of_case, of_torch(case), strict=True):
       assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -100,33 +112,31 @@ def test_rounding_errors_in_float32_are_small(case):
 
 @pytest.mark.parametrize('case', CASES)
 def test_what_is_done_by_winograd(case):
-  shape, out_channels, edge, stride, dilation, expected = CASES[case]
-  saves = (
-    edge == 3
-    and stride == 1
-    and winograd.saves_work(shape, (3, 3, shape[-1], out_channels), dilation)
-  )
-  assert saves == expected
+  """Then the program, with both gradients, has products of 36 matrices and no convolution."""
+  *_, edge, _, _, expected = CASES[case]
+  program = results_of(case).lower(*(jnp.asarray(a, jnp.float32) for a in arrays(case))).as_text()
+  products = re.findall(r'stablehlo\.dot_general.* batching_dims = \[0\] x \[0\]', program)
+  assert bool(products) == expected
+  assert ('stablehlo.convolution' in program) == (edge == 3 and not expected)
 
 
-def test_the_network_is_the_same_by_direct_convolutions_and_without_loops(rng):
-  """Also that the options reach the network: the compiled programs differ."""
-  architecture = Architecture((2, 3, 1, 2), width=16, num_classes=5)
-  state = jax.jit(lambda: nnx.state(architecture.build(rngs=nnx.Rngs(0), zero_init=False)))()
+def test_the_network_is_the_same_by_direct_convolutions_and_without_scans(rng):
+  """Also that these options reach the network: the numbers of convolutions are known."""
+  config = NonLocalNetConfig(stage_blocks=(2, 3, 1, 2), width=16, num_classes=5, zero_init=False)
+  state = jax.jit(lambda: nnx.state(NonLocalNet(config, rngs=nnx.Rngs(0))))()
   images = jnp.asarray(rng.normal(size=(1, 184, 192, 3)), jnp.float32)
-  logits, programs = [], []
-  for options in ({}, {'convolution': 'direct'}, {'loops': False}):
-    graphdef = nnx.graphdef(architecture.abstract(**options))
+  logits, counts = [], []
+  for options in ({}, {'convolution': 'direct'}, {'scan_blocks': False}):
+    graphdef = nnx.graphdef(NonLocalNet.abstract(config, Execution.for_platform('cpu', **options)))
     run = jax.jit(lambda s, x, g=graphdef: nnx.merge(g, s).encode_decode(x))
-    programs.append(run.lower(state, images).as_text())
+    counts.append(run.lower(state, images).as_text().count('stablehlo.convolution'))
     logits.append(np.asarray(run(state, images)))
   for other in logits[1:]:
     assert np.abs(other - logits[0]).max() <= 1e-3 * logits[0].std()
-  fast, direct, unrolled = (program.count('stablehlo.convolution') for program in programs)
-  assert fast < direct
-  assert fast < unrolled
+  # The 3x3 convolutions of stem, first and second stage have few channels: not by Winograd.
+  assert counts == [3 + 2 + 2, 3 + 4 * 4 + 3 * 3 + 8, 3 + 2 + 3]
 
 
 def test_an_unknown_way_is_an_error():
-  with pytest.raises(ValueError, match="convolution is 'quick', expected one of fast, direct"):
+  with pytest.raises(ValueError, match="convolution is 'quick', expected one of direct, matmul"):
     convolution_function('quick')  # pyright: ignore

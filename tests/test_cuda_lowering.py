@@ -1,8 +1,8 @@
 """The programs of the published models for CUDA: built whole from shapes, looked at, never run."""
 
+import collections
 import functools
 import re
-import types
 from collections.abc import Mapping
 
 import jax
@@ -11,12 +11,14 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from ml_collections import ConfigDict
 
-from nonlocal_jax.evaluation.evaluate import evaluation_graphdef
-from nonlocal_jax.experiment import architecture_of, protocol_of
+from nonlocal_jax.experiment import execution_of, network_of, protocol_of
+from nonlocal_jax.inference import predictor as predicting
 from nonlocal_jax.inference.buckets import shapes_for
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
-from nonlocal_jax.models.non_local import max_pairwise_weights
+from nonlocal_jax.models import Execution
+from nonlocal_jax.models.config import STAGE_BLOCKS
+from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.recipes import published_config, variant_name
 from nonlocal_jax.runtime.parallel import data_mesh
 from nonlocal_jax.training.recipe import lower_step, optimizer_of
@@ -29,9 +31,8 @@ MODELS = {
   (model.dataset, model.depth, model.crop): model for model in RELEASED if not model.replaced
 }
 CLASSES = {'cityscapes': 19, 'ade20k': 150, 'voc12aug': 21}
-# Those of the stem, of a first block and a loop's block in each of four stages, and of the heads.
-DECODE_CONVOLUTIONS = 3 + 4 * (4 + 3) + 8
-CONVOLUTIONS = DECODE_CONVOLUTIONS + 2
+# Convolutions with a stride: of the stem, the first block of the second stage and its shortcut.
+STRIDED = 3
 # Sizes of images as they are in the sets.
 SIZES = {
   'cityscapes': [(1024, 2048)],
@@ -66,19 +67,17 @@ class Programs:
       self.texts[name] = traced.lower(lowering_platforms=('cuda',)).as_text()
       return traced.out_info
 
-    def lower(*arguments, **keywords):
+    def call(*arguments, **keywords):
       leaves, treedef = jax.tree.flatten((arguments, keywords))
       shapes = [x if isinstance(x, int) else (x.shape, x.dtype) for x in leaves]
-      results = build(treedef, tuple(shapes))
-      return types.SimpleNamespace(compile=lambda: lambda *_: results)
+      return build(treedef, tuple(shapes))
 
-    return types.SimpleNamespace(lower=lower)
+    return call
 
 
-@pytest.fixture
-def on_a_gpu(monkeypatch):
-  """As if the default backend were a GPU."""
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+def decode_convolutions(depth: int) -> int:
+  """Of the stem, of each bottleneck, of four shortcuts and of the decode head."""
+  return 3 + 3 * sum(STAGE_BLOCKS[depth]) + 4 + 8
 
 
 def config_of(model) -> ConfigDict:
@@ -92,9 +91,9 @@ def training_program(config: ConfigDict) -> tuple[str, TrainState]:
   """The step on one device, and the shapes of its state."""
   _, tx = optimizer_of(config)
   create = functools.partial(TrainState.create, tx=tx, seed=config.seed)
-  state = jax.eval_shape(create, architecture_of(config).state_shapes())
+  state = jax.eval_shape(create, state_shapes(network_of(config)))
   mesh = data_mesh(jax.devices()[:1])
-  return lower_step(config, state, tx, mesh, platform='cuda').as_text(), state
+  return lower_step(config, state, tx, mesh, platform='gpu').as_text(), state
 
 
 def evaluation_programs(config: ConfigDict, monkeypatch) -> Programs:
@@ -102,16 +101,20 @@ def evaluation_programs(config: ConfigDict, monkeypatch) -> Programs:
   programs, protocol = Programs(jax.jit), protocol_of(config)
   with monkeypatch.context() as patched:
     patched.setattr(jax, 'jit', programs)
+    patched.setattr(predicting, 'platform_of', lambda _: 'gpu')
+    mesh = data_mesh(jax.devices()[:1])
     predictor = Predictor(
-      evaluation_graphdef(config),
+      network_of(config),
       protocol,
+      execution=execution_of(config, mesh, train=False, platform='gpu'),
       precision=config.eval.precision,
+      mesh=mesh,
     )
   sizes = SIZES[config.data.dataset]
   shape = shapes_for(sizes, protocol, most=1)[sizes[0]]
   assert shape.padded == (len(sizes) > 1)
   views = [np.zeros((*view.size[:2], 3), np.uint8) for view in views_of(protocol, sizes[0])]
-  state = architecture_of(config).state_shapes()
+  state = state_shapes(network_of(config))
   predictor(state, shape, [views], [sizes[0]])
   return programs
 
@@ -122,17 +125,43 @@ def precisions(program: str) -> set[str]:
   return {name for pair in re.findall(pattern, program) for name in re.findall(r'[A-Z]+', pair)}
 
 
+def check_no_convolution_is_dilated(program: str, convolutions: int) -> None:
+  """CuDNN is slow at these: a kernel's gradient has the dilation as its window's stride."""
+  kinds = collections.Counter()
+  for line in re.findall(r'stablehlo\.convolution.*', program):
+    (dimensions,) = re.findall(r'dim_numbers = (\S+ \S+ \S+ \S+)', line.replace(', ', ' '))
+    of_kernel = dimensions.startswith('[f')
+    (window,) = re.findall(r'window = \{(.*?)\}', line)
+    found = {
+      key: re.search(rf'{key} = \[(\d+), (\d+)\]', window)
+      for key in ('stride', 'lhs_dilate', 'rhs_dilate')
+    }
+    values = {key: match and max(int(x) for x in match.groups()) for key, match in found.items()}
+    kinds[of_kernel, *((values[key] or 1) for key in found)] += 1
+  plain = convolutions - STRIDED
+  assert kinds == {
+    (False, 1, 1, 1): plain + plain,  # forwards, and gradients of inputs
+    (False, 2, 1, 1): STRIDED,
+    (False, 1, 2, 1): STRIDED - 1,  # but for that of the images
+    (True, 1, 1, 1): plain,
+    (True, 1, 1, 2): STRIDED,
+  }
+
+
 def check_attention_is_in_blocks(program: str, n: int, sides: tuple[int, int]) -> None:
   """Some array holds weights of queries over all keys, and none of all queries over them."""
   positions = sides[0] * sides[1]
   assert f'{positions}x{positions}' not in program
   counts = set(map(int, re.findall(rf'tensor<{n}x(\d+)x{positions}xf32>', program)))
-  block = -(-positions // -(-positions // (max_pairwise_weights('gpu') // (n * positions))))
+  block = -(
+    -positions
+    // -(-positions // (Execution.for_platform('gpu').pairwise_weights // (n * positions)))
+  )
   assert counts == {256, block}  # inner channels of the transposed keys, and queries
 
 
 @pytest.mark.parametrize('model', MODELS.values(), ids=lambda model: model.name)
-def test_training_step(model, on_a_gpu, monkeypatch):
+def test_training_step(model, monkeypatch):
   made, jit = [], jax.jit
 
   def keep_options(function, **options):
@@ -146,7 +175,9 @@ def test_training_step(model, on_a_gpu, monkeypatch):
   (options,) = made
   assert options['compiler_options'] == {}
   # Each forwards and both gradients, but for that of the images: none by Winograd or as a product.
-  assert program.count('stablehlo.convolution') == 3 * CONVOLUTIONS - 1
+  convolutions = decode_convolutions(model.depth) + 2
+  assert program.count('stablehlo.convolution') == 3 * convolutions - 1
+  check_no_convolution_is_dilated(program, convolutions)
   n, (height, width) = config.train.batch_size, model.crop
   assert n == {'cityscapes': 2, 'ade20k': 4, 'voc12aug': 4}[model.dataset]
   assert f': tensor<{n}x{height}x{width}x3xui8>' in program
@@ -159,12 +190,12 @@ def test_training_step(model, on_a_gpu, monkeypatch):
 
 
 @pytest.mark.parametrize('model', MODELS.values(), ids=lambda model: model.name)
-def test_evaluation(model, on_a_gpu, monkeypatch):
+def test_evaluation(model, monkeypatch):
   config = config_of(model)
   programs = evaluation_programs(config, monkeypatch)
   assert [options['compiler_options'] for options in programs.options.values()] == [{}, {}]
   network = programs.texts['window_logits']
-  assert network.count('stablehlo.convolution') == DECODE_CONVOLUTIONS
+  assert network.count('stablehlo.convolution') == decode_convolutions(model.depth)
   assert precisions(network) == {'HIGHEST'}  # no TF32
   images = {
     'cityscapes': (3, 769, 769) if model.window_crop else (1, 1024, 2048),

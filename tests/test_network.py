@@ -1,6 +1,7 @@
 """The whole network, forwards and in training, against mmsegmentation."""
 
 import copy
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,22 +10,23 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.models import NonLocalNet
-from nonlocal_jax.models.folding import fold_batch_norms, folded_graphdef
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.models.heads import dropout_channels
 from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.training.optimizer import poly_schedule, sgd
 from nonlocal_jax.training.train_step import TrainState, make_train_step
-from nonlocal_jax.weights.state_dict import from_state_dict, infer_architecture, to_state_dict
+from nonlocal_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
 from tests import peer
 
 
 def jax_logits(model, images: np.ndarray, *, align_corners: bool) -> np.ndarray:
   """Logits of our network with the peer's weights."""
   arrays = peer.state_dict(model)
-  architecture = infer_architecture(arrays, source='peer')
-  state = from_state_dict(arrays, architecture, source='peer')
-  graphdef = nnx.graphdef(architecture.abstract(align_corners=align_corners))
+  config = dataclasses.replace(infer_config(arrays, source='peer'), align_corners=align_corners)
+  state = from_state_dict(arrays, config, source='peer')
+  graphdef = nnx.graphdef(NonLocalNet.abstract(config))
   return np.asarray(jax.jit(lambda s, x: nnx.merge(graphdef, s)(x))(state, images))
 
 
@@ -53,12 +55,13 @@ def test_folded_batch_norms_are_those_of_the_original(rng, peer_model):
   images = rng.normal(size=(2, 64, 72, 3))
   expected = peer.logits(model, images)
   arrays = peer.state_dict(model)
-  architecture = infer_architecture(arrays, source='peer')
+  config = infer_config(arrays, source='peer')
   with jax.enable_x64():
     state = jax.tree.map(
-      lambda x: x.astype(np.float64), from_state_dict(arrays, architecture, source='peer')
+      lambda x: x.astype(np.float64), from_state_dict(arrays, config, source='peer')
     )
-    graphdef = folded_graphdef(architecture.abstract())
+    execution = Execution.for_platform(batch_norm='folded')
+    graphdef = nnx.graphdef(NonLocalNet.abstract(config, execution))
     folded = jax.jit(fold_batch_norms)(graphdef, state)
     for name, array in nnx.to_flat_state(folded):
       if name[-1] in ('scale', 'mean', 'var'):
@@ -76,9 +79,9 @@ def test_a_missing_block_is_the_original_without_it(rng, peer_model):
   without = {name: array for name, array in arrays.items() if '.nl_block.' not in name}
   results = []
   for weights in (arrays, without):
-    architecture = infer_architecture(weights, source='peer')
-    state = from_state_dict(weights, architecture, source='peer')
-    graphdef = nnx.graphdef(architecture.abstract())
+    config = infer_config(weights, source='peer')
+    state = from_state_dict(weights, config, source='peer')
+    graphdef = nnx.graphdef(NonLocalNet.abstract(config))
     results.append(jax.jit(lambda s, g=graphdef: nnx.merge(g, s)(images))(state))
   assert_allclose(*results, atol=1e-5)
 
@@ -105,11 +108,10 @@ def test_training_steps_equal_the_original_in_float64(rng):
     for _ in range(10)
   ]
   with jax.enable_x64(True):
-    architecture = infer_architecture(arrays, source='peer')
-    graphdef = nnx.graphdef(architecture.abstract(dropout=0.0))
+    config = dataclasses.replace(infer_config(arrays, source='peer'), dropout=0.0)
     variables = jax.tree.map(
       lambda x: jnp.asarray(x, jnp.float64),
-      from_state_dict(arrays, architecture, source='peer', dtype=np.float64),
+      from_state_dict(arrays, config, source='peer', dtype=np.float64),
     )
     schedule = poly_schedule(
       learning_rate=0.01, min_learning_rate=1e-4, power=0.9, steps=100, version='v1'
@@ -117,7 +119,9 @@ def test_training_steps_equal_the_original_in_float64(rng):
     tx = sgd(schedule, momentum=0.9, weight_decay=5e-4)
     state = TrainState.create(variables, tx, seed=0)
     train_step = jax.jit(
-      make_train_step(graphdef, tx, auxiliary_weight=0.4, compute_dtype=jnp.float64)
+      make_train_step(
+        config, Execution.for_platform(), tx, auxiliary_weight=0.4, compute_dtype=jnp.float64
+      )
     )
     losses = peer.train(
       model,
@@ -148,5 +152,5 @@ def test_dropout_drops_whole_channels_in_training_only():
 
 
 def test_unknown_depth_is_an_error():
-  with pytest.raises(ValueError, match='depth is 34, expected one of 14, 26, 50, 101'):
-    NonLocalNet(3, depth=34, rngs=nnx.Rngs(0))
+  with pytest.raises(UserError, match='depth is 34; it must be one of 14, 26, 50, 101'):
+    NonLocalNetConfig.from_depth(34, num_classes=3)

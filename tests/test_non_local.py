@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.models import NonLocalBlock, non_local
+from nonlocal_jax.models import Execution, NonLocalBlock
 from nonlocal_jax.ops.attention import softmax_attention
 from tests import peer
 from tests.mmseg_import import mmseg_module
@@ -113,13 +113,14 @@ def test_attention_and_gradients_in_blocks_equal_pytorch(rng, query_block, key_b
     assert_allclose(our, their.numpy(), rtol=1e-9, atol=1e-9 * their.abs().max())
 
 
-def test_on_cpus_keys_are_in_blocks(monkeypatch):
+def test_on_cpus_keys_are_in_blocks():
   """Without a choice; the result is that of all keys at once."""
-  monkeypatch.setattr(non_local, '_KEYS_ON_CPU', 16)
+  assert Execution.for_platform('cpu').key_block is not None
   x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 6, 7, 4)), jnp.float32)
   results = []
-  for key_block in (None, 42):
-    block = NonLocalBlock(4, key_block=key_block, zero_init=False, rngs=nnx.Rngs(0))
+  for key_block in (16, 42):
+    execution = Execution.for_platform('cpu', key_block=key_block)
+    block = NonLocalBlock(4, execution=execution, zero_init=False, rngs=nnx.Rngs(0))
     graphdef, state = nnx.split(block)
     program = jax.jit(lambda s, g=graphdef: nnx.merge(g, s)(x)).lower(state)
     results.append(program.compile()(state))
@@ -182,6 +183,29 @@ def test_memory_grows_with_positions_not_with_their_square(backward):
   small, large = temporary_bytes(64), temporary_bytes(128)
   assert large < 5 * small
   assert large < 4 * 16384**2 / 8  # an eighth of the float32 matrix
+
+
+@pytest.mark.parametrize('mode', MODES)
+def test_both_modes_of_differentiation_agree(rng, mode):
+  """In training, with batch normalization, by default, and under `jax.vmap`: u . Jv = v . J'u."""
+  with jax.enable_x64():
+    graphdef, state = nnx.split(NonLocalBlock(4, mode=mode, zero_init=False, rngs=nnx.Rngs(0)))
+    state = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), state)
+    params, batch_stats = nnx.split_state(state, nnx.Param, nnx.BatchStat)
+
+    def block(params: nnx.State, x: jax.Array) -> jax.Array:
+      return nnx.merge(graphdef, params, batch_stats, copy=True)(x, train=True)
+
+    arguments = params, jnp.asarray(rng.normal(size=(2, 5, 6, 4)))
+    y, pull = jax.vjp(block, *arguments)
+    tangents = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=(3, *a.shape))), arguments)
+    cotangent = jnp.asarray(rng.normal(size=y.shape))
+    pushed = jax.vmap(lambda v: jax.jvp(block, arguments, v)[1])(tangents)
+    pulled = jax.tree.leaves(pull(cotangent))
+    for place in range(3):
+      tangent = [leaf[place] for leaf in jax.tree.leaves(tangents)]
+      expected = sum(jnp.vdot(a, b) for a, b in zip(pulled, tangent, strict=True))
+      assert_allclose(jnp.vdot(cotangent, pushed[place]), expected, rtol=1e-9)
 
 
 def test_keys_in_blocks_without_a_softmax_are_an_error():

@@ -16,10 +16,11 @@ from nonlocal_jax.inference import predictor as predicting
 from nonlocal_jax.inference.buckets import PaddedShape, shapes_for
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import axis_matrix, views_of
+from nonlocal_jax.models import Execution, NonLocalNet
 from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.protocol import RATIOS, EvalProtocol
 from nonlocal_jax.runtime.parallel import data_mesh, replicated
-from nonlocal_jax.weights.state_dict import from_state_dict, infer_architecture
+from nonlocal_jax.weights.state_dict import from_state_dict, infer_config
 from tests import peer
 from tests.mmseg_import import mmseg_module
 
@@ -34,11 +35,11 @@ def _several_blocks_of_columns(monkeypatch):
 
 
 def ours_of(model, *, align_corners):
-  """The static part and the weights of our network."""
+  """Config and weights of our network."""
   arrays = peer.state_dict(model)
-  architecture = infer_architecture(arrays, source='peer')
-  graphdef = nnx.graphdef(architecture.abstract(align_corners=align_corners))
-  return graphdef, from_state_dict(arrays, architecture, source='peer')
+  config = infer_config(arrays, source='peer')
+  config = dataclasses.replace(config, align_corners=align_corners)
+  return config, from_state_dict(arrays, config, source='peer')
 
 
 @pytest.fixture(scope='module')
@@ -71,9 +72,9 @@ def predict(predictor, state, shape, images, batch_size=None):
 
 
 def predictor_of(ours, protocol, **options):
-  model, graphdef, _ = ours
-  corners = model.decode_head.align_corners
-  return Predictor(graphdef, dataclasses.replace(protocol, align_corners=corners), **options)
+  _, config, _ = ours
+  corners = config.align_corners
+  return Predictor(config, dataclasses.replace(protocol, align_corners=corners), **options)
 
 
 def agreement(ours, theirs):
@@ -114,7 +115,8 @@ def test_the_first_of_the_largest_scores():
 
 def test_padding_has_no_influence_on_the_network(half_pixel):
   """Logits in one padded program, garbage in the padding, and those of each image by itself."""
-  model, graphdef, state = half_pixel
+  model, config, state = half_pixel
+  graphdef = nnx.graphdef(NonLocalNet.abstract(config))
   rng = np.random.default_rng(0)
   padded = rng.normal(size=(len(SIZES), 80, 104, 3)).astype(np.float32) * 100
   images = [np.asarray(normalize(image_of(size)[None])) for size in SIZES]
@@ -302,14 +304,15 @@ def test_processes_have_one_program_whatever_their_images_are(half_pixel, monkey
   assert agreement(*found) > 0.9999
 
 
-def test_scores_are_held_for_a_few_rows_only(half_pixel, monkeypatch):
+def test_scores_are_held_for_a_few_rows_only(half_pixel):
   _, _, state = half_pixel
   protocol = EvalProtocol(scale=(90, 70), flip=True)
   image = image_of(SIZES[0])
   shape = PaddedShape.from_image(image.shape[:2], protocol)
   whole = predict(predictor_of(half_pixel, protocol), state, shape, [image])
-  monkeypatch.setattr(predicting, '_SCORES_AT_ONCE_ON_CPU', 2 * 19 * 112 * 9)  # nine rows of 70
-  blocks = predict(predictor_of(half_pixel, protocol), state, shape, [image])
+  execution = Execution.for_platform(scores_at_once=2 * 19 * 112 * 9)  # nine rows of 70
+  predictor = predictor_of(half_pixel, protocol, execution=execution)
+  blocks = predict(predictor, state, shape, [image])
   np.testing.assert_array_equal(blocks, whole)
 
 

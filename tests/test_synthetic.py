@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 
 from nonlocal_jax.data import synthetic
-from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.models import NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.models.nonlocal_net import state_shapes
 
 SHAPES = range(2, 8)
 
@@ -59,15 +60,14 @@ def test_the_folder_appears_whole_and_is_kept(tmp_path):
 @pytest.mark.parametrize('non_local', [False, True])
 def test_only_the_block_sees_the_disc_from_the_shapes(non_local):
   """Without the block the shapes' logits have no gradient in the disc's pixels."""
-  architecture = Architecture((1, 1, 1, 1), width=2, num_classes=8, non_local=non_local)
-  abstract = nnx.state(architecture.abstract())
+  config = NonLocalNetConfig.from_depth(14, width=2, num_classes=8, non_local=non_local)
   averaging = {  # every layer the mean of what it sees, so that nothing it sees can cancel
     path: variable.replace(
       jnp.full(variable.shape, 1 / np.prod(variable.shape[:-1]) if 'kernel' in path else 1.0)
     )
-    for path, variable in nnx.to_flat_state(abstract)
+    for path, variable in nnx.to_flat_state(state_shapes(config))
   }
-  graphdef, state = nnx.graphdef(architecture.abstract()), nnx.from_flat_state(averaging)
+  graphdef, state = nnx.graphdef(NonLocalNet.abstract(config)), nnx.from_flat_state(averaging)
 
   def shapes_logits(image: jax.Array, label: jax.Array) -> jax.Array:
     logits = nnx.merge(graphdef, state)(image[None] / 255)[0]

@@ -1,6 +1,8 @@
 """Options of a training step, in float64 where two ways must lead to the same numbers."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,18 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.experiment import network_of
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.layers import BatchNorm
+from nonlocal_jax.models.nonlocal_net import state_shapes
+from nonlocal_jax.recipes import base_config
 from nonlocal_jax.runtime.parallel import data_mesh, over_batch, replicated, shard_batch
 from nonlocal_jax.training.optimizer import sgd
-from nonlocal_jax.training.train_step import TrainState, make_train_step, training_graphdef
+from nonlocal_jax.training.recipe import lower_step, optimizer_of
+from nonlocal_jax.training.train_step import TrainState, make_train_step
 from nonlocal_jax.weights.arrays import to_arrays
 
-ARCHITECTURE = Architecture((1, 1, 1, 1), width=4, num_classes=3)
+CONFIG = NonLocalNetConfig.from_depth(14, width=4, num_classes=3, zero_init=False)
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +39,7 @@ def batch():
 @pytest.fixture(scope='module')
 def variables():
   """With the block and the residual branches open."""
-  state = jax.jit(lambda: nnx.state(ARCHITECTURE.build(rngs=nnx.Rngs(0), zero_init=False)))()
+  state = jax.jit(lambda: nnx.state(NonLocalNet(CONFIG, rngs=nnx.Rngs(0))))()
   rng = np.random.default_rng(1)
   return jax.tree.map(
     lambda x: np.abs(rng.normal(1, 0.1, x.shape)) if x.ndim == 1 else np.asarray(x, np.float64),
@@ -44,13 +50,17 @@ def variables():
 def take_step(variables, batch, *, devices=1, dtype=jnp.float64, dropout=0.0, steps=1, **options):
   """Metrics, gradients and running statistics after SGD with rate 1, whose update is the gradient.
 
-  Options are those of `training_graphdef` and `make_train_step`.
+  Options are those of `Execution` and `make_train_step`.
   """
-  static = {key: options.pop(key) for key in ('batch_norm', 'rematerialize') if key in options}
-  model = ARCHITECTURE.abstract(dropout=dropout)
-  graphdef = training_graphdef(model, devices=devices, **static)
+  chosen = {key: options.pop(key) for key in ('batch_norm', 'rematerialize') if key in options}
+  if chosen.get('batch_norm') == 'per_device':
+    chosen['batch_norm_groups'] = devices
+  config = dataclasses.replace(CONFIG, dropout=dropout)
+  execution = Execution.for_platform(**chosen)
   tx = optax.sgd(1.0)
-  step = make_train_step(graphdef, tx, auxiliary_weight=0.4, compute_dtype=dtype, **options)
+  step = make_train_step(
+    config, execution, tx, auxiliary_weight=0.4, compute_dtype=dtype, **options
+  )
   mesh = data_mesh(jax.devices()[:devices])
   jitted = jax.jit(
     step, in_shardings=(replicated(mesh), over_batch(mesh)), out_shardings=replicated(mesh)
@@ -155,8 +165,7 @@ def test_batch_norm_per_device_sees_each_part_by_itself(variables, batch):
 
 @pytest.mark.parametrize(('groups', 'exchanges'), [(1, True), (4, False)])
 def test_batch_norm_per_device_exchanges_nothing(groups, exchanges):
-  norm = BatchNorm(3)
-  norm.groups = groups
+  norm = BatchNorm(3, groups=groups)
   over = over_batch(data_mesh())
 
   def normalised(x):
@@ -164,6 +173,22 @@ def test_batch_norm_per_device_exchanges_nothing(groups, exchanges):
 
   lowered = jax.jit(normalised, in_shardings=over, out_shardings=over).lower(jnp.ones((8, 5, 5, 3)))
   assert ('all-reduce' in lowered.compile().as_text()) == exchanges
+
+
+def test_a_batch_norm_needs_one_collective_each_way():
+  """Where the step is traced under its mesh, as `lower_step` does."""
+  config = base_config()
+  config.data.num_classes, config.model.depth, config.model.width = 3, 14, 4
+  config.train.batch_size, config.train.crop = 8, (40, 48)
+  mesh, (_, tx), shapes = data_mesh(), optimizer_of(config), state_shapes(network_of(config))
+  state = jax.eval_shape(functools.partial(TrainState.create, tx=tx, seed=0), shapes)
+  program = lower_step(config, state, tx, mesh).compile().as_text()
+  norms = sum(name.endswith('.mean') for name in to_arrays(shapes))
+  assert norms == 24
+  collectives = re.findall(r' (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(', program)
+  assert collectives.count('all-gather') <= norms
+  assert collectives.count('all-reduce') <= norms
+  assert set(collectives) <= {'all-gather', 'all-reduce'}
 
 
 def test_moving_average_of_the_weights(variables, batch):
@@ -195,12 +220,11 @@ def test_bfloat16_computes_near_float64_and_keeps_float32_weights(variables, bat
 
 def test_bfloat16_reaches_convolutions_but_neither_statistics_nor_softmax(batch):
   """Read off the program before it is compiled."""
-  graphdef = training_graphdef(ARCHITECTURE.abstract())
   tx = sgd(lambda step: jnp.asarray(0.1), momentum=0.9, weight_decay=5e-4)
-  state = jax.eval_shape(
-    functools.partial(TrainState.create, tx=tx, seed=0), ARCHITECTURE.state_shapes()
+  state = jax.eval_shape(functools.partial(TrainState.create, tx=tx, seed=0), state_shapes(CONFIG))
+  step = make_train_step(
+    CONFIG, Execution.for_platform(), tx, auxiliary_weight=0.4, compute_dtype=jnp.bfloat16
   )
-  step = make_train_step(graphdef, tx, auxiliary_weight=0.4, compute_dtype=jnp.bfloat16)
   operations = list(_equations(jax.make_jaxpr(step)(state, batch).jaxpr))
 
   def dtypes(name):

@@ -17,7 +17,8 @@ from numpy.testing import assert_allclose
 import nonlocal_jax
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.experiment import dataset_of, protocol_of
-from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.models.config import NonLocalNetConfig
+from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.training.log import summary_table
 from nonlocal_jax.training.loop import train_and_evaluate
@@ -86,7 +87,8 @@ def test_a_run_keeps_how_it_was_tested(training_config, tmp_path):
 def test_a_workdir_is_loaded_as_a_model(trained, demo_set):
   workdir, _ = trained
   model = nonlocal_jax.load(workdir)
-  assert model.description.architecture == Architecture((1, 1, 1, 1), 4, 8)
+  config = model.description.config
+  assert config.predicts_like(NonLocalNetConfig.from_depth(14, width=4, num_classes=8))
   assert model.protocol.scale == (96, 96)
   assert model.predict(np.zeros((50, 70, 3), np.uint8)).shape == (50, 70)
 
@@ -202,7 +204,7 @@ def averaged(training_config, tmp_path_factory):
 
 def test_the_first_lines_say_what_the_run_is(averaged):
   said = averaged[2]
-  model = Architecture((1, 1, 1, 1), 4, 8).state_shapes()
+  model = state_shapes(NonLocalNetConfig.from_depth(14, width=4, num_classes=8))
   size = sum(array.size for array in jax.tree.leaves(nnx.split_state(model, nnx.Param, ...)[0]))
   assert 'custom: from scratch\n' in said
   assert (

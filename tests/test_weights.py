@@ -19,13 +19,13 @@ from flax import nnx
 import nonlocal_jax
 from nonlocal_jax.data.transforms import resize_image
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.models import NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.training.run_files import config_differences
 from nonlocal_jax.weights import released
 from nonlocal_jax.weights.loading import read_torch_weights
-from nonlocal_jax.weights.state_dict import from_state_dict, infer_architecture, to_state_dict
+from nonlocal_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
 from tests import peer
 
 
@@ -36,10 +36,10 @@ def loaded(peer_checkpoint):
 
 def test_names_and_shapes_are_the_original_s(peer_model):
   arrays = peer.state_dict(peer_model)
-  architecture = infer_architecture(arrays, source='peer')
-  assert architecture == Architecture((3, 4, 6, 3), width=8, num_classes=19)
-  assert str(architecture) == 'R-50, width 8, 19 classes'
-  state = from_state_dict(arrays, architecture, source='peer')
+  config = infer_config(arrays, source='peer')
+  assert config == NonLocalNetConfig(stage_blocks=(3, 4, 6, 3), width=8, num_classes=19)
+  assert str(config) == 'R-50, width 8, 19 classes'
+  state = from_state_dict(arrays, config, source='peer')
   returned = to_state_dict(state)
   trained = {name for name in arrays if not name.endswith('num_batches_tracked')}
   assert set(returned) == trained
@@ -48,12 +48,13 @@ def test_names_and_shapes_are_the_original_s(peer_model):
 
 
 def test_load_tells_what_the_file_holds(loaded, peer_checkpoint):
-  assert loaded.description.architecture.depth == 50
+  assert loaded.description.config.depth == 50
   assert loaded.classes == tuple(f'c{i}' for i in range(19))
   assert len(set(loaded.palette)) == 19
-  assert not loaded.protocol.align_corners
-  assert loaded.protocol.scale is None
-  assert nonlocal_jax.load(peer_checkpoint, align_corners=True).protocol.align_corners
+  assert not loaded.description.config.align_corners
+  assert loaded.protocol == EvalProtocol()
+  aligned = nonlocal_jax.load(peer_checkpoint, align_corners=True)
+  assert aligned.description.config.align_corners and aligned.protocol.align_corners
 
 
 def test_a_released_file_is_known_by_its_sha256_whatever_its_name(
@@ -68,6 +69,7 @@ def test_a_released_file_is_known_by_its_sha256_whatever_its_name(
     weights = read_torch_weights(tmp_path / name)
     assert (weights.released, weights.notes) == (model, ())
     description = weights.description
+    assert description.config.align_corners
     assert description.protocol == EvalProtocol(
       scale=(2049, 1025),
       window_crop=(769, 769),
@@ -148,14 +150,14 @@ def test_predict_refuses_what_is_no_image(loaded):
 
 def test_missing_unknown_and_misshapen_arrays_are_named_together(peer_model):
   arrays = peer.state_dict(peer_model)
-  architecture = infer_architecture(arrays, source='x.pth')
+  config = infer_config(arrays, source='x.pth')
   arrays['backbone.stem.0.conv.weight'] = arrays.pop('backbone.stem.0.weight')
   arrays['backbone.stem.1.bias'] = arrays['backbone.stem.1.bias'].astype(np.int32)
   arrays['auxiliary_head.convs.0.bn.running_var'][1] = np.inf
   arrays['decode_head.conv_seg.bias'] = np.zeros(3, np.float32)
   arrays['neck.weight'] = np.zeros(3, np.float32)
   with pytest.raises(UserError) as caught:
-    from_state_dict(arrays, architecture, source='x.pth')
+    from_state_dict(arrays, config, source='x.pth')
   assert str(caught.value) == (
     'x.pth does not fit NonLocalNet (R-50, width 8, 19 classes): '
     'backbone.stem.0.weight is missing (nearest: backbone.stem.0.conv.weight); '
@@ -216,8 +218,8 @@ def test_the_package_needs_neither_torch_nor_tensorflow():
 
 def test_initial_values_are_the_original_s():
   """Deviations of the kernels, zeros where a block starts closed (mmseg `init_weights`)."""
-  architecture = Architecture((1, 1, 1, 1), width=16, num_classes=19)
-  build = jax.jit(lambda: nnx.state(architecture.build(rngs=nnx.Rngs(0))))
+  config = NonLocalNetConfig.from_depth(14, width=16, num_classes=19)
+  build = jax.jit(lambda: nnx.state(NonLocalNet(config, rngs=nnx.Rngs(0))))
   arrays = to_state_dict(build())
   for name, array in arrays.items():
     if array.ndim == 4:

@@ -114,7 +114,7 @@ def write_pth(source: Path, path: Path) -> None:
   }
   arrays = to_state_dict(state, description.num_batches_tracked)
   write_torch_checkpoint(path, arrays, meta)
-  print(f'{path}: {len(arrays)} arrays, {description.architecture}; how it was tested here:')
+  print(f'{path}: {len(arrays)} arrays, {description.config}; how it was tested here:')
   print(text, end='')
 
 
@@ -125,7 +125,7 @@ def summary(weights: TorchWeights, directory: Path) -> str:
     'file': description.source,
     'sha256': description.sha256,
     'released as': _published(released) if released else 'unknown',
-    'network': description.architecture,
+    'network': description.config,
     'dataset': f'{description.dataset}: {_shortened(description.classes)}',
     'protocol': _protocol(description.protocol),
   }
@@ -155,11 +155,11 @@ def evaluation_command(description: ModelDescription, directory: Path) -> str:
   """
   protocol = description.protocol
   wanted = {
-    'model.depth': description.architecture.depth,
-    'model.width': description.architecture.width,
-    'model.non_local': description.architecture.non_local,
+    'model.depth': description.config.depth,
+    'model.width': description.config.width,
+    'model.non_local': description.config.non_local,
     'model.align_corners': protocol.align_corners,
-    'data.num_classes': description.architecture.num_classes,
+    'data.num_classes': description.config.num_classes,
     'eval.scale': protocol.scale or '(WIDTH,HEIGHT)',
     'eval.window_crop': protocol.window_crop or (),
     'eval.window_stride': protocol.window_stride or (),

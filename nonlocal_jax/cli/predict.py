@@ -25,7 +25,7 @@ from nonlocal_jax.data.validation import CITYSCAPES_IDS
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
 from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
-from nonlocal_jax.ops.convolution import Method
+from nonlocal_jax.models import Execution
 from nonlocal_jax.runtime.files import whole_file
 from nonlocal_jax.runtime.progress import progress_bar
 
@@ -65,7 +65,7 @@ def main() -> None:
   )
   parser.add_argument(
     '--convolution',
-    choices=get_args(Method),
+    choices=['fast', 'direct'],
     default='fast',
     help="how CPUs compute convolutions; 'direct' as other platforms do (default: fast)",
   )
@@ -78,10 +78,13 @@ def main() -> None:
   )
   arguments = parser.parse_args()
   images = find_images(arguments.inputs)
+  execution = Execution.for_platform()
+  if arguments.convolution == 'direct':
+    execution = dataclasses.replace(execution, convolution='direct')
   model = nonlocal_jax.load(
     arguments.checkpoint,
     align_corners=arguments.align_corners,
-    convolution=arguments.convolution,
+    execution=execution,
     precision=arguments.precision,
   )
   if arguments.scale:

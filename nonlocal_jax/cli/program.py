@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UserError
-from nonlocal_jax.runtime.compilation import use_compilation_cache
+from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_compilation_cache
 
 
 def run_program(program: Callable[[], object]) -> None:
@@ -31,6 +31,7 @@ def run_program(program: Callable[[], object]) -> None:
   absl.logging.set_verbosity(absl.logging.ERROR)
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   use_compilation_cache()
+  trim_memory_after_compiling()
   before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
     program()

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
@@ -16,14 +15,14 @@ from nonlocal_jax.evaluation.metrics import undefined_reasons
 from nonlocal_jax.evaluation.pictures import comparison
 from nonlocal_jax.evaluation.report import published_line, write_report
 from nonlocal_jax.experiment import (
-  architecture_of,
   check_device,
   dataset_of,
+  execution_of,
+  network_of,
   open_splits,
   protocol_of,
 )
 from nonlocal_jax.inference.predictor import Predictor
-from nonlocal_jax.models.folding import folded_graphdef
 from nonlocal_jax.runtime.files import whole_file
 from nonlocal_jax.runtime.parallel import data_mesh, is_first_process
 from nonlocal_jax.weights.description import ModelDescription
@@ -45,18 +44,17 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
     UserError: If the weights are of another network than the config's, or the data is not as it
       should be, or the config asks for what the devices do not have.
   """
-  architecture, mesh = architecture_of(config), data_mesh()
+  network, mesh = network_of(config), data_mesh()
   check_device(config, mesh)
   description, state = read_weights(checkpoint, align_corners=config.model.align_corners)
-  if description.architecture != architecture:
+  if not description.config.predicts_like(network):
     raise UserError(
-      f'{checkpoint} holds {description.architecture}, but the config describes {architecture}; '
+      f'{checkpoint} holds {description.config}, but the config describes {network}; '
       'give its own config, or set config.model and config.data.num_classes to match.'
     )
   dataset = dataset_of(config)
   split = open_splits(config, dataset, workdir, ['val'])['val']
-  graphdef = evaluation_graphdef(config)
-  evaluate = evaluator_for(config, graphdef, split, dataset, mesh)
+  evaluate = evaluator_for(config, split, dataset, mesh)
   weights = evaluate.prepared(state)
   del state  # a file in memory
   evaluation = evaluate(weights)
@@ -77,23 +75,14 @@ def evaluate_checkpoint(config: ConfigDict, checkpoint: Path, workdir: Path) -> 
   return evaluation
 
 
-def evaluation_graphdef(config: ConfigDict) -> nnx.GraphDef:
-  """The static part of a config's network, its batch normalisations folded."""
-  model = architecture_of(config).abstract(
-    align_corners=config.model.align_corners,
-    convolution=config.model.convolution,
-    attention=config.model.attention,
-  )
-  return folded_graphdef(model)
-
-
 def evaluator_for(
-  config: ConfigDict, graphdef: nnx.GraphDef, split: PreparedSplit, dataset: Dataset, mesh: Mesh
+  config: ConfigDict, split: PreparedSplit, dataset: Dataset, mesh: Mesh
 ) -> Evaluator:
   """The evaluator that a config describes, on the devices of a mesh."""
   predictor = Predictor(
-    graphdef,
+    network_of(config),
     protocol_of(config),
+    execution=execution_of(config, mesh, train=False),
     precision=config.eval.precision,
     mesh=mesh,
   )

@@ -19,8 +19,8 @@ from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.ops.confusion import confusion_matrix
-from nonlocal_jax.runtime.compilation import Program
-from nonlocal_jax.runtime.parallel import replicated, shard_batch
+from nonlocal_jax.runtime.compilation import compiler_options
+from nonlocal_jax.runtime.parallel import platform_of, replicated, shard_batch
 from nonlocal_jax.runtime.progress import progress_bar
 
 _EXAMPLES = 4
@@ -81,8 +81,8 @@ class Evaluator:
     """Plans the evaluation.
 
     Args:
-      predictor: How to predict, and on which devices; with a folded network, see
-        `folding.folded_graphdef`.
+      predictor: How to predict, and on which devices; its network's `Execution.batch_norm` is
+        'folded'.
       split: The prepared images and labels.
       num_classes: Number of classes.
       label_lookup: See `transforms.label_lookup`.
@@ -90,14 +90,17 @@ class Evaluator:
       most_shapes: See `buckets.shapes_for`.
     """
     self._predictor = predictor
-    self._fold = Program(
+    options = compiler_options(platform_of(list(predictor.mesh.devices.flat)))
+    self._fold = jax.jit(
       functools.partial(fold_batch_norms, predictor.graphdef),
       out_shardings=replicated(predictor.mesh),
+      compiler_options=options,
     )
     # Replicated: each process reads the sum over all images.
-    self._count = Program(
+    self._count = jax.jit(
       functools.partial(confusion_matrix, num_classes=num_classes, ignore_index=IGNORE),
       out_shardings=replicated(predictor.mesh),
+      compiler_options=options,
     )
     self._split = split
     self._num_classes = num_classes

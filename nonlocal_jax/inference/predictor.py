@@ -19,15 +19,18 @@ from jax.sharding import Mesh
 
 from nonlocal_jax.inference.buckets import PaddedShape, ViewShape
 from nonlocal_jax.inference.views import View, axis_matrix, feature_size, views_of
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.protocol import EvalProtocol, Size
-from nonlocal_jax.runtime.compilation import Program
-from nonlocal_jax.runtime.parallel import data_mesh, is_shared_by_processes, shard_batch
+from nonlocal_jax.runtime.compilation import compiler_options
+from nonlocal_jax.runtime.parallel import (
+  data_mesh,
+  is_shared_by_processes,
+  platform_of,
+  shard_batch,
+)
 
 _PIXELS_AT_ONCE = 2**21  # that a device sends through the network: a Cityscapes image
-# Class scores at image size that a device holds; on CPUs so few that they stay in the cache.
-_SCORES_AT_ONCE = 2**22
-_SCORES_AT_ONCE_ON_CPU = 2**21
 _COLUMNS_AT_ONCE = 128  # of the result, which are made of neighbouring columns of logits
 
 
@@ -42,23 +45,35 @@ class Predictor:
 
   def __init__(
     self,
-    graphdef: nnx.GraphDef,
+    config: NonLocalNetConfig,
     protocol: EvalProtocol,
     *,
+    execution: Execution | None = None,
     precision: str = 'highest',
     mesh: Mesh | None = None,
   ):
     """Prepares what is to be compiled.
 
     Args:
-      graphdef: Static part of the network.
+      config: The network.
       protocol: How images are tested.
+      execution: How the network is computed; None for what is fastest on the devices of `mesh`.
       precision: Of matrix products in the network, see `jax_default_matmul_precision`.
       mesh: The devices that share a batch; by default the first one of this process.
+
+    Raises:
+      ValueError: If the protocol normalizes another number of channels than the network has.
     """
-    self.graphdef = graphdef
+    if len(protocol.mean) != config.in_channels:
+      raise ValueError(
+        f'protocol.mean has {len(protocol.mean)} values, but the network has {config.in_channels} '
+        'input channels; give mean and std one value for each'
+      )
     self.protocol = protocol
     self.mesh = mesh or data_mesh(jax.local_devices()[:1])
+    platform = platform_of(list(self.mesh.devices.flat))
+    execution = execution or Execution.for_platform(platform)
+    graphdef = self.graphdef = nnx.graphdef(NonLocalNet.abstract(config, execution))
 
     @jax.default_matmul_precision(precision)
     def window_logits(
@@ -75,11 +90,21 @@ class Predictor:
     def predict(
       views: Sequence[_LogitsOfView], *, windows: Sequence[Size], result: Size
     ) -> jax.Array:
-      labels = _most_likely(views, windows, averages=protocol.averages)
+      labels = _most_likely(
+        views,
+        windows,
+        averages=protocol.averages,
+        scores_at_once=execution.scores_at_once,
+      )
       return labels[:, : result[0], : result[1]]
 
-    self._window_logits = Program(window_logits, static_argnames=['padded'])
-    self._predict = Program(predict, static_argnames=['windows', 'result'])
+    options = compiler_options(platform)
+    self._window_logits = jax.jit(
+      window_logits, static_argnames=['padded'], compiler_options=options
+    )
+    self._predict = jax.jit(
+      predict, static_argnames=['windows', 'result'], compiler_options=options
+    )
 
   def __call__(
     self,
@@ -222,7 +247,11 @@ class _LogitsOfView(NamedTuple):
 
 
 def _most_likely(
-  views: Sequence[_LogitsOfView], windows: Sequence[Size], *, averages: bool
+  views: Sequence[_LogitsOfView],
+  windows: Sequence[Size],
+  *,
+  averages: bool,
+  scores_at_once: int,
 ) -> jax.Array:
   """The class of each pixel of the results, (n, at least result_h, at least result_w) uint8."""
   # Each (n, h, flips, w, c).
@@ -230,9 +259,8 @@ def _most_likely(
   n, _, flips, _, num_classes = mosaics[0].shape
   column_blocks, columns = views[0].bands.shape[2:4]
   result_h = views[0].rows.shape[1]
-  on_cpu = jax.default_backend() == 'cpu'
-  most = _SCORES_AT_ONCE_ON_CPU if on_cpu else _SCORES_AT_ONCE
-  block = min(max(most // (n * flips * column_blocks * columns * num_classes), 1), result_h)
+  scores_of_row = n * flips * column_blocks * columns * num_classes
+  block = min(max(scores_at_once // scores_of_row, 1), result_h)
   num_blocks = -(-result_h // block)
   highest = jax.lax.Precision.HIGHEST
 

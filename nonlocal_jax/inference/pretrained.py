@@ -14,9 +14,10 @@ from nonlocal_jax.data.transforms import resize_to
 from nonlocal_jax.inference.buckets import PaddedShape
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
-from nonlocal_jax.ops.convolution import Method
+from nonlocal_jax.models import Execution, NonLocalNet
 from nonlocal_jax.protocol import EvalProtocol
-from nonlocal_jax.runtime.compilation import Program
+from nonlocal_jax.runtime.compilation import compiler_options
+from nonlocal_jax.runtime.parallel import platform_of
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
@@ -28,7 +29,7 @@ def load(
   path: str | os.PathLike[str],
   *,
   align_corners: bool | None = None,
-  convolution: Method = 'fast',
+  execution: Execution | None = None,
   precision: Precision = 'highest',
 ) -> 'PretrainedModel':
   """Loads a trained network; depth, width and classes are read off the weights.
@@ -38,7 +39,7 @@ def load(
       (its newest checkpoint).
     align_corners: The corner convention. By default that of the directory, or what the name of a
       released file says, or else False, mmsegmentation's own default.
-    convolution: How convolutions are computed, see `ops.convolution`.
+    execution: How the network is computed; None for what is fastest on JAX's default backend.
     precision: Of matrix products: 'highest' for float32 everywhere, as the published scores were
       measured, 'default' for what JAX chooses, on recent GPUs the several times faster TF32.
 
@@ -47,17 +48,17 @@ def load(
 
   Raises:
     UserError: If there are no weights of a NonLocalNet.
-    ValueError: If `convolution` or `precision` is unknown.
+    ValueError: If `precision` is unknown.
   """
   weights = read_weights(Path(path), align_corners=align_corners)
-  return PretrainedModel(*weights, convolution=convolution, precision=precision)
+  return PretrainedModel(*weights, execution=execution, precision=precision)
 
 
 class PretrainedModel:
   """A network with trained weights. Images of nearly the same size share a compiled program.
 
   Attributes:
-    description: What is known about it: architecture, classes, colours, test protocol.
+    description: What is known about it: network, classes, colours, test protocol.
   """
 
   def __init__(
@@ -65,7 +66,7 @@ class PretrainedModel:
     description: ModelDescription,
     state: nnx.State,
     *,
-    convolution: Method = 'fast',
+    execution: Execution | None = None,
     precision: Precision = 'highest',
   ):
     """Puts the weights on the default device.
@@ -73,21 +74,19 @@ class PretrainedModel:
     Args:
       description: What the weights are.
       state: Parameters and running statistics.
-      convolution: How convolutions are computed, see `ops.convolution`.
+      execution: How the network is computed; None for what is fastest on JAX's default backend.
       precision: See `load`.
 
     Raises:
-      ValueError: If `convolution` or `precision` is unknown.
+      ValueError: If `precision` is unknown.
     """
     self.description = description
-    self._convolution: Method = convolution
+    device = jax.local_devices()[0]
+    platform = platform_of([device])
+    self._execution = execution or Execution.for_platform(platform)
     self._precision: Precision = precision
-    self._state = jax.device_put(state, jax.local_devices()[0])
-    self._graphdef = nnx.graphdef(
-      description.architecture.abstract(
-        align_corners=description.protocol.align_corners, convolution=convolution
-      )
-    )
+    self._state = jax.device_put(state, device)
+    self._graphdef = nnx.graphdef(NonLocalNet.abstract(description.config, self._execution))
     self._predictor_of = functools.cache(self._make_predictor)
 
     @jax.default_matmul_precision(precision)
@@ -95,7 +94,7 @@ class PretrainedModel:
       return nnx.merge(self._graphdef, state)(images)
 
     self._traced_logits = logits
-    self._logits = Program(logits)
+    self._logits = jax.jit(logits, compiler_options=compiler_options(platform))
 
   @property
   def classes(self) -> tuple[str, ...]:
@@ -156,14 +155,16 @@ class PretrainedModel:
     """
     description = dataclasses.replace(self.description, protocol=protocol)
     return PretrainedModel(
-      description, self._state, convolution=self._convolution, precision=self._precision
+      description, self._state, execution=self._execution, precision=self._precision
     )
 
   def _make_predictor(self, multi_scale_flip: bool | None) -> Predictor:
     protocol = self.protocol
     if multi_scale_flip is not None:
       protocol = protocol.with_multi_scale_flip(multi_scale_flip)
-    return Predictor(self._graphdef, protocol, precision=self._precision)
+    return Predictor(
+      self.description.config, protocol, execution=self._execution, precision=self._precision
+    )
 
   def save(self, directory: str | os.PathLike[str]) -> None:
     """Writes weights and description to a directory that `load` reads.

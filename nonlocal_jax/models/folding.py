@@ -2,18 +2,6 @@
 
 from flax import nnx
 
-from nonlocal_jax.models.layers import BatchNorm
-
-
-def folded_graphdef(model: nnx.Module) -> nnx.GraphDef:
-  """The static part of a network for arrays from `fold_batch_norms`.
-
-  Args:
-    model: The network, or shapes in place of its arrays; it is changed.
-  """
-  model.set_attributes(BatchNorm, folded=True)
-  return nnx.graphdef(model)
-
 
 def fold_batch_norms(graphdef: nnx.GraphDef, state: nnx.State) -> nnx.State:
   """Moves each batch normalisation into its convolution.
@@ -23,11 +11,12 @@ def fold_batch_norms(graphdef: nnx.GraphDef, state: nnx.State) -> nnx.State:
 
   Args:
     graphdef: Static part of a network, or of any module that holds some of those that tell what is
-      `NORMALIZED` in them: `ConvNorm`, `Bottleneck`, `NonLocalBlock`. Folded or not.
+      `NORMALIZED` in them: `ConvNorm`, `Bottleneck`, `NonLocalBlock`.
     state: Its parameters and running statistics.
 
   Returns:
-    The same names and shapes, for `folded_graphdef`. May be traced, as by `jax.jit`.
+    The same names and shapes, for a network whose `Execution.batch_norm` is 'folded'. May be
+    traced, as by `jax.jit`.
   """
   model = nnx.merge(graphdef, state, copy=True)
   for _, module in nnx.iter_modules(model):

@@ -1,10 +1,13 @@
 """The decode head with the non-local block, the auxiliary head (mmseg `NLHead`, `FCNHead`)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nonlocal_jax.models.layers import ConvNorm, conv
+from nonlocal_jax.models.config import Execution, NonLocalNetConfig
+from nonlocal_jax.models.layers import LayerFactory
 from nonlocal_jax.models.non_local import NonLocalBlock
 from nonlocal_jax.ops.masking import mask_padding
 
@@ -14,37 +17,43 @@ class NonLocalHead(nnx.Module):
 
   def __init__(
     self,
-    in_channels: int,
-    channels: int,
-    num_classes: int,
+    config: NonLocalNetConfig,
+    execution: Execution | None = None,
     *,
-    non_local: bool = True,
-    zero_init: bool = True,
-    dropout: float = 0.1,
     rngs: nnx.Rngs,
   ):
-    """Makes the head.
+    """Makes the head of a network.
 
     Args:
-      in_channels: Channels of the features.
-      channels: Channels inside the head.
-      num_classes: Number of classes.
-      non_local: Whether it has the block; without it this is mmseg's `FCNHead` with two
+      config: The network; without its non-local block this is mmseg's `FCNHead` with two
         convolutions.
-      zero_init: Whether the block starts as the identity.
-      dropout: Share of channels dropped before the classifier.
+      execution: How it is computed; None for what is fastest on JAX's default backend.
       rngs: Source of the initial values.
     """
+    execution = execution or Execution.for_platform()
+    layers = LayerFactory.from_config(config, execution)
+    in_channels, channels = 32 * config.width, config.block_channels
     self.convs = nnx.List(
       [
-        ConvNorm(in_channels, channels, 3, rngs=rngs),
-        ConvNorm(channels, channels, 3, rngs=rngs),
+        layers.conv_norm(in_channels, channels, 3, rngs=rngs),
+        layers.conv_norm(channels, channels, 3, rngs=rngs),
       ]
     )
-    self.nl_block = NonLocalBlock(channels, zero_init=zero_init, rngs=rngs) if non_local else None
-    self.conv_cat = ConvNorm(in_channels + channels, channels, 3, rngs=rngs)
-    self.dropout = dropout_channels(dropout)
-    self.conv_seg = classifier(channels, num_classes, rngs=rngs)
+    block = functools.partial(
+      NonLocalBlock,
+      channels,
+      reduction=config.reduction,
+      mode=config.mode,
+      use_scale=config.use_scale,
+      zero_init=config.zero_init,
+      epsilon=config.batch_norm_epsilon,
+      momentum=config.batch_norm_momentum,
+      execution=execution,
+    )
+    self.nl_block = block(rngs=rngs) if config.non_local else None
+    self.conv_cat = layers.conv_norm(in_channels + channels, channels, 3, rngs=rngs)
+    self.dropout = dropout_channels(config.dropout)
+    self.conv_seg = classifier(channels, config.num_classes, layers=layers, rngs=rngs)
 
   def __call__(
     self,
@@ -72,17 +81,17 @@ class AuxiliaryHead(nnx.Module):
 
   def __init__(
     self,
-    in_channels: int,
-    channels: int,
-    num_classes: int,
+    config: NonLocalNetConfig,
+    execution: Execution | None = None,
     *,
-    dropout: float = 0.1,
     rngs: nnx.Rngs,
   ):
-    """Makes the head."""
-    self.convs = nnx.List([ConvNorm(in_channels, channels, 3, rngs=rngs)])
-    self.dropout = dropout_channels(dropout)
-    self.conv_seg = classifier(channels, num_classes, rngs=rngs)
+    """Makes the head of a network, see `NonLocalHead`."""
+    layers = LayerFactory.from_config(config, execution or Execution.for_platform())
+    in_channels, channels = 16 * config.width, 4 * config.width
+    self.convs = nnx.List([layers.conv_norm(in_channels, channels, 3, rngs=rngs)])
+    self.dropout = dropout_channels(config.dropout)
+    self.conv_seg = classifier(channels, config.num_classes, layers=layers, rngs=rngs)
 
   def __call__(
     self, features: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
@@ -97,7 +106,9 @@ def dropout_channels(rate: float) -> nnx.Dropout:
   return nnx.Dropout(rate, broadcast_dims=(1, 2))
 
 
-def classifier(channels: int, num_classes: int, *, rngs: nnx.Rngs) -> nnx.Conv:
+def classifier(
+  channels: int, num_classes: int, *, layers: LayerFactory, rngs: nnx.Rngs
+) -> nnx.Conv:
   """The 1x1 convolution from features to logits."""
   init = nnx.initializers.normal(0.01)
-  return conv(channels, num_classes, 1, use_bias=True, kernel_init=init, rngs=rngs)
+  return layers.conv(channels, num_classes, 1, use_bias=True, kernel_init=init, rngs=rngs)

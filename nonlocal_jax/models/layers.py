@@ -1,14 +1,17 @@
 """The layers that the network is made of, with the conventions of the released checkpoints."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from nonlocal_jax.ops.convolution import fast_convolution
+from nonlocal_jax.models.config import BatchNormMode, Execution, NonLocalNetConfig
+from nonlocal_jax.ops.convolution import Convolution, convolution_function
 
 # Names of what `jax.checkpoint` has to keep so that only what is cheap is computed twice.
 KEPT = ('convolved', 'batch_statistics')
@@ -25,6 +28,7 @@ def conv(
   dilation: int = 1,
   use_bias: bool = False,
   kernel_init: nnx.initializers.Initializer = KAIMING_FAN_OUT,
+  convolution: Convolution = 'direct',
   rngs: nnx.Rngs,
 ) -> nnx.Conv:
   """A square 2-D convolution padded as in the released checkpoints.
@@ -42,6 +46,7 @@ def conv(
     dilation: Step between kernel taps, in input pixels.
     use_bias: Whether to add a bias, initialised with zeros.
     kernel_init: Initialiser of the (kernel, kernel, in_channels, out_channels) float32 array.
+    convolution: How it is computed, see `ops.convolution.convolution_function`.
     rngs: Source of the initial values.
 
   Returns:
@@ -58,7 +63,7 @@ def conv(
     padding=((pad, pad), (pad, pad)),
     use_bias=use_bias,
     kernel_init=kernel_init,
-    conv_general_dilated=fast_convolution,
+    conv_general_dilated=convolution_function(convolution),
     promote_dtype=_as_the_input,
     rngs=rngs,
   )
@@ -82,44 +87,52 @@ class BatchNorm(nnx.Module):
     bias: (channels,) float32.
     mean: (channels,) float32, running mean.
     var: (channels,) float32, running unbiased variance.
-    groups: Equal parts of the batch that are normalised each by itself in training; the running
+    mode: See `Execution.batch_norm`.
+    groups: Equal parts of the batch that are normalized separately in training; the running
       statistics take their mean. With one for each device nothing is exchanged.
-    frozen: Whether it uses the running statistics in training, too, and leaves them as they are.
-    folded: Whether its factors are in the convolution before it, see `folding.fold_batch_norms`.
   """
 
-  def __init__(self, channels: int, *, momentum: float = 0.1, epsilon: float = 1e-5):
-    """Starts as the identity on normalised data.
+  def __init__(
+    self,
+    channels: int,
+    *,
+    epsilon: float = 1e-5,
+    momentum: float = 0.9,
+    mode: BatchNormMode = 'global',
+    groups: int = 1,
+  ):
+    """Starts as the identity on normalized data.
 
     Args:
       channels: Size of the last axis of the input.
-      momentum: Weight of the newest batch in the running statistics, in [0, 1].
       epsilon: Added to the variance.
+      momentum: Weight of the old value in the running statistics, in [0, 1].
+      mode: See the class.
+      groups: See the class.
     """
     self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
     self.bias = nnx.Param(jnp.zeros((channels,), jnp.float32))
     self.mean = nnx.BatchStat(jnp.zeros((channels,), jnp.float32))
     self.var = nnx.BatchStat(jnp.ones((channels,), jnp.float32))
-    self.momentum = momentum
     self.epsilon = epsilon
-    self.groups = 1
-    self.frozen = False
-    self.folded = False
+    self.momentum = momentum
+    self.mode = mode
+    self.groups = groups
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """(n, h, w, channels) -> the same; in training by the batch's statistics, which are kept."""
-    if self.folded:
+    if self.mode == 'folded':
       assert not train
       return x + self.bias[...].astype(x.dtype)
     x = checkpoint_name(x, 'convolved')
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    if train and not self.frozen:
+    if train and self.mode != 'frozen':
       mean, var = batch_statistics(wide, self.groups)  # (groups, channels)
       count = wide.size // (self.groups * x.shape[-1])
       unbiased = var * (count / max(count - 1, 1))
       for running, batch in ((self.mean, mean), (self.var, unbiased)):
         batch = jnp.mean(batch, axis=0)
-        running[...] = (1 - self.momentum) * running[...] + self.momentum * batch
+        running[...] = self.momentum * running[...] + (1 - self.momentum) * batch
       wide = wide.reshape(self.groups, -1, *x.shape[1:])
       mean, var = mean[:, None, None, None], var[:, None, None, None]
     else:
@@ -177,8 +190,56 @@ def _batch_statistics_jvp(groups, primals, tangents):
   return (mean, var), (jnp.mean(dx, over), 2 * jnp.mean(deviation * dx, over))
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerFactory:
+  """Makes the layers of a network, which share these options.
+
+  Attributes:
+    convolution: See `Execution.convolution`.
+    epsilon: Of batch normalization, see `BatchNorm`.
+    momentum: Of batch normalization.
+    batch_norm: See `Execution.batch_norm`.
+    groups: Of batch normalization.
+  """
+
+  convolution: Convolution
+  epsilon: float
+  momentum: float
+  batch_norm: BatchNormMode
+  groups: int
+
+  @classmethod
+  def from_config(cls, config: NonLocalNetConfig, execution: Execution) -> Self:
+    """The factory of a network."""
+    return cls(
+      convolution=execution.convolution,
+      epsilon=config.batch_norm_epsilon,
+      momentum=config.batch_norm_momentum,
+      batch_norm=execution.batch_norm,
+      groups=execution.batch_norm_groups,
+    )
+
+  def conv(self, in_channels: int, out_channels: int, kernel: int, **options) -> nnx.Conv:
+    """See `conv`."""
+    return conv(in_channels, out_channels, kernel, convolution=self.convolution, **options)
+
+  def norm(self, channels: int) -> BatchNorm:
+    """See `BatchNorm`."""
+    return BatchNorm(
+      channels,
+      epsilon=self.epsilon,
+      momentum=self.momentum,
+      mode=self.batch_norm,
+      groups=self.groups,
+    )
+
+  def conv_norm(self, in_channels: int, out_channels: int, kernel: int, **options) -> 'ConvNorm':
+    """See `ConvNorm`."""
+    return ConvNorm(in_channels, out_channels, kernel, layers=self, **options)
+
+
 class ConvNorm(nnx.Module):
-  """Convolution without bias, batch normalisation, ReLU if asked for (mmcv `ConvModule`)."""
+  """Convolution without bias, batch normalization, ReLU if asked for (mmcv `ConvModule`)."""
 
   NORMALIZED = (('conv', 'bn'),)
 
@@ -190,11 +251,12 @@ class ConvNorm(nnx.Module):
     *,
     stride: int = 1,
     relu: bool = True,
+    layers: LayerFactory,
     rngs: nnx.Rngs,
   ):
     """See `conv` for the arguments; `relu` switches the activation."""
-    self.conv = conv(in_channels, out_channels, kernel, stride=stride, rngs=rngs)
-    self.bn = BatchNorm(out_channels)
+    self.conv = layers.conv(in_channels, out_channels, kernel, stride=stride, rngs=rngs)
+    self.bn = layers.norm(out_channels)
     self.relu = relu
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:

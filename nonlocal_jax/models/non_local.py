@@ -1,12 +1,14 @@
 """The non-local block (https://arxiv.org/abs/1711.07971), usable on its own in any NNX model."""
 
-from typing import Literal, get_args
+import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nonlocal_jax.models.layers import KAIMING_FAN_OUT, BatchNorm, conv
+from nonlocal_jax.models.config import Execution, Mode
+from nonlocal_jax.models.layers import KAIMING_FAN_OUT, LayerFactory
 from nonlocal_jax.ops.attention import (
   Attention,
   cudnn_attention,
@@ -16,24 +18,9 @@ from nonlocal_jax.ops.attention import (
 from nonlocal_jax.ops.flash_attention import flash_attention
 from nonlocal_jax.ops.masking import valid_mask
 
-Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
 _SOFTMAX_MODES = ('embedded_gaussian', 'gaussian')
 
 _SMALL_NORMAL = nnx.initializers.normal(0.01)
-
-# On CPUs the keys of a block are used while they are in the cache, and so are the pairwise weights.
-_KEYS_ON_CPU = 4096
-
-
-def max_pairwise_weights(backend: str) -> int:
-  """How many pairwise weights are held at a time, over the whole batch.
-
-  64 MiB in float32; an eighth of that on CPUs.
-
-  Args:
-    backend: See `jax.default_backend`.
-  """
-  return 2**21 if backend == 'cpu' else 2**24
 
 
 class NonLocalBlock(nnx.Module):
@@ -50,10 +37,6 @@ class NonLocalBlock(nnx.Module):
 
   Queries are processed in blocks, each recomputed in the backward pass, so that memory grows with
   the number of positions, not with its square; with a softmax so are keys.
-
-  Attributes:
-    attention: How the embedded Gaussian is computed: by such 'blocks', or in one by 'cudnn' on an
-      NVIDIA GPU, see `attention.cudnn_attention` for its precision and limits.
   """
 
   NORMALIZED = (('conv_out', 'bn'),)
@@ -68,9 +51,12 @@ class NonLocalBlock(nnx.Module):
     sub_sample: bool = False,
     norm: bool = True,
     zero_init: bool = True,
+    epsilon: float = 1e-5,
+    momentum: float = 0.9,
+    attention: Attention | None = None,
     query_block: int | None = None,
     key_block: int | None = None,
-    attention: Attention = 'blocks',
+    execution: Execution | None = None,
     rngs: nnx.Rngs,
   ):
     """Makes the block.
@@ -85,10 +71,12 @@ class NonLocalBlock(nnx.Module):
       zero_init: Whether the last normalisation, or without it `conv_out`, starts at zero and so the
         block as the identity, which a pretrained network keeps working around (section 4.1 of the
         paper). Training from scratch on little data, the block opens sooner when off.
-      query_block: Queries processed at a time; None chooses so that `max_pairwise_weights` are
-        held.
-      key_block: Keys processed at a time by a softmax; None for all, on CPUs for 4096.
-      attention: See the class.
+      epsilon: Of the batch normalization, see `layers.BatchNorm`.
+      momentum: Of the batch normalization.
+      attention: In place of that of `execution`, as for the following two.
+      query_block: Queries processed at a time.
+      key_block: Most keys processed at a time by a softmax.
+      execution: How it is computed; None for what is fastest on JAX's default backend.
       rngs: Source of the initial values.
 
     Raises:
@@ -96,12 +84,17 @@ class NonLocalBlock(nnx.Module):
     """
     if mode not in get_args(Mode):
       raise ValueError(f'mode is {mode!r}, expected one of {", ".join(get_args(Mode))}')
-    if attention not in get_args(Attention):
-      expected = ', '.join(get_args(Attention))
-      raise ValueError(f'attention is {attention!r}, expected one of {expected}')
-    if attention != 'blocks' and (mode != 'embedded_gaussian' or query_block or key_block):
+    chosen = {'attention': attention, 'query_block': query_block, 'key_block': key_block}
+    execution = dataclasses.replace(
+      execution or Execution.for_platform(),
+      **{name: value for name, value in chosen.items() if value is not None},
+    )
+    if execution.attention != 'blocks' and (
+      mode != 'embedded_gaussian' or query_block or key_block
+    ):
       raise ValueError(
-        f"attention is {attention!r}, which has no blocks and is for mode 'embedded_gaussian'"
+        f'attention is {execution.attention!r}, which has no blocks and is for mode '
+        "'embedded_gaussian'"
       )
     if key_block and mode not in _SOFTMAX_MODES:
       raise ValueError(f'key_block is {key_block}, but mode {mode!r} has no softmax over keys')
@@ -109,22 +102,29 @@ class NonLocalBlock(nnx.Module):
     self.mode = mode
     self.use_scale = use_scale
     self.sub_sample = sub_sample
-    self.query_block = query_block
-    self.key_block = key_block
-    self.attention: Attention = attention
+    self.execution = execution
+    layers = LayerFactory(
+      convolution=execution.convolution,
+      epsilon=epsilon,
+      momentum=momentum,
+      batch_norm=execution.batch_norm,
+      groups=execution.batch_norm_groups,
+    )
 
     def embedding() -> nnx.Conv:
-      return conv(channels, inner, 1, use_bias=True, kernel_init=_SMALL_NORMAL, rngs=rngs)
+      return layers.conv(channels, inner, 1, use_bias=True, kernel_init=_SMALL_NORMAL, rngs=rngs)
 
     self.g = embedding()
     self.theta = embedding() if mode != 'gaussian' else None
     self.phi = embedding() if mode != 'gaussian' else None
-    self.concat_project = conv(2 * inner, 1, 1, rngs=rngs) if mode == 'concatenation' else None
-    self.bn = BatchNorm(channels) if norm else None
+    self.concat_project = (
+      layers.conv(2 * inner, 1, 1, rngs=rngs) if mode == 'concatenation' else None
+    )
+    self.bn = layers.norm(channels) if norm else None
     if self.bn is not None and zero_init:
       self.bn.scale[...] = jnp.zeros_like(self.bn.scale[...])
     last_is_zero = zero_init and not norm
-    self.conv_out = conv(
+    self.conv_out = layers.conv(
       inner,
       channels,
       1,
@@ -139,7 +139,7 @@ class NonLocalBlock(nnx.Module):
     """Adds to each position what it draws from all others.
 
     Args:
-      x: (n, h, w, channels) float32.
+      x: (n, h, w, channels) floats.
       train: Whether batch normalisation uses and folds in the batch's statistics.
       sizes: (n, 2) integers, at least 1, height and width of each image without the padding at its
         bottom and right (at least 2 with `sub_sample`); positions in the padding then give nothing
@@ -165,11 +165,11 @@ class NonLocalBlock(nnx.Module):
   ) -> jax.Array:
     """Queries (n, q, d), keys (n, k, d), values (n, k, e), present (n, k) -> (n, q, e)."""
     n, num_keys, channels = keys.shape
-    backend = jax.default_backend()
-    key_block = self.key_block or num_keys
-    if self.key_block is None and backend == 'cpu' and self.mode in _SOFTMAX_MODES:
-      key_block = min(num_keys, _KEYS_ON_CPU)
-    block = self.query_block or max(max_pairwise_weights(backend) // (n * key_block), 1)
+    execution = self.execution
+    key_block = num_keys
+    if execution.key_block and self.mode in _SOFTMAX_MODES:
+      key_block = min(num_keys, execution.key_block)
+    block = execution.query_block or max(execution.pairwise_weights // (n * key_block), 1)
     if present is not None:
       values = jnp.where(present[..., None], values, 0)
       num_keys = present.sum(axis=1)[:, None, None]
@@ -187,9 +187,9 @@ class NonLocalBlock(nnx.Module):
 
       return over_query_blocks(from_concatenation, query_part, block)
     scale = channels**-0.5 if self.mode == 'embedded_gaussian' and self.use_scale else 1.0
-    if self.attention == 'flash':
+    if execution.attention == 'flash':
       return flash_attention(queries, keys, values, scale=scale, key_mask=present)
-    if self.attention == 'cudnn':
+    if execution.attention == 'cudnn':
       return cudnn_attention(queries, keys, values, scale=scale, present=present)
     return softmax_attention(
       queries, keys, values, scale=scale, present=present, query_block=block, key_block=key_block

@@ -1,14 +1,18 @@
 """NonLocalNet: backbone and heads in one module (mmseg `EncoderDecoder` with `NLHead`)."""
 
+import functools
+from typing import Self
+
 import jax
 from flax import nnx
 
+from nonlocal_jax.models.config import Execution, NonLocalNetConfig
 from nonlocal_jax.models.heads import AuxiliaryHead, NonLocalHead
-from nonlocal_jax.models.resnet import STAGE_BLOCKS, ResNet
+from nonlocal_jax.models.resnet import ResNet
 from nonlocal_jax.ops.masking import strided_sizes
 from nonlocal_jax.ops.resize import resize_bilinear
 
-OUTPUT_STRIDE = 8  # of the backbone
+OUTPUT_STRIDE = 8  # of the backbone of the released models
 
 
 class NonLocalNet(nnx.Module):
@@ -18,63 +22,41 @@ class NonLocalNet(nnx.Module):
   but for the stem and the shortcuts; `nonlocal_jax.weights.state_dict` holds the map.
 
   Attributes:
-    align_corners: Whether logits are upsampled corner on corner (the 769x769 models) or with
-      half-pixel centres.
+    config: What the network is.
+    execution: How it is computed.
   """
 
   def __init__(
     self,
-    num_classes: int,
+    config: NonLocalNetConfig,
     *,
-    depth: int = 50,
-    stage_blocks: tuple[int, ...] | None = None,
-    width: int = 64,
-    non_local: bool = True,
-    zero_init: bool = True,
-    align_corners: bool = False,
-    dropout: float = 0.1,
+    execution: Execution | None = None,
     rngs: nnx.Rngs,
   ):
     """Makes the network with the initial values of the original.
 
     Args:
-      num_classes: Classes of both heads.
-      depth: Layers of the backbone: 14, 26, 50 or 101.
-      stage_blocks: Bottlenecks per stage, in place of those of `depth`.
-      width: Base channels; 64 in the released models.
-      non_local: Whether the decode head has the non-local block.
-      zero_init: Whether that block starts as the identity, as in the original.
-      align_corners: See the class.
-      dropout: Share of channels dropped before the classifiers, in [0, 1).
+      config: What the network is.
+      execution: How it is computed; None for what is fastest on JAX's default backend.
       rngs: Source of the initial values.
-
-    Raises:
-      ValueError: If `depth` is unknown and `stage_blocks` not given.
     """
-    if stage_blocks is None:
-      if depth not in STAGE_BLOCKS:
-        raise ValueError(f'depth is {depth}, expected one of {", ".join(map(str, STAGE_BLOCKS))}')
-      stage_blocks = STAGE_BLOCKS[depth]
-    self.align_corners = align_corners
-    self.backbone = ResNet(stage_blocks=stage_blocks, width=width, rngs=rngs)
-    self.decode_head = NonLocalHead(
-      32 * width,
-      8 * width,
-      num_classes,
-      non_local=non_local,
-      zero_init=zero_init,
-      dropout=dropout,
-      rngs=rngs,
-    )
-    self.auxiliary_head = AuxiliaryHead(
-      16 * width, 4 * width, num_classes, dropout=dropout, rngs=rngs
-    )
+    execution = execution or Execution.for_platform()
+    self.config = config
+    self.execution = execution
+    self.backbone = ResNet(config, execution, rngs=rngs)
+    self.decode_head = NonLocalHead(config, execution, rngs=rngs)
+    self.auxiliary_head = AuxiliaryHead(config, execution, rngs=rngs)
+
+  @classmethod
+  def abstract(cls, config: NonLocalNetConfig, execution: Execution | None = None) -> Self:
+    """The network with shapes in place of arrays; costs no memory."""
+    return nnx.merge(*_abstract_parts(config, execution or Execution.for_platform()), copy=True)
 
   def __call__(self, images: jax.Array) -> jax.Array:
     """Logits at the size of the input.
 
     Args:
-      images: (n, h, w, 3) float32, normalised RGB (see `normalize`).
+      images: (n, h, w, in_channels) float32, normalized (see `normalize`).
 
     Returns:
       (n, h, w, num_classes) float32.
@@ -85,7 +67,7 @@ class NonLocalNet(nnx.Module):
     """Logits at stride 8.
 
     Args:
-      images: (n, h, w, 3) float32, normalised RGB.
+      images: (n, h, w, in_channels) float32, normalized.
       sizes: (n, 2) integers, height and width of each image without the padding at its bottom and
         right, which has then no influence; None for no padding.
 
@@ -93,13 +75,13 @@ class NonLocalNet(nnx.Module):
       (n, ceil(h / 8), ceil(w / 8), num_classes) float32; without meaning in the padding.
     """
     _, features = self.backbone(images, sizes=sizes)
-    return self.decode_head(features, sizes=strided_sizes(sizes, OUTPUT_STRIDE))
+    return self.decode_head(features, sizes=strided_sizes(sizes, self.config.output_stride))
 
   def training_logits(self, images: jax.Array, *, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
     """Logits of both heads at stride 8 in training mode; updates the running statistics.
 
     Args:
-      images: (n, h, w, 3) float32, normalised RGB.
+      images: (n, h, w, in_channels) float32, normalized.
       rngs: Source of the dropped channels, stream 'dropout'.
 
     Returns:
@@ -112,4 +94,18 @@ class NonLocalNet(nnx.Module):
 
   def upsample(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Resizes logits (n, h, w, c) to `size` (height, width) by the network's corner convention."""
-    return resize_bilinear(logits, size, align_corners=self.align_corners)
+    return resize_bilinear(logits, size, align_corners=self.config.align_corners)
+
+
+def state_shapes(config: NonLocalNetConfig) -> nnx.State:
+  """Parameters and running statistics with shapes in place of arrays; not to be changed."""
+  return _abstract_parts(config, Execution())[1]
+
+
+@functools.cache
+def _abstract_parts(
+  config: NonLocalNetConfig, execution: Execution
+) -> tuple[nnx.GraphDef[NonLocalNet], nnx.State]:
+  return nnx.split(
+    nnx.eval_shape(lambda: NonLocalNet(config, execution=execution, rngs=nnx.Rngs(0)))
+  )

@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nonlocal_jax.models.layers import KEPT, BatchNorm, ConvNorm, conv
+from nonlocal_jax.models.config import Execution, NonLocalNetConfig
+from nonlocal_jax.models.layers import KEPT, LayerFactory
 from nonlocal_jax.ops.masking import mask_padding, strided_sizes
 
-STAGE_BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
-STAGE_STRIDES = (1, 2, 1, 1)
-STAGE_DILATIONS = (1, 1, 2, 4)
 EXPANSION = 4
 
 
@@ -21,21 +19,28 @@ class Bottleneck(nnx.Module):
   NORMALIZED = (('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'))
 
   def __init__(
-    self, in_channels: int, planes: int, *, stride: int = 1, dilation: int = 1, rngs: nnx.Rngs
+    self,
+    in_channels: int,
+    planes: int,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    layers: LayerFactory,
+    rngs: nnx.Rngs,
   ):
     """Makes a block from `in_channels` to `4 * planes`; where sizes differ, it projects."""
     out_channels = EXPANSION * planes
     self.stride = stride
-    self.conv1 = conv(in_channels, planes, 1, rngs=rngs)
-    self.bn1 = BatchNorm(planes)
-    self.conv2 = conv(planes, planes, 3, stride=stride, dilation=dilation, rngs=rngs)
-    self.bn2 = BatchNorm(planes)
-    self.conv3 = conv(planes, out_channels, 1, rngs=rngs)
-    self.bn3 = BatchNorm(out_channels)
+    self.conv1 = layers.conv(in_channels, planes, 1, rngs=rngs)
+    self.bn1 = layers.norm(planes)
+    self.conv2 = layers.conv(planes, planes, 3, stride=stride, dilation=dilation, rngs=rngs)
+    self.bn2 = layers.norm(planes)
+    self.conv3 = layers.conv(planes, out_channels, 1, rngs=rngs)
+    self.bn3 = layers.norm(out_channels)
     self.bn3.scale[...] = self.bn3.scale[...] * 0  # zero_init_residual: starts as the shortcut
     projects = stride != 1 or in_channels != out_channels
     self.downsample = (
-      ConvNorm(in_channels, out_channels, 1, stride=stride, relu=False, rngs=rngs)
+      layers.conv_norm(in_channels, out_channels, 1, stride=stride, relu=False, rngs=rngs)
       if projects
       else None
     )
@@ -58,49 +63,52 @@ class ResNet(nnx.Module):
 
   The backward pass keeps what convolutions and statistics gave and computes what is cheap again:
   normalised and rectified features.
-
-  Attributes:
-    rematerialize: Whether the backward pass computes the whole inside of each bottleneck again:
-      less memory, a third more time.
-    loops: Whether the equal bottlenecks of a stage are one loop, which compiles once for them all
-      and on CPUs keeps the compiler from taking the second computation for the first.
   """
 
-  def __init__(self, *, stage_blocks: tuple[int, ...], width: int = 64, rngs: nnx.Rngs):
-    """Makes the backbone.
+  def __init__(
+    self,
+    config: NonLocalNetConfig,
+    execution: Execution | None = None,
+    *,
+    rngs: nnx.Rngs,
+  ):
+    """Makes the backbone of a network.
 
     Args:
-      stage_blocks: Bottlenecks in each of the four stages; see `STAGE_BLOCKS`.
-      width: Channels after the stem; stage s has `width * 2**s` planes.
+      config: The network.
+      execution: How it is computed; None for what is fastest on JAX's default backend.
       rngs: Source of the initial values.
     """
+    execution = execution or Execution.for_platform()
+    layers, width = LayerFactory.from_config(config, execution), config.width
     self.stem = nnx.List(
       [
-        ConvNorm(3, width // 2, 3, stride=2, rngs=rngs),
-        ConvNorm(width // 2, width // 2, 3, rngs=rngs),
-        ConvNorm(width // 2, width, 3, rngs=rngs),
+        layers.conv_norm(config.in_channels, width // 2, 3, stride=2, rngs=rngs),
+        layers.conv_norm(width // 2, width // 2, 3, rngs=rngs),
+        layers.conv_norm(width // 2, width, 3, rngs=rngs),
       ]
     )
     stages, channels = [], width
-    for stage, count in enumerate(stage_blocks):
+    for stage, count in enumerate(config.stage_blocks):
       planes, blocks = width * 2**stage, []
+      dilation = config.stage_dilations[stage]
+      contracted = max(dilation // 2, 1) if config.contract_dilation else dilation
       for block in range(count):
-        dilation = STAGE_DILATIONS[stage]
         blocks.append(
           Bottleneck(
             channels,
             planes,
-            stride=STAGE_STRIDES[stage] if block == 0 else 1,
-            # contract_dilation: the first block of a stage keeps half the dilation of the rest.
-            dilation=max(dilation // 2, 1) if block == 0 else dilation,
+            stride=config.stage_strides[stage] if block == 0 else 1,
+            dilation=contracted if block == 0 else dilation,
+            layers=layers,
             rngs=rngs,
           )
         )
         channels = EXPANSION * planes
       stages.append(nnx.List(blocks))
     self.layer1, self.layer2, self.layer3, self.layer4 = stages
-    self.rematerialize = False
-    self.loops = True
+    self.rematerialize = execution.rematerialize
+    self.scan_blocks = execution.scan_blocks
 
   def __call__(
     self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
@@ -108,7 +116,7 @@ class ResNet(nnx.Module):
     """Extracts features.
 
     Args:
-      images: (n, h, w, 3) float32, normalised RGB.
+      images: (n, h, w, in_channels) float32, normalized.
       train: Whether batch normalisation uses and folds in the batch's statistics.
       sizes: (n, 2) integers, see `masking.valid_mask`: the features of each image are then those of
         the image without padding; what they are in the padding has no meaning.
@@ -128,11 +136,7 @@ class ResNet(nnx.Module):
     for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
       x = self._run([stage[0]], x, train=train, sizes=sizes)
       sizes = strided_sizes(sizes, stage[0].stride)
-      for blocks in (
-        [stage[1:]]
-        if self.loops and jax.default_backend() == 'cpu'
-        else [[block] for block in stage[1:]]
-      ):
+      for blocks in [stage[1:]] if self.scan_blocks else [[block] for block in stage[1:]]:
         x = self._run(blocks, x, train=train, sizes=sizes)
       features.append(x)
     return features[2], features[3]

@@ -1,11 +1,11 @@
 """Convolutions that are fast on CPUs and GPUs, forwards and backwards.
 
-On CPUs, XLA's convolutions are slower than its matrix products, above all the gradients of kernels.
+XLA's convolutions on CPUs are slower than its matrix products, the gradients of kernels above all.
 There a 1x1 convolution is one product, a 3x3 convolution is computed by Winograd's algorithm where
 that saves work, and the gradient of any other kernel is one product for each of its taps.
 
-Elsewhere a dilated convolution is a plain one over the interleaved sub-images: cuDNN computes the
-gradients of dilated convolutions slowly.
+cuDNN computes the gradients of dilated convolutions slowly. On GPUs a dilated convolution is a
+plain one over interleaved sub-images.
 """
 
 import functools
@@ -18,7 +18,7 @@ from jax import lax
 
 from nonlocal_jax.ops import winograd
 
-Method = Literal['fast', 'direct']
+Convolution = Literal['direct', 'matmul', 'sub_images']
 
 
 class _Window(NamedTuple):
@@ -29,22 +29,28 @@ class _Window(NamedTuple):
   padding: int
 
 
-def convolution_function(method: Method) -> Callable[..., jax.Array]:
-  """The function that computes a network's convolutions, for `nnx.Conv(conv_general_dilated=...)`.
+def convolution_function(convolution: Convolution) -> Callable[..., jax.Array]:
+  """The function that computes convolutions, for `nnx.Conv(conv_general_dilated=...)`.
 
   Args:
-    method: 'fast', which on other platforms than the CPU is 'direct', or 'direct', which is
-      `jax.lax.conv_general_dilated` everywhere.
+    convolution: 'direct' for `jax.lax.conv_general_dilated`, 'matmul' for `matmul_convolution`,
+      which is fast on CPUs, 'sub_images' for `sub_image_convolution`, which is fast on GPUs.
 
   Raises:
-    ValueError: If `method` is unknown.
+    ValueError: If `convolution` is unknown.
   """
-  if method not in get_args(Method):
-    raise ValueError(f'convolution is {method!r}, expected one of {", ".join(get_args(Method))}')
-  return fast_convolution if method == 'fast' else lax.conv_general_dilated
+  functions = {
+    'direct': lax.conv_general_dilated,
+    'matmul': matmul_convolution,
+    'sub_images': sub_image_convolution,
+  }
+  if convolution not in functions:
+    expected = ', '.join(get_args(Convolution))
+    raise ValueError(f'convolution is {convolution!r}, expected one of {expected}')
+  return functions[convolution]
 
 
-def fast_convolution(
+def matmul_convolution(
   inputs: jax.Array,
   kernel: jax.Array,
   window_strides: Sequence[int],
@@ -54,9 +60,9 @@ def fast_convolution(
   precision: lax.PrecisionLike = None,
   **others,
 ) -> jax.Array:
-  """A square 2-D convolution, by the fastest way of the default backend.
+  """A square 2-D convolution as matrix products where these are faster on CPUs.
 
-  On CPUs, `jax.jvp` goes through 1x1 convolutions only; `jax.grad` goes through everywhere.
+  `jax.jvp` works for 1x1 convolutions only, `jax.grad` for all.
 
   Args:
     inputs: (n, h, w, in_channels) floats.
@@ -65,31 +71,42 @@ def fast_convolution(
     padding: Zeros before and after each axis, all alike.
     rhs_dilation: Step between the taps of the kernel, the same for both axes.
     precision: Of the products, see `jax.lax.dot_general`.
-    **others: What else `nnx.Conv` hands to `jax.lax.conv_general_dilated`; at its defaults.
+    **others: What else `nnx.Conv` passes to `jax.lax.conv_general_dilated`; at its defaults.
 
   Returns:
     (n, (h + 2 padding - dilation (edge - 1) - 1) // stride + 1, the same of w, out_channels).
   """
-  (stride,), (dilation,) = set(window_strides), set(rhs_dilation)
-  ((before, after),) = set(padding)
-  assert before == after
-  assert set(others.get('lhs_dilation', (1,))) == {1}
-  assert others.get('feature_group_count', 1) == 1
-  window = _Window(stride, dilation, before)
-  if jax.default_backend() != 'cpu':
-    return _convolve_on_accelerator(inputs, kernel, window, precision)
-  if _is_pointwise(kernel, window):
-    return _product(_strided(inputs, stride), kernel[0, 0], precision)
-  return _convolve_on_cpu(inputs, kernel, window, precision)
+  window = _square_window(window_strides, padding, rhs_dilation, others)
+  if kernel.shape[:2] == (1, 1) and window.padding == 0:
+    return _product(_strided(inputs, window.stride), kernel[0, 0], precision)
+  return _convolve_by_matmul(inputs, kernel, window, precision)
 
 
-def _convolve_on_accelerator(
+def sub_image_convolution(
+  inputs: jax.Array,
+  kernel: jax.Array,
+  window_strides: Sequence[int],
+  padding: Sequence[tuple[int, int]],
+  *,
+  rhs_dilation: Sequence[int],
+  precision: lax.PrecisionLike = None,
+  **others,
+) -> jax.Array:
+  """A square 2-D convolution; a dilated one of stride 1 is a plain one over interleaved sub-images.
+
+  See `matmul_convolution` for arguments and result. `jax.jvp` works for all.
+  """
+  window = _square_window(window_strides, padding, rhs_dilation, others)
+  return _convolve_in_sub_images(inputs, kernel, window, precision)
+
+
+def _convolve_in_sub_images(
   x: jax.Array, kernel: jax.Array, window: _Window, precision: lax.PrecisionLike
 ) -> jax.Array:
   if x.dtype == jnp.float32 and _is_high(precision):
     (x_high, x_low), (kernel_high, kernel_low) = _tf32_parts(x), _tf32_parts(kernel)
     of_parts = functools.partial(
-      _convolve_on_accelerator, window=window, precision=lax.Precision.DEFAULT
+      _convolve_in_sub_images, window=window, precision=lax.Precision.DEFAULT
     )
     small = of_parts(x_high, kernel_low) + of_parts(x_low, kernel_high)
     return of_parts(x_high, kernel_high) + small
@@ -99,6 +116,20 @@ def _convolve_on_accelerator(
   plain = _Window(stride=1, dilation=1, padding=window.padding // window.dilation)
   y = _convolve_directly(sub_images(x, window.dilation), kernel, window=plain, precision=precision)
   return from_sub_images(y, window.dilation, x.shape[1:3])
+
+
+def _square_window(
+  strides: Sequence[int],
+  padding: Sequence[tuple[int, int]],
+  dilations: Sequence[int],
+  others: dict,
+) -> _Window:
+  (stride,), (dilation,) = set(strides), set(dilations)
+  ((before, after),) = set(padding)
+  assert before == after
+  assert set(others.get('lhs_dilation', (1,))) == {1}
+  assert others.get('feature_group_count', 1) == 1
+  return _Window(stride, dilation, before)
 
 
 def _is_high(precision: lax.PrecisionLike) -> bool:
@@ -161,7 +192,7 @@ def _convolve_directly(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve_on_cpu(
+def _convolve_by_matmul(
   x: jax.Array, kernel: jax.Array, window: _Window, precision: lax.PrecisionLike
 ) -> jax.Array:
   if _suits_winograd(x, kernel, window):
@@ -169,11 +200,11 @@ def _convolve_on_cpu(
   return _convolve_directly(x, kernel, window=window, precision=precision)
 
 
-def _forwards_on_cpu(x, kernel, window, precision):
-  return _convolve_on_cpu(x, kernel, window, precision), (x, kernel)
+def _matmul_forward(x, kernel, window, precision):
+  return _convolve_by_matmul(x, kernel, window, precision), (x, kernel)
 
 
-def _gradients_on_cpu(
+def _matmul_gradients(
   window: _Window,
   precision: lax.PrecisionLike,
   inputs: tuple[jax.Array, jax.Array],
@@ -189,11 +220,7 @@ def _gradients_on_cpu(
   return of_input, _kernel_gradient(x, gradient, kernel.shape[:2], window, precision)
 
 
-_convolve_on_cpu.defvjp(_forwards_on_cpu, _gradients_on_cpu)
-
-
-def _is_pointwise(kernel: jax.Array, window: _Window) -> bool:
-  return kernel.shape[:2] == (1, 1) and window.padding == 0
+_convolve_by_matmul.defvjp(_matmul_forward, _matmul_gradients)
 
 
 def _strided(x: jax.Array, stride: int) -> jax.Array:

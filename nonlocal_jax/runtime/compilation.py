@@ -8,69 +8,39 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from nonlocal_jax.runtime.parallel import Platform
+
 # In an order that needs little memory, not one in which much can start early.
 _CPU_OPTIONS = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+_COMPILED = '/jax/core/compile/backend_compile_duration'  # JAX's name of the event
 _MOST_BYTES = 4 * 2**30  # of the compilation cache
 
 
-def compiler_options() -> dict[str, str]:
-  """For `jax.jit(compiler_options=...)`, on the default backend: none but on the CPU."""
-  return dict(_CPU_OPTIONS) if jax.default_backend() == 'cpu' else {}
+def compiler_options(platform: Platform) -> dict[str, str]:
+  """For `jax.jit(compiler_options=...)`: none but on CPUs."""
+  return dict(_CPU_OPTIONS) if platform == 'cpu' else {}
 
 
-class Program:
-  """A pure function, compiled like by `jax.jit` whenever it is called with other shapes.
+def trim_memory_after_compiling() -> None:
+  """Returns memory that compiling leaves free, some 0.5 GiB, to the system before programs run.
 
-  What compiling leaves free goes back to the system before the program runs, so that a process does
-  not need both at once. To be called from outside of other programs only.
+  It does so after each compilation of this process, from now on, where the C library is glibc.
   """
+  trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
+  if trim is None:
+    return
 
-  def __init__(
-    self,
-    function: Callable[..., Any],
-    *,
-    static_argnames: Sequence[str] = (),
-    out_shardings: Any = None,
-  ):
-    """Compiles nothing yet.
-
-    Args:
-      function: Takes trees of arrays, and by name what is static.
-      static_argnames: Names of arguments, hashable, that a program is made for.
-      out_shardings: See `jax.jit`.
-    """
-    self._jitted = jax.jit(
-      function,
-      static_argnames=static_argnames,
-      out_shardings=out_shardings,
-      compiler_options=compiler_options(),
-    )
-    self._compiled: dict[Any, Callable[..., Any]] = {}
-
-  def __call__(self, *arrays: Any, **static: Any) -> Any:
-    """What the function returns; as with `jax.jit`, the devices may not be done yet."""
-    leaves, structure = jax.tree.flatten(arrays)
-    kinds = tuple((x.shape, x.dtype, getattr(x, 'sharding', None)) for x in leaves)
-    key = structure, kinds, tuple(static.items())
-    if key not in self._compiled:
-      self._compiled[key] = compiled(self._jitted.lower(*arrays, **static))
-    return self._compiled[key](*arrays)
-
-
-def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """Compiles a program and gives free memory, of which there is some 0.5 GiB, to the system."""
-  program = lowered.compile()
-  if sys.platform == 'linux':
-    trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)  # other C libraries than glibc have none
-    if trim is not None:
+  def listener(event: str, duration: float, **unused: Any) -> None:
+    del duration, unused
+    if event == _COMPILED:
       trim(0)
-  return program
+
+  jax.monitoring.register_event_duration_secs_listener(listener)
 
 
 def use_compilation_cache() -> None:

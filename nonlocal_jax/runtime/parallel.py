@@ -1,12 +1,15 @@
 """Devices: one mesh, the batch sharded over it, everything else on each device."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, cast
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nonlocal_jax.errors import UserError
+
+Platform = Literal['cpu', 'gpu', 'tpu']
 
 
 def join_processes(
@@ -35,6 +38,16 @@ def join_processes(
 def is_first_process() -> bool:
   """Whether this process is the one that talks and writes; asks for no device."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def platform_of(devices: Sequence[jax.Device] | None = None) -> Platform:
+  """The platform of devices that are all of one kind.
+
+  Args:
+    devices: The devices, which may be described ones; None for those of JAX's default backend.
+  """
+  platform = jax.default_backend() if devices is None else devices[0].platform
+  return cast(Platform, {'cuda': 'gpu', 'rocm': 'gpu'}.get(platform, platform))
 
 
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:

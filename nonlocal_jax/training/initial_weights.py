@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.experiment import architecture_of
+from nonlocal_jax.experiment import network_of
 from nonlocal_jax.weights.loading import read_backbone, read_weights
 
 _CLASSIFIER = 'conv_seg'  # of both heads
@@ -41,26 +41,24 @@ def read_initial_weights(
   Raises:
     UserError: If they are of another network.
   """
-  architecture = architecture_of(config)
+  network = network_of(config)
   if checkpoint is None:
     if new_classifier:
       raise UserError('--new_classifier is for the network of a --checkpoint; give one.')
     if not config.init_backbone:
       return InitialWeights(None, 'scratch')
-    backbone = read_backbone(Path(config.init_backbone), architecture)
+    backbone = read_backbone(Path(config.init_backbone), network)
     return InitialWeights(backbone, f'the backbone in {config.init_backbone}')
   description, state = read_weights(checkpoint, align_corners=config.model.align_corners)
-  found = description.architecture
-  comparable = architecture
-  if new_classifier:
-    comparable = dataclasses.replace(architecture, num_classes=found.num_classes)
-  if found != comparable:
+  found = description.config
+  with_their_classes = dataclasses.replace(network, num_classes=found.num_classes)
+  if not found.predicts_like(with_their_classes if new_classifier else network):
     hint = (
       '; to go on with other classes, give --new_classifier'
-      if found == dataclasses.replace(architecture, num_classes=found.num_classes)
+      if found.predicts_like(with_their_classes)
       else '; give its own config, or set config.model to match'
     )
-    raise UserError(f'{checkpoint} holds {found}, but the config describes {architecture}{hint}.')
+    raise UserError(f'{checkpoint} holds {found}, but the config describes {network}{hint}.')
   if not new_classifier:
     return InitialWeights(state, str(checkpoint))
   kept = nnx.from_flat_state(

@@ -14,14 +14,14 @@ from ml_collections import ConfigDict
 from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.errors import RunStopped, UserError
 from nonlocal_jax.evaluation.evaluate import (
-  evaluation_graphdef,
   evaluator_for,
   picture_of,
   show_evaluation,
   write_evaluation,
 )
 from nonlocal_jax.evaluation.evaluator import Evaluation
-from nonlocal_jax.experiment import architecture_of, dataset_of, open_splits, train_batches_of
+from nonlocal_jax.experiment import dataset_of, network_of, open_splits, train_batches_of
+from nonlocal_jax.models import NonLocalNet
 from nonlocal_jax.runtime.parallel import (
   data_mesh,
   is_first_process,
@@ -89,19 +89,16 @@ def train_and_evaluate(
     write_run_files(config, workdir, dataset)
 
   schedule, tx = optimizer_of(config)
-  architecture = architecture_of(config)
-  network = {'align_corners': config.model.align_corners, 'dropout': config.model.dropout}
+  network = network_of(config)
 
   def initial_state() -> TrainState:
-    model = architecture.build(
-      **network, zero_init=config.model.zero_init, rngs=nnx.Rngs(config.seed)
-    )
+    model = NonLocalNet(network, rngs=nnx.Rngs(config.seed))
     return TrainState.create(
       nnx.state(model), tx, seed=config.seed, keep_ema=config.train.ema_decay > 0
     )
 
   state = jax.jit(initial_state, out_shardings=replicated(mesh))()
-  evaluate = evaluator_for(config, evaluation_graphdef(config), splits['val'], dataset, mesh)
+  evaluate = evaluator_for(config, splits['val'], dataset, mesh)
 
   with (
     RunCheckpoints(workdir, keep=config.checkpoint.keep) as checkpoints,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nonlocal_jax.models.config import PixelLoss
 from nonlocal_jax.ops.resize import apply_axis_matrices, bilinear_matrix
 from nonlocal_jax.ops.upsampling import upsample, upsample_transpose_of, upsampling_factor
 
@@ -74,24 +75,31 @@ class PixelLosses(NamedTuple):
 
 
 def pixel_losses(
-  logits: jax.Array, labels: jax.Array, *, align_corners: bool = False, ignore_index: int = 255
+  logits: jax.Array,
+  labels: jax.Array,
+  *,
+  method: PixelLoss = 'row_blocks',
+  align_corners: bool = False,
+  ignore_index: int = 255,
 ) -> PixelLosses:
   """Cross-entropy of each pixel, of logits upsampled to the size of the labels.
 
   Upsampled logits are the largest array of a training step where there are many classes, and are
-  computed again in the backward pass. On CPUs they are held for a part of the rows only. Elsewhere
-  they are not held at all where every logit becomes a whole number of pixels, as in the published
-  crops: reductions over classes and pixels compute them as they go.
+  computed again in the backward pass. In 'row_blocks' they are held for a part of the rows only.
+  With 'reductions' they are not held at all where every logit becomes a whole number of pixels, as
+  in the published crops: reductions over classes and pixels compute them as they go. That is faster
+  on GPUs; other sizes are computed in row blocks.
 
   Args:
     logits: (n, h, w, c) floats; computed with in float32 at least.
     labels: (n, out_h, out_w) integers in [0, c) or `ignore_index`.
+    method: 'row_blocks' or 'reductions'.
     align_corners: See `resize.bilinear_matrix`.
     ignore_index: Label of the pixels without a class.
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   factor = upsampling_factor(logits.shape[1:3], labels.shape[1:], align_corners=align_corners)
-  if factor is not None and jax.default_backend() != 'cpu':
+  if factor is not None and method == 'reductions':
     return reduced_pixel_losses(logits, labels, factor, align_corners, ignore_index)
   n, height, width = labels.shape
   rows, columns = (

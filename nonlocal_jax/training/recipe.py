@@ -9,12 +9,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.experiment import architecture_of, check_device, dataset_of, protocol_of
-from nonlocal_jax.runtime.compilation import compiled, compiler_options
-from nonlocal_jax.runtime.parallel import over_batch, replicated
+from nonlocal_jax.experiment import (
+  check_device,
+  dataset_of,
+  execution_of,
+  network_of,
+  protocol_of,
+)
+from nonlocal_jax.runtime.compilation import compiler_options
+from nonlocal_jax.runtime.parallel import Platform, over_batch, platform_of, replicated
 from nonlocal_jax.training.loss import Ohem
 from nonlocal_jax.training.optimizer import poly_schedule, sgd
-from nonlocal_jax.training.train_step import Metrics, TrainState, make_train_step, training_graphdef
+from nonlocal_jax.training.train_step import Metrics, TrainState, make_train_step
 
 
 def check_recipe(config: ConfigDict, mesh: Mesh) -> None:
@@ -83,7 +89,7 @@ def compile_step(
     `stop` (devices,) bool, both split over the mesh; it returns the next state and the metrics,
     with `stop` whether any of those is true.
   """
-  return compiled(lower_step(config, state, tx, mesh))
+  return lower_step(config, state, tx, mesh).compile()
 
 
 def lower_step(
@@ -92,7 +98,7 @@ def lower_step(
   tx: optax.GradientTransformation,
   mesh: Mesh,
   *,
-  platform: str | None = None,
+  platform: Platform | None = None,
 ) -> jax.stages.Lowered:
   """The program of the training step, not yet compiled.
 
@@ -101,29 +107,18 @@ def lower_step(
     state: A state on the mesh, or shapes in place of its arrays.
     tx: The optimizer.
     mesh: The devices.
-    platform: For which the program is, e.g. 'cuda'; None for that of the mesh. It can be looked at
-      for any platform, and compiled for that of the mesh.
+    platform: For which the program is; None for that of the mesh. It can be looked at for any
+      platform, and compiled for that of the mesh.
 
   Returns:
     See `compile_step`.
   """
   options = config.train
-  model = architecture_of(config).abstract(
-    align_corners=config.model.align_corners,
-    dropout=config.model.dropout,
-    convolution=config.model.convolution,
-    attention=config.model.attention,
-  )
-  graphdef = training_graphdef(
-    model,
-    batch_norm=options.batch_norm,
-    devices=mesh.size,
-    rematerialize=options.rematerialize,
-  )
   ohem = Ohem(options.ohem_threshold, options.ohem_min_kept) if options.ohem else None
   protocol = protocol_of(config)
   take_step = make_train_step(
-    graphdef,
+    network_of(config),
+    execution_of(config, mesh, train=True, platform=platform),
     tx,
     auxiliary_weight=options.auxiliary_weight,
     avg_non_ignore=options.avg_non_ignore,
@@ -143,12 +138,13 @@ def lower_step(
     return state, {**metrics, 'stop': jnp.any(stop)}
 
   everywhere, over = replicated(mesh), over_batch(mesh)
+  platform_of_mesh = platform_of(list(mesh.devices.flat))
   jitted = jax.jit(
     train_step,
     in_shardings=(everywhere, over, over),
     out_shardings=(everywhere, everywhere),
     donate_argnums=0,
-    compiler_options=compiler_options(),
+    compiler_options=compiler_options(platform or platform_of_mesh),
   )
   n, crop = options.batch_size, tuple(options.crop)
   batch = {
@@ -156,9 +152,14 @@ def lower_step(
     'label': jax.ShapeDtypeStruct((n, *crop), jnp.uint8),
     'size': jax.ShapeDtypeStruct((n, 2), jnp.int32),
   }
-  with jax.default_matmul_precision(options.precision):
+  # Batch normalization asks for one exchange between the devices of the mesh it is traced under.
+  with (
+    jax.default_matmul_precision(options.precision),
+    jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+  ):
     traced = jitted.trace(state, batch, jax.ShapeDtypeStruct((mesh.size,), jnp.bool))
-    return traced.lower(lowering_platforms=None if platform is None else (platform,))
+    names = None if platform is None else ({'gpu': 'cuda'}.get(platform, platform),)
+    return traced.lower(lowering_platforms=names)
 
 
 def say_start(

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.experiment import architecture_of, protocol_of
+from nonlocal_jax.experiment import network_of, protocol_of
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.weights.checkpoints import DESCRIPTION
 from nonlocal_jax.weights.description import ModelDescription
@@ -52,7 +52,7 @@ def check_same_run(config: ConfigDict, workdir: Path, dataset: Dataset) -> None:
 def write_run_files(config: ConfigDict, workdir: Path, dataset: Dataset) -> None:
   """Writes config, network and test protocol of a run, also beside its best weights."""
   description = ModelDescription(
-    architecture=architecture_of(config),
+    config=network_of(config),
     protocol=protocol_of(config),
     dataset=dataset.name,
     classes=dataset.classes,

@@ -3,15 +3,14 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from nonlocal_jax.models import NonLocalNet
-from nonlocal_jax.models.layers import BatchNorm
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.protocol import IMAGENET_MEAN, IMAGENET_STD
 from nonlocal_jax.training.loss import (
@@ -77,33 +76,9 @@ class TrainState:
     )
 
 
-def training_graphdef(
-  model: NonLocalNet,
-  *,
-  batch_norm: Literal['global', 'per_device', 'frozen'] = 'global',
-  devices: int = 1,
-  rematerialize: bool = False,
-) -> nnx.GraphDef:
-  """The static part of a network, set up to be trained.
-
-  Args:
-    model: The network, or shapes in place of its arrays.
-    batch_norm: Over what batch normalisation takes its statistics: the global batch (SyncBN), each
-      device's part of it, or the running ones, which then stay (mmseg `norm_eval`).
-    devices: How many devices share a batch.
-    rematerialize: See `ResNet`.
-
-  Returns:
-    What `make_train_step` takes; `model` is changed.
-  """
-  groups = devices if batch_norm == 'per_device' else 1
-  model.set_attributes(BatchNorm, groups=groups, frozen=batch_norm == 'frozen')
-  model.backbone.rematerialize = rematerialize
-  return nnx.graphdef(model)
-
-
 def make_train_step(
-  graphdef: nnx.GraphDef,
+  config: NonLocalNetConfig,
+  execution: Execution,
   tx: optax.GradientTransformation,
   *,
   auxiliary_weight: float,
@@ -120,7 +95,8 @@ def make_train_step(
   """The pure function of one training step, to be compiled with `jax.jit`.
 
   Args:
-    graphdef: Static part of the network, see `training_graphdef`.
+    config: The network.
+    execution: How it is computed.
     tx: The optimizer.
     auxiliary_weight: Factor of the auxiliary head's loss.
     ignore_index: Label of the pixels without a class.
@@ -141,6 +117,7 @@ def make_train_step(
     `loss_decode`, `loss_auxiliary`, `accuracy` (share of the labelled pixels) and `update_norm` (of
     the change to the parameters), scalars.
   """
+  graphdef = nnx.graphdef(NonLocalNet.abstract(config, execution))
   total = functools.partial(
     sum_of_losses, ignore_index=ignore_index, class_weights=class_weights, ohem=ohem
   )
@@ -163,7 +140,13 @@ def make_train_step(
     def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
       model = nnx.merge(graphdef, params, batch_stats, copy=True)
       pixels, auxiliary_pixels = (
-        pixel_losses(logits, labels, align_corners=model.align_corners, ignore_index=ignore_index)
+        pixel_losses(
+          logits,
+          labels,
+          method=execution.pixel_loss,
+          align_corners=config.align_corners,
+          ignore_index=ignore_index,
+        )
         for logits in model.training_logits(images, rngs=nnx.Rngs(dropout=dropout_key))
       )
       loss_decode = total(pixels.losses, labels) / divisor

@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.weights.arrays import from_arrays, to_arrays
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.orbax_errors import one_error
@@ -84,7 +85,7 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
     UserError: If there are none.
   """
   description = read_description(directory)
-  like = description.architecture.state_shapes()
+  like = state_shapes(description.config)
   # Host arrays: the run may have had other devices.
   target = {
     name: ocp.utils.to_shape_dtype_struct(np.empty(array.shape, array.dtype))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.protocol import EvalProtocol
 
 
@@ -15,7 +15,7 @@ class ModelDescription:
   """A trained network without its weights.
 
   Attributes:
-    architecture: Shape of the network.
+    config: What the network is.
     protocol: How its images are tested.
     dataset: 'cityscapes', 'ade20k', 'voc12aug', 'demo' or 'custom'.
     classes: Name of each class.
@@ -26,7 +26,7 @@ class ModelDescription:
       have seen, by PyTorch's counters; nothing computes with them.
   """
 
-  architecture: Architecture
+  config: NonLocalNetConfig
   protocol: EvalProtocol
   dataset: str
   classes: tuple[str, ...]
@@ -34,6 +34,14 @@ class ModelDescription:
   source: str
   sha256: str | None
   num_batches_tracked: Mapping[str, int]
+
+  def with_align_corners(self, align_corners: bool) -> Self:
+    """The same with another corner convention, of the network and of how it is tested."""
+    return dataclasses.replace(
+      self,
+      config=dataclasses.replace(self.config, align_corners=align_corners),
+      protocol=dataclasses.replace(self.protocol, align_corners=align_corners),
+    )
 
   def to_json(self) -> str:
     """The description as indented JSON."""
@@ -51,11 +59,11 @@ class ModelDescription:
       UserError: If it is not a description.
     """
     try:
-      fields: Mapping[str, Any] = {key: _tuples(value) for key, value in json.loads(text).items()}
-      fields = fields if 'protocol' in fields else _with_protocol(fields)
-      architecture = {key: _tuples(value) for key, value in fields['architecture'].items()}
+      fields: dict[str, Any] = {key: _tuples(value) for key, value in json.loads(text).items()}
+      if 'architecture' in fields:
+        fields = _from_before_december_2026(fields)
       parts = {
-        'architecture': Architecture(**architecture),
+        'config': NonLocalNetConfig.from_dict(fields['config']),
         'protocol': EvalProtocol.from_dict(fields['protocol']),
       }
       return cls(**{**fields, **parts})
@@ -65,12 +73,13 @@ class ModelDescription:
       ) from error
 
 
-def _with_protocol(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-  """Fields of before December 2026, when a description held parts of the protocol one by one."""
-  fields = dict(fields)
-  names = {'test_scale': 'scale'}
-  names |= {name: name for name in ('align_corners', 'window_crop', 'window_stride')}
-  return {'protocol': {new: fields.pop(old) for old, new in names.items()}, **fields}
+def _from_before_december_2026(fields: dict[str, Any]) -> dict[str, Any]:
+  """Today's fields from a description that held parts of network and protocol one by one."""
+  corners = {'align_corners': fields.pop('align_corners')}
+  config = {**fields.pop('architecture'), **corners}
+  protocol = {'scale': fields.pop('test_scale'), **corners}
+  protocol |= {name: fields.pop(name) for name in ('window_crop', 'window_stride')}
+  return {**fields, 'config': config, 'protocol': protocol}
 
 
 def _tuples(value: Any) -> Any:

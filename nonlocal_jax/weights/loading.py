@@ -12,7 +12,7 @@ from flax import nnx
 
 from nonlocal_jax.data.datasets import PUBLISHED, custom_dataset
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.torch_format.reader import read_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import load_weights
 from nonlocal_jax.weights.description import ModelDescription
@@ -24,7 +24,7 @@ from nonlocal_jax.weights.released import (
 )
 from nonlocal_jax.weights.state_dict import (
   from_state_dict,
-  infer_architecture,
+  infer_config,
   skipped,
   tracked_batches,
 )
@@ -70,8 +70,7 @@ def read_weights(
     return weights.description, weights.state
   description, state = load_weights(path)
   if align_corners is not None:
-    protocol = dataclasses.replace(description.protocol, align_corners=align_corners)
-    description = dataclasses.replace(description, protocol=protocol)
+    description = description.with_align_corners(align_corners)
   return description, state
 
 
@@ -95,8 +94,8 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
   notes = _check_name(path, sha256, released)
   checkpoint = read_torch_checkpoint(path)
   arrays = checkpoint.state_dict
-  architecture = infer_architecture(arrays, source=str(path))
-  state = from_state_dict(arrays, architecture, source=str(path))
+  config = infer_config(arrays, source=str(path))
+  state = from_state_dict(arrays, config, source=str(path))
   skips = skipped(arrays)
   rounded = sum(array.dtype == np.float64 for name, array in arrays.items() if name not in skips)
   if rounded:
@@ -110,9 +109,9 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
       'The file does not tell the corner convention: half-pixel corners (align_corners=False) are '
       'assumed.'
     )
-  dataset, classes, palette = _classes(architecture, released, checkpoint.meta)
+  dataset, classes, palette = _classes(config.num_classes, released, checkpoint.meta)
   description = ModelDescription(
-    architecture=architecture,
+    config=dataclasses.replace(config, align_corners=protocol.align_corners),
     protocol=protocol,
     dataset=dataset,
     classes=classes,
@@ -125,13 +124,13 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
   return TorchWeights(description, state, released, reasons, tuple(notes))
 
 
-def read_backbone(path: Path, architecture: Architecture) -> nnx.State:
+def read_backbone(path: Path, config: NonLocalNetConfig) -> nnx.State:
   """Reads the backbone alone, from a file of its own or of a whole segmentation network.
 
   Args:
     path: A .pth file with the names of a ResNetV1c (`stem.0.weight`, a classifier `fc.*` is left),
       or with the same names below `backbone.`.
-    architecture: The network that it is for.
+    config: The network that it is for.
 
   Returns:
     The part of the network's state below 'backbone', as float32 host arrays.
@@ -144,7 +143,7 @@ def read_backbone(path: Path, architecture: Architecture) -> nnx.State:
   inside = {name: array for name, array in arrays.items() if name.startswith(prefix)}
   if not inside:
     inside = {f'{prefix}{name}': array for name, array in arrays.items()}
-  return from_state_dict(inside, architecture, source=str(path), part='backbone')
+  return from_state_dict(inside, config, source=str(path), part='backbone')
 
 
 def sha256_of(path: Path) -> str:
@@ -176,10 +175,9 @@ def _check_name(path: Path, sha256: str, released: ReleasedModel | None) -> list
 
 
 def _classes(
-  architecture: Architecture, released: ReleasedModel | None, meta: Mapping[str, Any]
+  count: int, released: ReleasedModel | None, meta: Mapping[str, Any]
 ) -> tuple[str, tuple[str, ...], tuple[tuple[int, int, int], ...]]:
   """Dataset, names and colours of the classes; the file's meta may be anything."""
-  count = architecture.num_classes
   if released:
     dataset = PUBLISHED[released.dataset]
     return dataset.name, dataset.classes, dataset.palette

@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models.config import Architecture
+from nonlocal_jax.models.config import NonLocalNetConfig
+from nonlocal_jax.models.nonlocal_net import state_shapes
 
 Path = tuple[str | int, ...]
 
@@ -77,8 +78,10 @@ def tracked_batches(state_dict: Mapping[str, np.ndarray]) -> dict[str, int]:
   return counters
 
 
-def infer_architecture(state_dict: Mapping[str, np.ndarray], *, source: str) -> Architecture:
-  """Reads the architecture off the names and shapes of a PyTorch state dict.
+def infer_config(state_dict: Mapping[str, np.ndarray], *, source: str) -> NonLocalNetConfig:
+  """Reads what a network is off the names and shapes of a PyTorch state dict.
+
+  What they do not tell has its default, `align_corners` above all.
 
   Args:
     state_dict: Arrays by name.
@@ -105,17 +108,19 @@ def infer_architecture(state_dict: Mapping[str, np.ndarray], *, source: str) -> 
       f'{source} holds no NonLocalNet: its stages have {blocks} blocks, and it has {width} base '
       f'channels and {num_classes} classes; give a checkpoint of a whole segmentation model.'
     )
-  return Architecture(
+  stem = state_dict.get('backbone.stem.0.weight', np.empty((0, 3, 3, 3)))
+  return NonLocalNetConfig(
     stage_blocks=tuple(blocks),
     width=width,
     num_classes=num_classes,
+    in_channels=stem.shape[1] if stem.ndim == 4 and stem.shape[1] else 3,
     non_local=any(name.startswith('decode_head.nl_block.') for name in state_dict),
   )
 
 
 def from_state_dict(
   state_dict: Mapping[str, np.ndarray],
-  architecture: Architecture,
+  config: NonLocalNetConfig,
   *,
   source: str,
   part: str | None = None,
@@ -128,7 +133,7 @@ def from_state_dict(
 
   Args:
     state_dict: Arrays by name, kernels as (out, in, h, w).
-    architecture: The network to fill.
+    config: The network to fill.
     source: What to call the state dict in errors.
     part: 'backbone', 'decode_head' or 'auxiliary_head' to fill that alone; None for all.
     dtype: Of the result.
@@ -143,7 +148,7 @@ def from_state_dict(
   """
   variables = {
     torch_name(path): (path, variable)
-    for path, variable in nnx.to_flat_state(architecture.state_shapes())
+    for path, variable in nnx.to_flat_state(state_shapes(config))
     if part in (None, path[0])
   }
   unknown = state_dict.keys() - variables.keys() - skipped(state_dict).keys()
@@ -168,9 +173,7 @@ def from_state_dict(
   problems += [f'{_shown(name)} is unknown' for name in sorted(unknown)[:_MAX_PROBLEMS]]
   if problems:
     more = f'; and {len(unknown) - _MAX_PROBLEMS} more' if len(unknown) > _MAX_PROBLEMS else ''
-    raise UserError(
-      f'{source} does not fit NonLocalNet ({architecture}): {"; ".join(problems)}{more}.'
-    )
+    raise UserError(f'{source} does not fit NonLocalNet ({config}): {"; ".join(problems)}{more}.')
   return nnx.from_flat_state(filled)
 
 
