@@ -9,11 +9,9 @@ schedule are those of the Pascal VOC models, tested on whole images, unless told
 
 from ml_collections import ConfigDict
 
-from nonlocal_jax.recipes import base_config
+from nonlocal_jax.recipes import custom_config
 
 
 def get_config() -> ConfigDict:
-  """The recipe of Pascal VOC, 20k steps, for a dataset to be named."""
-  config = base_config()
-  config.name = 'custom'
-  return config
+  """The recipe of Pascal VOC, 20k steps, for a dataset of your own."""
+  return custom_config()

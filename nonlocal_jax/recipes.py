@@ -1,4 +1,4 @@
-"""The recipe that all configs share, and the 16 published models on top of it.
+"""The recipe that all configs share; on top of it the published models, `custom` and `demo`.
 
 Sizes: scales are (width, height) boxes that an image is resized into with its aspect kept, long
 edge to long edge; crops are (height, width). The numbers of the recipe are those of
@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from nonlocal_jax.data.datasets import PUBLISHED
-from nonlocal_jax.errors import UserError
+from nonlocal_jax.errors import UserError, nearest
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel
 
 BATCH_SIZES = {'cityscapes': 8, 'ade20k': 16, 'voc12aug': 16}
@@ -107,6 +107,66 @@ def base_config() -> ConfigDict:
   return config
 
 
+def demo_config() -> ConfigDict:
+  """One block per stage, an eighth of the channels, no augmentation that could cut off the disc."""
+  config = base_config()
+  config.name = 'demo'
+  config.model.depth = 14
+  config.model.width = 8
+  config.model.zero_init = False  # from scratch and in few steps: the block starts open
+  config.data.dataset = 'demo'
+  config.data.num_classes = 8
+  config.train.steps = 400
+  config.train.batch_size = 8
+  config.train.scale = config.eval.scale = (192, 192)
+  config.train.ratio_range = (1.0, 1.0)
+  config.train.crop = (192, 192)
+  config.train.cat_max_ratio = 1.0
+  config.train.photometric_distortion = False
+  config.train.log_every = 10
+  config.optimizer.learning_rate = 0.05
+  config.eval.every = config.checkpoint.every = 200
+  return config
+
+
+def custom_config() -> ConfigDict:
+  """The recipe of Pascal VOC, 20k steps, for a dataset of your own."""
+  config = base_config()
+  config.name = 'custom'
+  return config
+
+
+def config_names() -> list[str]:
+  """Names that `get_config` takes, without variants."""
+  published = sorted({f'{model.dataset}_r{model.depth}' for model in RELEASED})
+  return [*published, 'custom', 'demo']
+
+
+def get_config(name: str) -> ConfigDict:
+  """Returns the config of that name.
+
+  Args:
+    name: One of `config_names`, for a published model optionally with a variant after a colon, as
+      in 'ade20k_r101:512x512_80k'.
+
+  Raises:
+    UserError: If there is no config or variant of that name.
+  """
+  base, _, variant = name.partition(':')
+  names = config_names()
+  if base not in names:
+    raise UserError(
+      f'there is no config {base!r}; the nearest is {nearest(base, names)}, of {", ".join(names)}; '
+      'a file is given by its path.'
+    )
+  if base in ('custom', 'demo'):
+    if variant:
+      raise UserError(f'config {base} has no variants, but {variant!r} follows the colon.')
+    return custom_config() if base == 'custom' else demo_config()
+  dataset, _, depth = base.rpartition('_r')
+  return published_config(dataset, int(depth), variant)
+
+
 def published_config(dataset: str, depth: int, variant: str) -> ConfigDict:
   """The recipe of one published model.
 
@@ -170,8 +230,9 @@ def check_values(config: ConfigDict) -> None:
   counts += ('eval.batch_size', 'eval.shapes', 'train.accumulate', 'train.ohem_min_kept')
   pairs = ('train.scale', 'train.crop', 'train.ratio_range', 'eval.scale')
   windows = ('eval.window_crop', 'eval.window_stride')
-  for key in (*counts, 'checkpoint.keep', 'model.width'):
+  for key in (*counts, 'checkpoint.keep'):
     _expect(_value(config, key) >= 1, config, key, 'a number of at least 1')
+  _expect(config.model.width >= 2, config, 'model.width', 'a number of at least 2')
   for key in (*pairs, *(key for key in windows if _value(config, key))):
     value = _value(config, key)
     _expect(len(value) == 2 and min(value) > 0, config, key, 'two positive numbers')

@@ -10,8 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nonlocal_jax.cli.convert import main
-from nonlocal_jax.cli.program import run_program
+from nonlocal_jax.cli.main import main
 
 if __name__ == '__main__':
-  run_program(main)
+  main(['convert', *sys.argv[1:]])

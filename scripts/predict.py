@@ -8,8 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nonlocal_jax.cli.predict import main
-from nonlocal_jax.cli.program import run_program
+from nonlocal_jax.cli.main import main
 
 if __name__ == '__main__':
-  run_program(main)
+  main(['predict', *sys.argv[1:]])

@@ -1,13 +1,15 @@
 """Four fake devices, full precision, and what several tests share."""
 
+import contextlib
 import functools
+import io
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # The programs of the tests are small, and there are many: compiling them quickly counts.
@@ -21,7 +23,6 @@ import jax
 import numpy as np
 import pytest
 import torch
-from absl import flags
 
 import main
 from configs import custom
@@ -110,27 +111,19 @@ def program(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
 
   def run(*arguments: str) -> tuple[object, str]:
-    forget_flags()
-    return run_in_process(monkeypatch, main.run, *arguments)
+    monkeypatch.setattr(sys, 'argv', ['main.py', *arguments])
+    return run_in_process(main.run)
 
-  yield run
-  forget_flags()
-
-
-def forget_flags() -> None:
-  """Takes back what parsing did; ml_collections defines a flag for each field that is set."""
-  for name in [name for name in flags.FLAGS if name.startswith('config.')]:
-    delattr(flags.FLAGS, name)
-  flags.FLAGS.unparse_flags()
+  return run
 
 
 @pytest.fixture
-def script(monkeypatch):
+def script():
   """Runs a module of nonlocal_jax.cli in this process; returns as `program`."""
 
   def run(module: types.ModuleType, *arguments: object) -> tuple[object, str]:
-    program = functools.partial(run_program, module.main)
-    return run_in_process(monkeypatch, program, *arguments)
+    program = functools.partial(module.main, [str(argument) for argument in arguments])
+    return run_in_process(functools.partial(run_program, program))
 
   return run
 
@@ -141,13 +134,18 @@ def converter(script):
   return functools.partial(script, convert)
 
 
-def run_in_process(monkeypatch, run, *arguments: object) -> tuple[object, str]:
-  """Exit status (None: came to its end), and what a failed program says on exit."""
-  monkeypatch.setattr(sys, 'argv', ['program', *map(str, arguments)])
+def run_in_process(run: Callable[[], None]) -> tuple[object, str]:
+  """Exit status (None: came to its end), and what a program that fails says on exit."""
+  said = io.StringIO()
   try:
-    run()
+    with contextlib.redirect_stderr(said):
+      run()
   except SystemExit as exit_:
-    return (1, exit_.code) if isinstance(exit_.code, str) else (exit_.code, '')
+    if isinstance(exit_.code, str):
+      return 1, exit_.code
+    return exit_.code, said.getvalue().rstrip().rpartition('\n')[2] if exit_.code == 2 else ''
+  finally:
+    sys.stderr.write(said.getvalue())
   return None, ''
 
 

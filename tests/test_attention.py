@@ -17,7 +17,7 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
 from nonlocal_jax import NonLocalBlock, UserError
-from nonlocal_jax.ops.attention import check_attention, cudnn_attention
+from nonlocal_jax.ops.attention import check_attention, cudnn_attention, fastest_attention
 
 FORWARDS, BACKWARDS = '@__cudnn$fmhaSoftmax(', '@__cudnn$fmhaSoftmaxBackward('
 
@@ -158,3 +158,22 @@ def test_gpus_that_can_and_cannot():
   ):
     with pytest.raises(UserError, match=message):
       check_attention('cudnn', channels, device)
+
+
+def test_the_fastest_attention_that_loses_no_accuracy():
+  h100, a100 = gpu('H100', '9.0'), gpu('A100', '8.0')
+  for channels, devices, precision, train, expected in (
+    (256, [h100], 'default', True, 'cudnn'),
+    (256, [h100] * 4, 'default', False, 'cudnn'),
+    (256, [h100], 'highest', False, 'flash'),
+    (256, [h100], 'high', False, 'flash'),
+    (256, [h100], 'highest', True, 'blocks'),
+    (256, [h100] * 4, 'highest', False, 'blocks'),
+    (192, [h100], 'highest', False, 'blocks'),
+    (256, [a100], 'default', True, 'blocks'),
+    (128, [a100], 'default', True, 'cudnn'),
+    (128, [a100], 'highest', False, 'blocks'),
+    (256, [gpu('MI300', 'gfx942', 'rocm 60000')], 'default', True, 'blocks'),
+    (256, jax.devices(), 'default', True, 'blocks'),
+  ):
+    assert fastest_attention(channels, devices, precision=precision, train=train) == expected

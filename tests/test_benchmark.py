@@ -1,17 +1,19 @@
-"""benchmark.py: a tiny run, its counts, the peer beside it, what it says on a GPU and of errors."""
+"""The command benchmark: a tiny run, its counts, the peer beside it, on a GPU, and errors."""
 
 import importlib.util
 import json
 import math
+import sys
 import time
 
 import pytest
 from PIL import Image
 
+from benchmarks import compare, peer, report
+from benchmarks.report import as_markdown, peak_of
+from nonlocal_jax.cli import benchmark
+from nonlocal_jax.cli.measurements import forward_flops, measure
 from nonlocal_jax.models.config import STAGE_BLOCKS, NonLocalNetConfig
-from scripts import benchmark, benchmark_peer
-from scripts.benchmark_measures import forward_flops, measure
-from scripts.benchmark_report import as_markdown, peak_of
 
 MACHINE = {'jax': '0', 'backend': 'cpu', 'device': 'cpu', 'devices': 1}
 TINY = ('--width=8', '--depth=14', '--classes=8', '--repeats=1')
@@ -31,12 +33,14 @@ def in_this_process(monkeypatch):
   monkeypatch.setattr(benchmark, 'run_child', run_child)
 
 
-def test_tiny_run(in_this_process, script, tmp_path):
+def test_tiny_run(in_this_process, script, tmp_path, monkeypatch, capsys):
   names = ('inference', 'training', 'network', 'non_local')
   sizes = ('--sizes', '64x96', '--train-sizes', '32x64x2', '--positions', 64, 256)
   out = tmp_path / 'out'
   assert script(benchmark, *TINY, f'--out={out}', '--only', *names, *sizes) == (None, '')
 
+  printed = capsys.readouterr().out
+  assert [path.name for path in out.iterdir()] == ['results.json']
   records = json.loads((out / 'results.json').read_text())['measurements']
   sides = [(record['section'], record['label'], record['side']) for record in records]
   assert sides == [
@@ -52,9 +56,12 @@ def test_tiny_run(in_this_process, script, tmp_path):
     assert all(0 < seconds < 1000 for seconds in timed.values())
     assert len(timed) == (3 if record['section'] in ('inference', 'training') else 0)
     assert 0 < record['peak_gib'] < 100
+    assert f'{record["section"]} {record["label"]}'.strip() in printed
   assert sorted(records[0]['flops']) == ['32x64', '64x96']
   assert min(records[-1]['forward'] + records[-1]['gradient']) > 0
 
+  monkeypatch.setattr(sys, 'argv', ['report.py', str(out)])
+  report.main()
   text = (out / 'results.md').read_text()
   for part in ('| 64x96 |', '| 32x64, batch 2, float32 |', 'R-14, width 8', '| 256 |', 'cores'):
     assert part in text
@@ -72,12 +79,11 @@ def test_on_a_folder_beside_the_peer_in_a_process_of_its_own(script, tmp_path, m
       return run_child(child, folder)
     if child.measure == 'pipeline':
       return measure('pipeline', {**child.options, 'batches': 1})
-    return figures  # of main.py
+    return figures  # of the command eval
 
   monkeypatch.setattr(benchmark, 'run_child', run_some)
   arguments = ('--only', 'evaluation', 'pipeline', '--limit=2', '--eval-scale=96x96')
-  peer = ('--peer', '--rounds=1')
-  assert script(benchmark, *TINY, f'--out={tmp_path}', *arguments, *peer) == (None, '')
+  assert script(compare, *TINY, f'--out={tmp_path}', *arguments, '--rounds=1') == (None, '')
   results = json.loads((tmp_path / 'results.json').read_text())
   assert results['machine']['backend'] == 'cpu'
   first, ours, theirs, pipeline = results['measurements']
@@ -99,10 +105,10 @@ def test_times_of_the_peer(measure_name):
   options = {'classes': 8, 'width': 8, 'depth': 14, 'stage_blocks': STAGE_BLOCKS[14]}
   options |= {'repeats': 1, 'device': 'cpu', 'started': time.time(), 'size': (32, 64)}
   if measure_name == 'inference':
-    figures = benchmark_peer.measure_inference(**options)
+    figures = peer.measure_inference(**options)
   else:
     dtype = 'bfloat16' if 'bfloat16' in measure_name else 'float32'
-    figures = benchmark_peer.measure_training(batch=2, dtype=dtype, **options)
+    figures = peer.measure_training(batch=2, dtype=dtype, **options)
   assert 0 < figures['seconds'] < 1000
   assert 0 < figures['start_seconds'] < 1000
 
@@ -171,8 +177,8 @@ def test_plan_on_a_gpu(script, tmp_path, monkeypatch):
 
   monkeypatch.setattr(benchmark, 'run_child', run_child)
   monkeypatch.delenv('JAX_PLATFORMS')
-  arguments = ('--only', 'training', '--peer', '--rounds=1', f'--out={tmp_path}')
-  assert script(benchmark, *arguments)[0] == 1
+  arguments = ('--only', 'training', '--rounds=1', f'--out={tmp_path}')
+  assert script(compare, *arguments)[0] == 1
   network, *training = children
   # The operations, of which only CPUs tell, are for the shares of the peak.
   assert (network[0].measure, network[1]['JAX_PLATFORMS']) == ('network', 'cpu')
@@ -238,9 +244,9 @@ def test_errors(script, tmp_path, monkeypatch):
   assert 'There is no file' in script(benchmark, f'--checkpoint={tmp_path / "none.pth"}')[1]
   assert script(benchmark, '--sizes', '64')[0] == 2
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  assert script(benchmark, '--peer', f'--out={tmp_path}') == (
+  assert script(compare, f'--out={tmp_path}') == (
     1,
-    'error: --peer needs MMSegmentation: pip install -r requirements-dev.txt.',
+    'error: MMSegmentation is missing: pip install -r requirements-dev.txt.',
   )
 
 
@@ -249,7 +255,7 @@ def test_a_measurement_that_fails_is_told(script, tmp_path, monkeypatch):
     return {'error': 'no memory'} if child.section == 'network' else MACHINE
 
   monkeypatch.setattr(benchmark, 'run_child', run_child)
-  found = script(benchmark, f'--out={tmp_path}', '--only', 'network')
+  found = script(compare, f'--out={tmp_path}', '--only', 'network')
   assert found[0] == 1
   assert '1 of 1 measurements failed' in found[1]
   assert 'no memory' in (tmp_path / 'results.md').read_text()

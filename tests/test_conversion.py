@@ -121,16 +121,13 @@ def test_the_printed_command_evaluates(convert, program, peer_checkpoint, photos
   printed = convert(peer_checkpoint, tmp_path / 'out')
   command = printed.splitlines()[-1].replace('DIR', str(photos))
   command = command.replace('(WIDTH,HEIGHT)', '(96,72)')
-  python, main_py, *arguments = shlex.split(command)
-  assert (python, main_py) == ('python', 'main.py')
-  config = next(i for i, argument in enumerate(arguments) if argument.startswith('--config='))
-  root = os.path.dirname(os.path.dirname(__file__))
-  arguments[config] = arguments[config].replace('configs', f'{root}/configs')
+  python, module, package, mode, *arguments = shlex.split(command)
+  assert (python, module, package, mode) == ('python', '-m', 'nonlocal_jax', 'eval')
   more = ['--config.data.ignore_labels=(20,)', f'--config.data.data_dir={tmp_path}/prepared']
   scores = []
   for index, checkpoint in enumerate((tmp_path / 'out', peer_checkpoint)):
-    arguments[2] = f'--checkpoint={checkpoint}'
-    assert program(*arguments, *more, f'--workdir={tmp_path}/{index}') == (None, '')
+    arguments[1] = f'--checkpoint={checkpoint}'
+    assert program('--mode=eval', *arguments, *more, f'--workdir={tmp_path}/{index}') == (None, '')
     scores.append(json.loads((tmp_path / f'{index}/metrics.json').read_text())['mIoU'])
   assert scores[0] == scores[1] > 0
 
@@ -144,7 +141,7 @@ def test_the_command_of_a_release_is_its_config_alone(model, loaded_description,
   description = loaded_description(dataset=model.dataset, protocol=model.protocol, config=config)
   command = evaluation_command(description, tmp_path / 'a b')
   match = re.fullmatch(
-    rf'python main\.py --config=configs/{model.dataset}_r{model.depth}\.py:(\w+) --mode=eval '
+    rf'python -m nonlocal_jax eval --config={model.dataset}_r{model.depth}:(\w+) '
     rf"--checkpoint='{tmp_path}/a b' --config\.data\.source_dir=DIR",
     command,
   )

@@ -55,11 +55,10 @@ def test_benchmark_set_prepared_by_the_script_trained_on_and_evaluated(
   assert f'warning: {layout}-train has 3 images; the published split has' in printed.err
   assert f'{layout}-val: 2 images in {data_dir}' in printed.out
   command = shlex.split(printed.out.splitlines()[-1])
-  assert command[:2] == ['python', 'main.py']
+  assert command[:4] == ['python', '-m', 'nonlocal_jax', 'train']
 
   # Without the source: what was prepared is found by the dataset's name.
-  configured = [f'--config={ROOT}/{command[2].removeprefix("--config=")}', *command[3:]]
-  configured += set_fields(SMALL)
+  configured = [*command[4:], *set_fields(SMALL)]
   assert program(*configured, '--workdir=run') == (None, '')
   trained = json.loads(Path('run/metrics.json').read_text())
   assert trained['step'] == 1
@@ -97,7 +96,7 @@ def test_custom_set_is_counted_as_described(described, script, tmp_path, capsys)
   rows = {words[0]: words[1] for words in map(str.split, printed) if words[1:] and '%' in words}
   expected = [f'{100 * count / sum(pixels):.2f}' for count in pixels]
   assert [rows[name] for name in DESCRIPTION['classes']] == expected
-  assert printed[-1].split()[2] == '--config=configs/custom.py'
+  assert printed[-1].split()[4] == '--config=custom'
 
 
 def test_undescribed_custom_set_is_counted_by_value(described, script, tmp_path, capsys):
@@ -146,7 +145,7 @@ def test_pictures_of_what_training_sees(described, script, tmp_path, capsys):
   ('arguments', 'sentence'),
   [
     (['--count=0'], 'error: --count is 0; it must be at least 1.'),
-    ([], 'error: --config=FILE is missing; configs/ holds those to choose from.'),
+    ([], 'error: --config is missing; give one of ade20k_r101, '),
     (['--config=nowhere.py'], 'error: there is no config file nowhere.py'),
     (
       [f'--config={ROOT}/configs/custom.py', '--config.train.stepz=1'],

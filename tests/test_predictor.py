@@ -215,6 +215,7 @@ def test_multi_scale_flip_v0_is_the_sum_of_its_parts(windows, aligned, monkeypat
 
 
 def _by_hand(model, image, scale, windows):
+  model.eval()
   height, width = image.shape[:2]
   total = 0.0
   for ratio in RATIOS:
@@ -256,7 +257,7 @@ def _window_mean(model, x, windows):
 
 @torch.no_grad()
 def _scores(model, x):
-  logits = model.decode_head(model.backbone(torch.as_tensor(x.transpose(2, 0, 1))[None]))
+  logits = model.decode_head(model.backbone(torch.tensor(x.transpose(2, 0, 1))[None]))
   return _interpolated(logits[0].permute(1, 2, 0).numpy(), x.shape[:2])
 
 

@@ -43,6 +43,7 @@ def test_a_run_leaves_all_that_is_promised(trained):
     'checkpoints',
     'config.json',
     'curves.png',
+    'parameters.txt',
     'log.jsonl',
     'metrics.json',
     'model.json',
@@ -213,6 +214,26 @@ def test_the_first_lines_say_what_the_run_is(averaged):
   assert re.search(rf'{size:,} parameters; a training step needs 0\.\d\d GiB on each device', said)
   assert '4 steps of SGD: learning rate 0.01 to 0.0001, poly 0.9 (v0), heads x 1.0' in said
   assert 'global batch normalisation; bfloat16; average of weights with decay 0.5\n' in said
+  table = {
+    cells[1].strip(): cells[3].strip()
+    for cells in map(lambda x: x.split('|'), said.splitlines())
+    if len(cells) == 5
+  }
+  assert list(table) == [
+    'Module',
+    *(f'backbone/layer{i}' for i in range(1, 5)),
+    'backbone/stem',
+    'auxiliary_head',
+    'decode_head',
+    'total',
+  ]
+  assert table['total'] == f'{size:,}'
+  assert sum(int(cell.replace(',', '')) for cell in list(table.values())[1:-1]) == size
+  overview = (averaged[1] / 'parameters.txt').read_text()
+  assert re.search(
+    r'\| decode_head/nl_block/g/kernel +\| \(1, 1, 32, 16\) +\| float32 \| 512 ', overview
+  )
+  assert f'Total: {size:,} -- {4 * size:,} bytes' in overview
 
 
 def test_fine_tuning_with_other_classes_needs_a_word(training_config, trained, tmp_path, capsys):

@@ -1,43 +1,50 @@
 """Shows what training sees: pictures after augmentation, and what share each class has.
 
-python scripts/browse_dataset.py --config=configs/custom.py --config.data.source_dir=DIR --out=OUT
+    nonlocal-jax browse --config=custom --config.data.source_dir=DIR --out=OUT
 
-Takes every --config.FIELD=VALUE that main.py takes.
+Takes every --config.FIELD=VALUE that `nonlocal-jax train` takes.
 """
 
-import argparse
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from nonlocal_jax.cli.program import read_config
+from nonlocal_jax.cli.config import read_config
+from nonlocal_jax.cli.program import Parser
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.data.label_values import class_shares
-from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.evaluation.pictures import write_samples
-from nonlocal_jax.experiment import dataset_of, open_splits, train_batches_of
-from nonlocal_jax.recipes import check_values
+from nonlocal_jax.recipes import check_values, config_names
 from nonlocal_jax.runtime.progress import progress_bar
+
+if TYPE_CHECKING:
+  from nonlocal_jax.data.prepared import PreparedSplit
 
 LABELS = 'labels.json'
 _PER_PICTURE = 4
 
 
-def main() -> None:
-  """Runs what the arguments say."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+def main(arguments: Sequence[str]) -> None:
+  """Draws and counts as the arguments say."""
+  parser = Parser('nonlocal-jax browse', __doc__)
+  parser.add_argument(
+    '--config', metavar='NAME', help=f'one of {", ".join(config_names())}, or a file'
   )
   parser.add_argument('--out', required=True, type=Path, help='folder for the pictures')
   parser.add_argument('--count', type=int, default=16, help='samples to show; default: 16')
-  arguments, of_config = parser.parse_known_args()
-  if arguments.count < 1:
-    raise UserError(f'--count is {arguments.count}; it must be at least 1.')
-  config = read_config(of_config)
+  options, rest = parser.parse_with_config(arguments)
+  if options.count < 1:
+    raise UserError(f'--count is {options.count}; it must be at least 1.')
+  config = read_config([*([f'--config={options.config}'] if options.config else []), *rest])
   check_values(config)
+
+  from nonlocal_jax.evaluation.pictures import write_samples
+  from nonlocal_jax.experiment import dataset_of, open_splits, train_batches_of
+
   dataset = dataset_of(config)
-  out = arguments.out
+  out = options.out
   out.mkdir(parents=True, exist_ok=True)
   split = open_splits(config, dataset, out, ['train'])['train']
 
@@ -49,9 +56,9 @@ def main() -> None:
       *(batch[key] for key in ('index', 'size', 'image', 'label')), strict=True
     )
   )
-  with progress_bar(arguments.count, 'Drawing', unit='img') as bar:
-    for start in range(0, arguments.count, _PER_PICTURE):
-      rows = list(itertools.islice(samples, min(_PER_PICTURE, arguments.count - start)))
+  with progress_bar(options.count, 'Drawing', unit='img') as bar:
+    for start in range(0, options.count, _PER_PICTURE):
+      rows = list(itertools.islice(samples, min(_PER_PICTURE, options.count - start)))
       picture = out / f'{start // _PER_PICTURE:03d}.png'
       write_samples(picture, rows, classes=dataset.classes, palette=dataset.palette)
       bar.update(len(rows))
@@ -60,7 +67,7 @@ def main() -> None:
   print(f'Pictures are in {out}, the shares in {out / LABELS}.')
 
 
-def write_audit(path: Path, split: PreparedSplit, dataset: Dataset) -> str:
+def write_audit(path: Path, split: 'PreparedSplit', dataset: Dataset) -> str:
   """Writes the pixels of each class to a JSON file; returns their shares as text."""
   shares = class_shares(split.label_values, dataset)
   classes = [

@@ -1,15 +1,14 @@
 """Evaluates released checkpoints as they were published, and compares.
 
-python scripts/check_published.py --checkpoints=DIR --data=DIR --out=published
+    nonlocal-jax check-published --checkpoints=DIR --data=DIR --out=published
 
 Takes each file of --checkpoints that is a released one, whatever its name, and evaluates it on the
 folders in --data (cityscapes, ade, VOCdevkit, as MMSegmentation lays them out): single scale, and
 multi-scale with flips where that was published. Writes OUT/published.md and OUT/published.json
 after each, and goes on where it was stopped. Exit status 0: all that could be checked agrees. Takes
-every --config.FIELD=VALUE that main.py takes, such as --config.eval.batch_size=8.
+every --config.FIELD=VALUE that `nonlocal-jax eval` takes, such as --config.eval.batch_size=8.
 """
 
-import argparse
 import dataclasses
 import json
 import subprocess
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nonlocal_jax.cli.program import Parser
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
 from nonlocal_jax.recipes import variant_name
@@ -27,7 +27,7 @@ from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.weights.loading import sha256_of
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel, released_model_of_sha256
 
-MAIN = Path(__file__).resolve().parents[2] / 'main.py'
+EVALUATE = (sys.executable, '-m', 'nonlocal_jax', 'eval')
 COST = 'cost.json'
 
 
@@ -60,29 +60,24 @@ CHECKS = tuple(
 )
 
 
-def main() -> None:
-  """Runs what the arguments say."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-  )
+def main(arguments: Sequence[str]) -> None:
+  """Checks as the arguments say."""
+  parser = Parser('nonlocal-jax check-published', __doc__)
   parser.add_argument('--checkpoints', required=True, type=Path, help='folder of .pth files')
   parser.add_argument('--data', required=True, type=Path, help='folder of the data sets')
   parser.add_argument('--out', type=Path, default=Path('published'), help='default: published')
-  arguments, settings = parser.parse_known_args()
-  strangers = [setting for setting in settings if not setting.startswith('--config.')]
-  if strangers:
-    parser.error(f'unrecognized arguments: {" ".join(strangers)}')
-  files = find_released(arguments.checkpoints)
-  rows = check_all(CHECKS, files, arguments.data, arguments.out, settings, run=run_and_time)
+  options, settings = parser.parse_with_config(arguments)
+  files = find_released(options.checkpoints)
+  rows = check_all(CHECKS, files, options.data, options.out, settings, run=run_and_time)
   print(as_markdown(rows))
   checked = [row for row in rows if row['measured'] is not None]
   wrong = [row for row in rows if row['verdict'] not in ('agrees', 'missing')]
-  print(f'{len(checked)} of {len(rows)} checked; the table is in {arguments.out / "published.md"}.')
+  print(f'{len(checked)} of {len(rows)} checked; the table is in {options.out / "published.md"}.')
   if wrong or not checked:
     raise UserError(
       f'{len(wrong)} of {len(rows)} published numbers were not reproduced.'
       if wrong
-      else f'{arguments.checkpoints} holds no released checkpoint that could be checked.'
+      else f'{options.checkpoints} holds no released checkpoint that could be checked.'
     )
 
 
@@ -118,8 +113,8 @@ def check_all(
     files: The checkpoints by the first digits of their sha256.
     data: Folder of the data sets.
     out: Gets the table and, for each check, a folder with `metrics.json`.
-    settings: Further arguments of main.py.
-    run: Runs main.py with arguments; returns `status`, `error` and `seconds`.
+    settings: Further arguments of the command `eval`.
+    run: Runs the command `eval` with arguments; returns `status`, `error` and `seconds`.
 
   Returns:
     A row for each check: model, mode, published, measured, difference, seconds, peak_gib, verdict.
@@ -151,10 +146,8 @@ def _arguments(
   check: Check, file: Path, data: Path, workdir: Path, settings: Sequence[str]
 ) -> list[str]:
   model = check.model
-  config = MAIN.parent / f'configs/{model.dataset}_r{model.depth}.py'
   return [
-    f'--config={config}:{variant_name(model)}',
-    '--mode=eval',
+    f'--config={model.dataset}_r{model.depth}:{variant_name(model)}',
     f'--checkpoint={file}',
     f'--workdir={workdir}',
     f'--config.data.source_dir={data}',
@@ -192,14 +185,14 @@ def _row(check: Check, workdir: Path | None) -> dict[str, Any]:
 
 
 def run_and_time(arguments: list[str]) -> dict[str, Any]:
-  """Runs main.py in a process of its own, whose progress is seen.
+  """Runs the command `eval` in a process of its own, whose progress is seen.
 
   Returns:
     Its exit `status`, its last line on stderr as `error`, and its `seconds`.
   """
   started, said = time.perf_counter(), b''
   with subprocess.Popen(
-    [sys.executable, str(MAIN), *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    [*EVALUATE, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
   ) as process:
     try:
       assert process.stderr is not None

@@ -1,8 +1,8 @@
 """Converts PyTorch checkpoints of MMSegmentation, and weights trained here back to .pth.
 
-python scripts/convert_checkpoint.py FILE.pth OUT              one file to a directory
-python scripts/convert_checkpoint.py FOLDER OUT                each .pth of a folder, to OUT/STEM
-python scripts/convert_checkpoint.py SOURCE --to-pth OUT.pth   for MMSegmentation
+    nonlocal-jax convert FILE.pth OUT              one file to a directory
+    nonlocal-jax convert FOLDER OUT                each .pth of a folder, to OUT/STEM
+    nonlocal-jax convert SOURCE --to-pth OUT.pth   for MMSegmentation
 
 SOURCE is a converted directory or the workdir of a training run (its newest checkpoint).
 """
@@ -10,13 +10,14 @@ SOURCE is a converted directory or the workdir of a training run (its newest che
 import argparse
 import collections
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flax import nnx
 from ml_collections import ConfigDict
 
+from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config, published_config, variant_name
@@ -30,11 +31,9 @@ from nonlocal_jax.weights.released import RELEASED, ReleasedModel
 from nonlocal_jax.weights.state_dict import to_state_dict
 
 
-def main() -> None:
-  """Runs what the arguments say."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+def main(arguments: Sequence[str]) -> None:
+  """Converts as the arguments say."""
+  parser = Parser('nonlocal-jax convert', __doc__)
   parser.add_argument('source', type=Path, help='a .pth file, a folder of them, or see --to-pth')
   parser.add_argument('out', type=Path, nargs='?', help='directory to write; must not exist')
   parser.add_argument('--to-pth', type=Path, metavar='OUT.pth', help='file to write instead')
@@ -43,20 +42,20 @@ def main() -> None:
     action=argparse.BooleanOptionalAction,
     help='the corner convention, for files that do not tell it',
   )
-  arguments = parser.parse_args()
-  source, out, to_pth = arguments.source, arguments.out, arguments.to_pth
+  options = parser.parse_args(arguments)
+  source, out, to_pth = options.source, options.out, options.to_pth
   if (out is None) == (to_pth is None):
     parser.error('give either OUT or --to-pth OUT.pth')
   if to_pth:
     write_pth(source, to_pth)
   elif not source.is_dir():
-    weights = read_torch_weights(source, align_corners=arguments.align_corners)
+    weights = read_torch_weights(source, align_corners=options.align_corners)
     save_weights(out, weights.state, weights.description)
     print(summary(weights, out))
   elif (source / DESCRIPTION).exists():
     raise UserError(f'{source} needs no conversion; --to-pth writes a .pth file of it.')
   else:
-    convert_folder(source, out, align_corners=arguments.align_corners)
+    convert_folder(source, out, align_corners=options.align_corners)
 
 
 def convert_folder(folder: Path, out: Path, *, align_corners: bool | None) -> None:
@@ -164,14 +163,14 @@ def evaluation_command(description: ModelDescription, directory: Path) -> str:
     'eval.window_crop': protocol.window_crop or (),
     'eval.window_stride': protocol.window_stride or (),
   }
-  configs = {'configs/custom.py': base_config()}
+  configs = {'custom': base_config()}
   for model in RELEASED:
     if model.dataset == description.dataset and not model.replaced:
       variant = variant_name(model)
-      name = f'configs/{model.dataset}_r{model.depth}.py:{variant}'
+      name = f'{model.dataset}_r{model.depth}:{variant}'
       configs[name] = published_config(model.dataset, model.depth, variant)
   if len(configs) > 1:
-    del configs['configs/custom.py']
+    del configs['custom']
   differences = {name: _differing(wanted, config) for name, config in configs.items()}
   name = min(differences, key=lambda name: len(differences[name]))
   settings = {'data.source_dir': 'DIR', **differences[name]}
@@ -179,7 +178,7 @@ def evaluation_command(description: ModelDescription, directory: Path) -> str:
     f'--config.{key}={shlex.quote(str(value).replace(" ", ""))}' for key, value in settings.items()
   )
   where = shlex.quote(str(directory))
-  return f'python main.py --config={name} --mode=eval --checkpoint={where} {" ".join(flags)}'
+  return f'{program_name()} eval --config={name} --checkpoint={where} {" ".join(flags)}'
 
 
 def _differing(wanted: Mapping[str, Any], config: ConfigDict) -> dict[str, Any]:

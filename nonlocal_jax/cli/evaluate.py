@@ -1,21 +1,27 @@
-"""The command that evaluates: `python main.py --mode=eval --checkpoint=WEIGHTS`."""
+"""Evaluates weights on the val images of a dataset.
 
-from pathlib import Path
+    nonlocal-jax eval --config=ade20k_r101 --config.data.source_dir=DIR --checkpoint=WEIGHTS
+    nonlocal-jax eval --config=custom --config.data.source_dir=DIR --checkpoint=runs/custom
 
-from ml_collections import ConfigDict
+Prints the scores of each class and their means, and writes metrics.json into the workdir.
+"""
 
+from collections.abc import Sequence
+
+from nonlocal_jax.cli.run_options import make_parser, parse
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.evaluation.evaluate import evaluate_checkpoint
 
 
-def evaluate(config: ConfigDict, workdir: Path, *, checkpoint: Path | None) -> None:
-  """Evaluates weights; see `evaluate_checkpoint`.
+def main(arguments: Sequence[str]) -> None:
+  """Evaluates as the arguments say.
 
   Raises:
     UserError: If there is no checkpoint.
   """
-  if checkpoint is None:
-    raise UserError(
-      '--mode=eval needs --checkpoint: a .pth file, a converted directory or a workdir.'
-    )
-  evaluate_checkpoint(config, checkpoint, workdir)
+  options, config = parse(make_parser('eval', __doc__), arguments)
+  if options.checkpoint is None:
+    raise UserError('eval needs --checkpoint: a .pth file, a converted directory or a workdir.')
+
+  from nonlocal_jax.evaluation.evaluate import evaluate_checkpoint
+
+  evaluate_checkpoint(config, options.checkpoint, options.workdir)

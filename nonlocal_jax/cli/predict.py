@@ -1,6 +1,6 @@
 """Segments images: a label map and a picture of it for each.
 
-python scripts/predict.py --checkpoint=WEIGHTS INPUT... --out=DIR
+    nonlocal-jax predict --checkpoint=WEIGHTS INPUT... --out=DIR
 
 WEIGHTS are a .pth file of MMSegmentation, a converted directory or the workdir of a training run;
 an INPUT is an image, a folder, or a pattern such as 'photos/*.jpg'. For photos/a.jpg and for a.jpg
@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 import nonlocal_jax
+from nonlocal_jax.cli.program import Parser
 from nonlocal_jax.data.paths import files_below
 from nonlocal_jax.data.transforms import decode_image
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
@@ -32,11 +33,9 @@ from nonlocal_jax.runtime.progress import progress_bar
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
-def main() -> None:
-  """Runs what the arguments say."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+def main(arguments: Sequence[str]) -> None:
+  """Predicts as the arguments say."""
+  parser = Parser('nonlocal-jax predict', __doc__)
   parser.add_argument('inputs', nargs='+', metavar='INPUT')
   parser.add_argument('--checkpoint', required=True, type=Path)
   parser.add_argument('--out', required=True, type=Path)
@@ -76,21 +75,21 @@ def main() -> None:
     help="of matrix products; 'default' is TF32 on recent GPUs, several times faster "
     '(default: highest)',
   )
-  arguments = parser.parse_args()
-  images = find_images(arguments.inputs)
+  options = parser.parse_args(arguments)
+  images = find_images(options.inputs)
   execution = Execution.for_platform()
-  if arguments.convolution == 'direct':
+  if options.convolution == 'direct':
     execution = dataclasses.replace(execution, convolution='direct')
   model = nonlocal_jax.load(
-    arguments.checkpoint,
-    align_corners=arguments.align_corners,
+    options.checkpoint,
+    align_corners=options.align_corners,
     execution=execution,
-    precision=arguments.precision,
+    precision=options.precision,
   )
-  if arguments.scale:
-    protocol = dataclasses.replace(model.protocol, scale=tuple(arguments.scale))
+  if options.scale:
+    protocol = dataclasses.replace(model.protocol, scale=tuple(options.scale))
     model = model.with_protocol(protocol)
-  values = submission_values(model) if arguments.submission else None
+  values = submission_values(model) if options.submission else None
   failures = []
   with progress_bar(len(images), 'Predicting', unit='img') as bar:
     for name, path in images.items():
@@ -99,8 +98,8 @@ def main() -> None:
       except UserError as error:
         failures.append(str(error))
       else:
-        label = model.predict(image, multi_scale_flip=arguments.multi_scale_flip).astype(np.uint8)
-        target = arguments.out / name
+        label = model.predict(image, multi_scale_flip=options.multi_scale_flip).astype(np.uint8)
+        target = options.out / name
         if values is not None:
           save(Image.fromarray(values[label]), Path(f'{target}.png'))
         else:
@@ -108,9 +107,7 @@ def main() -> None:
           picture = overlay(image, label, classes=model.classes, palette=model.palette)
           save(Image.fromarray(picture), Path(f'{target}_overlay.jpg'))
       bar.update()
-  print(
-    f'{len(images) - len(failures)} of {len(images)} images were predicted, to {arguments.out}.'
-  )
+  print(f'{len(images) - len(failures)} of {len(images)} images were predicted, to {options.out}.')
   if failures:
     raise UserError('\n  '.join([f'{len(failures)} images failed:', *failures]))
 

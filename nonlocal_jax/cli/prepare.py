@@ -1,6 +1,6 @@
 """Checks a dataset's images and label maps and packs them into ArrayRecord files, once.
 
-python scripts/prepare_dataset.py --dataset=ade20k --source=data/ade/ADEChallengeData2016
+    nonlocal-jax prepare --dataset=ade20k --source=data/ade/ADEChallengeData2016
 
 Folders are laid out as MMSegmentation documents it. A custom dataset has images/{train,val} and
 labels/{train,val}, and may have dataset.json:
@@ -13,8 +13,10 @@ to take class k as class label_map[k] (255: none).
 
 import argparse
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
 
+from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.data.datasets import (
   DESCRIPTION,
   PUBLISHED,
@@ -23,17 +25,15 @@ from nonlocal_jax.data.datasets import (
   read_description,
 )
 from nonlocal_jax.data.label_values import class_shares
-from nonlocal_jax.data.preparation import prepare
-from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.data.transforms import IGNORE
-from nonlocal_jax.experiment import report_split
+
+if TYPE_CHECKING:
+  from nonlocal_jax.data.prepared import PreparedSplit
 
 
-def main() -> None:
-  """Runs what the arguments say."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+def main(arguments: Sequence[str]) -> None:
+  """Prepares as the arguments say."""
+  parser = Parser('nonlocal-jax prepare', __doc__)
   parser.add_argument('--dataset', required=True, choices=[*PUBLISHED, 'custom'])
   parser.add_argument('--source', required=True, help='its folder, or a bucket such as gs://...')
   parser.add_argument('--data-dir', help='where to; default: $TFDS_DATA_DIR, ~/tensorflow_datasets')
@@ -41,22 +41,25 @@ def main() -> None:
     '--splits', nargs='+', choices=['train', 'val'], default=['train', 'val'], help='default: both'
   )
   parser.add_argument('--skip-bad', action='store_true', help='leave out bad samples')
-  arguments = parser.parse_args()
+  options = parser.parse_args(arguments)
 
-  description = read_description(arguments.source) if arguments.dataset == 'custom' else {}
+  from nonlocal_jax.data.preparation import prepare
+  from nonlocal_jax.experiment import report_split
+
+  description = read_description(options.source) if options.dataset == 'custom' else {}
   named = bool({'num_classes', 'classes', 'label_map'} & description.keys())
-  if arguments.dataset != 'custom':
-    dataset = PUBLISHED[arguments.dataset]
+  if options.dataset != 'custom':
+    dataset = PUBLISHED[options.dataset]
   elif named:
     dataset = custom_dataset(**description)
   else:
     dataset = custom_dataset(255)
   splits = prepare(
     dataset,
-    arguments.source,
-    splits=arguments.splits,
-    data_dir=arguments.data_dir,
-    skip_bad=arguments.skip_bad,
+    options.source,
+    splits=options.splits,
+    data_dir=options.data_dir,
+    skip_bad=options.skip_bad,
   )
   if dataset.name == 'custom' and not named:
     dataset = each_value_for_itself(splits.values())
@@ -66,28 +69,28 @@ def main() -> None:
     print(f'\n{split.name}: {len(split):,} images in {split.directory}')
     print(shares_table(split, dataset))
   if dataset.name == 'custom' and not named:
-    print(f'\nWhat the values mean is for {DESCRIPTION} in {arguments.source} to say, see --help.')
-  print(f'\nTo train on it:\n  {training_command(arguments, dataset)}')
+    print(f'\nWhat the values mean is for {DESCRIPTION} in {options.source} to say, see --help.')
+  print(f'\nTo train on it:\n  {training_command(options, dataset)}')
 
 
-def each_value_for_itself(splits: Collection[PreparedSplit]) -> Dataset:
+def each_value_for_itself(splits: Collection['PreparedSplit']) -> Dataset:
   """A dataset with a class for each label value up to the largest, but 255."""
   values = {value for split in splits for value in split.label_values} - {IGNORE}
   return custom_dataset(classes=[f'value {value}' for value in range(max({1, *values}) + 1)])
 
 
-def shares_table(split: PreparedSplit, dataset: Dataset) -> str:
+def shares_table(split: 'PreparedSplit', dataset: Dataset) -> str:
   """The class histogram of a split as text."""
   return class_shares(split.label_values, dataset).table(dataset)
 
 
-def training_command(arguments: argparse.Namespace, dataset: Dataset) -> str:
+def training_command(options: argparse.Namespace, dataset: Dataset) -> str:
   """The command that trains on what was prepared."""
-  words = ['python', 'main.py']
+  words = [*program_name().split(), 'train']
   if dataset.name == 'custom':
-    words += ['--config=configs/custom.py', f'--config.data.source_dir={arguments.source}']
+    words += ['--config=custom', f'--config.data.source_dir={options.source}']
   else:
-    words += [f'--config=configs/{dataset.name}_r50.py']
-  if arguments.data_dir:
-    words += [f'--config.data.data_dir={arguments.data_dir}']
+    words += [f'--config={dataset.name}_r50']
+  if options.data_dir:
+    words += [f'--config.data.data_dir={options.data_dir}']
   return shlex.join(words)

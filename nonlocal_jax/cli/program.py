@@ -1,25 +1,33 @@
-"""How the programs read configs, and how they end: one line instead of a traceback."""
+"""How the commands read options and how they end: one sentence instead of a traceback."""
 
+import argparse
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import absl.logging
-from absl import flags
-from ml_collections import ConfigDict, config_flags
 
-from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UserError
+from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UsageError, UserError, nearest
 from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_compilation_cache
+
+# What only the extra `train` installs, by the names under which it is imported.
+TRAIN_PACKAGES = frozenset(
+  ('array_record', 'clu', 'filelock', 'grain', 'matplotlib', 'tensorboardX', 'tensorflow_datasets')
+)
 
 
 def run_program(program: Callable[[], object]) -> None:
   """Runs a program from the command line.
 
-  What the user can mend is one line on stderr and exit status 1; interrupted programs clean up and
-  exit with 130 (SIGINT) or 143 (SIGTERM), training runs that saved where they stand with
-  `errors.STOPPED_STATUS`. Compiled programs are kept for the next start.
+  What the user can fix is one line on stderr and exit status 1, or 2 if the command line names a
+  command or an option that does not exist. Interrupted programs clean up and exit with 130 (SIGINT)
+  or 143 (SIGTERM), training runs that saved where they stand with `errors.STOPPED_STATUS`. Compiled
+  programs are kept for the next start.
 
   Args:
     program: The program.
@@ -35,6 +43,9 @@ def run_program(program: Callable[[], object]) -> None:
   before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
     program()
+  except UsageError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
   except UserError as error:
     sys.exit(f'error: {error}')
   except RunStopped as stopped:
@@ -47,50 +58,85 @@ def run_program(program: Callable[[], object]) -> None:
     signal.signal(signal.SIGTERM, before)
 
 
-def read_config(arguments: Sequence[str]) -> ConfigDict:
-  """Reads a config file, and what the command line says in place of its values.
+class Parser(argparse.ArgumentParser):
+  """The options of a command, whose errors are a `UsageError` of one sentence."""
 
-  Args:
-    arguments: `--config=FILE` and any number of `--config.FIELD=VALUE`.
+  def __init__(self, program: str, description: str | None, **options: Any):
+    """A parser without options but --help.
 
-  Returns:
-    The config.
+    Args:
+      program: How the program is called, as in 'nonlocal-jax train'.
+      description: What --help shows first: what the command does, and an example.
+      **options: See `argparse.ArgumentParser`.
+    """
+    super().__init__(
+      prog=program,
+      description=description,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+      **options,
+    )
 
-  Raises:
-    UserError: If there is no such file, no such field, or a value is of a wrong type.
-  """
-  values = flags.FlagValues()
-  config = config_flags.DEFINE_config_file('config', flag_values=values)
-  with config_errors(values):
-    values(['', *arguments])
-    if config.value is None:
-      raise UserError('--config=FILE is missing; configs/ holds those to choose from.')
-    _ = config.value.name  # raises where the file could not be loaded
-    return config.value
+  def parse_args(self, args=None, namespace=None):
+    """Parses options of this command alone."""
+    self._refuse_unknown(args)
+    return super().parse_args(args, namespace)
+
+  def parse_with_config(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses the options of this command, and returns the rest for `config.read_config`."""
+    self._refuse_unknown(arguments, but='--config.')
+    return self.parse_known_args(arguments)
+
+  def _refuse_unknown(self, arguments: Sequence[str], but: str | None = None) -> None:
+    """Names an option that does not exist before one is missed that does."""
+    known = self._option_string_actions
+    for argument in arguments:
+      option = argument.partition('=')[0]
+      if option == '--':
+        return
+      if option.startswith('--') and option not in known and not (but and option.startswith(but)):
+        likely = nearest(option, known)
+        raise UsageError(
+          f'there is no option {option}; the nearest is {likely}, see {self.prog} -h.'
+        )
+
+  def print_help(self, file=None):
+    """Prints the help and exits."""
+    print_and_exit(self.format_help().rstrip())
+
+  def error(self, message: str) -> NoReturn:
+    """Raises `UsageError`."""
+    raise UsageError(f'{message}; see {self.prog} --help.')
 
 
 @contextlib.contextmanager
-def config_errors(values: flags.FlagValues) -> Iterator[None]:
-  """Turns what is raised where a flag 'config' is read into a `UserError`.
+def needs_extra(command: str) -> Iterator[None]:
+  """Turns a missing package of the extra `train` into a `UserError` with the remedy.
 
   Args:
-    values: The flags.
-
-  Raises:
-    UserError: If there is no such file, no such field, or a value is of a wrong type.
+    command: The command's name, as in 'nonlocal-jax COMMAND'.
   """
   try:
     yield
-  except OSError as error:
-    named = values['config']
-    # Where the name ends in no .py, even the flag is not read.
-    what = f' {config_flags.get_config_filename(named)}' if named.present else ' of that name'
+  except ModuleNotFoundError as error:
+    package = (error.name or '').partition('.')[0]
+    if package not in TRAIN_PACKAGES:
+      raise
     raise UserError(
-      f'there is no config file{what}; configs/ holds those to choose from, as '
-      '--config=configs/NAME.py.'
+      f'nonlocal-jax {command} needs the package {package}, which the core installation leaves '
+      "out: pip install 'nonlocal-jax[train]'."
     ) from error
-  except (AttributeError, KeyError) as error:
-    said = str(error).replace('\\n', '. ').replace('\\', '').replace("'", '')  # quoted twice
-    raise UserError(f'the config has no such field: {said}') from error
-  except (TypeError, ValueError, flags.Error) as error:
-    raise UserError(' '.join(str(error).split())) from error
+
+
+def print_and_exit(text: str) -> NoReturn:
+  """Prints text and exits, quietly if nobody reads it to its end, as with `| head`."""
+  try:
+    print(text, flush=True)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  sys.exit()
+
+
+def program_name() -> str:
+  """How this program can be started again: 'nonlocal-jax', or with `python -m` if not installed."""
+  return 'nonlocal-jax' if Path(sys.argv[0]).name == 'nonlocal-jax' else 'python -m nonlocal_jax'

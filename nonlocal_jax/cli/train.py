@@ -1,17 +1,36 @@
-"""The command that trains: `python main.py --mode=train`."""
+"""Trains a network, or resumes where a run was stopped.
 
-from pathlib import Path
+    nonlocal-jax train                                    # the demo: makes its own images
+    nonlocal-jax train --config=ade20k_r101 --config.data.source_dir=ADEChallengeData2016
+    nonlocal-jax train --config=custom --config.data.source_dir=DIR --config.data.num_classes=11
 
-from ml_collections import ConfigDict
+The workdir gets checkpoints, metrics, curves and the config. The same command resumes a run.
+"""
 
+from collections.abc import Sequence
+
+from nonlocal_jax.cli.run_options import FLAG, make_parser, parse
 from nonlocal_jax.runtime.parallel import is_first_process
-from nonlocal_jax.training.loop import train_and_evaluate
 
 
-def train(
-  config: ConfigDict, workdir: Path, *, checkpoint: Path | None, new_classifier: bool
-) -> None:
-  """Trains and says where the results are; see `train_and_evaluate`."""
-  train_and_evaluate(config, workdir, checkpoint=checkpoint, new_classifier=new_classifier)
+def main(arguments: Sequence[str]) -> None:
+  """Trains as the arguments say."""
+  parser = make_parser('train', __doc__)
+  parser.add_argument(
+    '--new_classifier',
+    '--new-classifier',
+    **FLAG,
+    help='start with new last layers in place of those of --checkpoint, for other classes',
+  )
+  options, config = parse(parser, arguments)
+
+  from nonlocal_jax.training.loop import train_and_evaluate
+
+  train_and_evaluate(
+    config,
+    options.workdir,
+    checkpoint=options.checkpoint,
+    new_classifier=options.new_classifier,
+  )
   if is_first_process():
-    print(f'Results are in {workdir}.')
+    print(f'Results are in {options.workdir}.')

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+  from matplotlib.patches import Patch
 
 
 def colourise(
@@ -123,7 +124,9 @@ def _legend(
   labels: Sequence[np.ndarray],
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
-) -> list[Patch]:
+) -> list['Patch']:
+  from matplotlib.patches import Patch
+
   present = np.unique(np.concatenate([label.ravel() for label in labels])).tolist()
   return [
     Patch(color=np.array(palette[index]) / 255, label=classes[index])
@@ -135,9 +138,12 @@ def _legend(
 def _sheet(
   rows: Sequence[Sequence[np.ndarray]],
   titles: Sequence[str],
-  legend: Sequence[Patch],
+  legend: Sequence['Patch'],
   names: Sequence[str] = (),
 ) -> np.ndarray:
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from matplotlib.figure import Figure
+
   heights = sum(3 * row[0].shape[0] / row[0].shape[1] for row in rows)
   figure = Figure(figsize=(9, 0.8 + heights + 0.22 * -(-len(legend) // 4)), dpi=110)
   canvas = FigureCanvasAgg(figure)

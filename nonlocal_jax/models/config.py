@@ -201,6 +201,6 @@ _DEFAULTS: Mapping[Platform, Mapping[str, Any]] = {
     # It also keeps the compiler from merging what is recomputed with what was computed first.
     'scan_blocks': True,
   },
-  'gpu': {'convolution': 'sub_images', 'pixel_loss': 'reductions'},
+  'gpu': {'convolution': 'sub_images', 'pixel_loss': 'reductions', 'scores_at_once': 2**26},
   'tpu': {'pixel_loss': 'reductions'},
 }

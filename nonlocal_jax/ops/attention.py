@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -237,6 +237,39 @@ def _even(x: jax.Array) -> jax.Array:
   return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0)))
 
 
+def fastest_attention(
+  channels: int, devices: Sequence[jax.Device], *, precision: str | None, train: bool
+) -> Attention:
+  """Chooses how to compute attention without losing accuracy.
+
+  Args:
+    channels: Inner channels of the non-local block.
+    devices: The devices that share a batch.
+    precision: Of matrix products, see `jax_default_matmul_precision`. What is above the default
+      rules out the 11 bits of `cudnn_attention`.
+    train: Whether it is differentiated.
+
+  Returns:
+    'cudnn' where the devices have it, 'flash' for prediction on one NVIDIA GPU of compute
+    capability 9.0, where it has been measured, and otherwise 'blocks'.
+  """
+  device = devices[0]
+  most = _most_cudnn_channels(device)
+  if channels % 8 or channels > most:
+    return 'blocks'
+  if precision in (None, 'default', 'tensorfloat32'):
+    return 'cudnn'
+  is_measured = device.compute_capability == '9.0' and channels & (channels - 1) == 0
+  return 'flash' if is_measured and channels >= 16 and len(devices) == 1 and not train else 'blocks'
+
+
+def _most_cudnn_channels(device: jax.Device) -> int:
+  """Most channels that cuDNN takes on a device; 0 where it is no NVIDIA GPU at hand."""
+  if device.platform != 'gpu' or 'cuda' not in device.client.platform_version:
+    return 0
+  return 256 if tuple(map(int, device.compute_capability.split('.'))) >= _HOPPER else 128
+
+
 def check_attention(attention: Attention, channels: int, device: jax.Device) -> None:
   """Checks that a device can compute attention so.
 
@@ -250,13 +283,13 @@ def check_attention(attention: Attention, channels: int, device: jax.Device) -> 
   """
   if attention != 'cudnn':
     return
-  if device.platform != 'gpu' or 'cuda' not in device.client.platform_version:
+  most = _most_cudnn_channels(device)
+  if not most:
     raise UserError(
       'config.model.attention is cudnn, which needs an NVIDIA GPU, and this program runs on '
       f'{device.device_kind}; leave it at blocks.'
     )
   capability = device.compute_capability
-  most = 256 if tuple(map(int, capability.split('.'))) >= _HOPPER else 128
   if channels > most or channels % 8:
     raise UserError(
       f'config.model.attention is cudnn, which on {device.device_kind} (compute capability '

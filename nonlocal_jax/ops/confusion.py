@@ -7,14 +7,14 @@ import jax.numpy as jnp
 def confusion_matrix(
   predictions: jax.Array, labels: jax.Array, *, num_classes: int, ignore_index: int = 255
 ) -> jax.Array:
-  """Counts pixels by class and predicted class.
+  """Counts pixels by label and predicted class.
 
   Args:
     predictions: Integers in [0, num_classes), any shape.
     labels: Integers in [0, num_classes) or `ignore_index`, the same shape; at most 2**31 - 1
       pixels.
     num_classes: Number of classes.
-    ignore_index: Label of the pixels to leave out.
+    ignore_index: Label of pixels that are not counted.
 
   Returns:
     (num_classes, num_classes) int32, rows by label, columns by prediction.

@@ -45,7 +45,7 @@ def flash_attention(
   *,
   scale: float,
   key_mask: jax.Array | None = None,
-  parts: int = 2,
+  parts: int | None = None,
   tiles: Tiles | None = None,
   interpret: bool = False,
 ) -> jax.Array:
@@ -61,8 +61,8 @@ def flash_attention(
     values: (n, k, d), the same dtype.
     scale: Factor of the scores.
     key_mask: (n, k) bool, keys that count, the first one in any case; None for all.
-    parts: float16 parts of a float32 operand: 1 has the 11 bits of TF32, 2 have 22 bits. 16-bit
-      operands have one part.
+    parts: float16 parts of a float32 operand: 1 has the 11 bits of TF32, 2 have 22 bits. None for 1
+      at the default `jax_default_matmul_precision`, else 2. 16-bit operands have one part.
     tiles: Of the kernel; None for the fastest on an H100.
     interpret: Whether to run the kernel as plain JAX on any device, for tests.
 
@@ -71,6 +71,10 @@ def flash_attention(
   """
   if queries.dtype.itemsize == 2:
     parts = 1
+  elif parts is None:
+    parts = (
+      1 if jax.config.jax_default_matmul_precision in (None, 'default', 'tensorfloat32') else 2
+    )
   return _attention(
     queries, keys, values, key_mask, scale, parts, tiles or _TILES[parts], interpret
   )

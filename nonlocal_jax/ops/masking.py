@@ -1,19 +1,18 @@
-"""The padding of a batch of images of several sizes."""
+"""Masks for batches of images that are zero-padded to one shape."""
 
 import jax
 import jax.numpy as jnp
 
 
 def valid_mask(sizes: jax.Array, shape: tuple[int, int]) -> jax.Array:
-  """Where the images of a padded batch are.
+  """Marks the pixels of a padded batch that belong to its images.
 
   Args:
-    sizes: (n, 2) integers, height and width of each image without the padding at its bottom and
-      right.
-    shape: (h, w) with the padding.
+    sizes: (n, 2) integers, height and width of each image; the padding is at the bottom and right.
+    shape: (h, w), padding included.
 
   Returns:
-    (n, h, w) bool.
+    (n, h, w) bool, True inside the image.
   """
   rows = jnp.arange(shape[0])[:, None] < sizes[:, 0, None, None]
   columns = jnp.arange(shape[1]) < sizes[:, 1, None, None]
@@ -21,18 +20,18 @@ def valid_mask(sizes: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def mask_padding(x: jax.Array, sizes: jax.Array | None) -> jax.Array:
-  """Sets the padding to zero, so that a convolution sees there what it sees beyond a border.
+  """Zeroes the padding, so that a convolution reads it like the zeros beyond a border.
 
   Args:
     x: (n, h, w, c).
-    sizes: See `valid_mask`; None for no padding.
+    sizes: See `valid_mask`; None if nothing is padded.
 
   Returns:
-    The same shape.
+    The same shape and dtype.
   """
   return x if sizes is None else jnp.where(valid_mask(sizes, x.shape[1:3])[..., None], x, 0)
 
 
 def strided_sizes(sizes: jax.Array | None, stride: int) -> jax.Array | None:
-  """Sizes after a layer of a stride: `ceil(sizes / stride)`; None stays."""
+  """Image sizes after a strided layer, `ceil(sizes / stride)`; None stays None."""
   return sizes if sizes is None else (sizes + (stride - 1)) // stride

@@ -1,4 +1,4 @@
-"""Bilinear resizing by matrices, one for each axis."""
+"""Bilinear resizing as one matrix product per axis."""
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +8,19 @@ import numpy as np
 def bilinear_taps(
   in_size: int, out_size: int, *, align_corners: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The two samples that each sample of a bilinearly resized axis is made of.
+  """Computes which two input samples each output sample interpolates, and their weights.
 
   Source coordinates are computed in float32, as in `torch.nn.functional.interpolate`: half-pixel
-  centres clamped at 0, or corner on corner with `align_corners`.
+  centres clamped at 0, or aligned corners.
 
   Args:
-    in_size: Length of the axis before.
-    out_size: Length of the axis after.
-    align_corners: Whether the first and last samples keep their places.
+    in_size: Length of the input axis.
+    out_size: Length of the output axis.
+    align_corners: Whether the first and last samples of input and output coincide.
 
   Returns:
-    Indices of the lower and the upper sample, (out_size,) int64, and the share of the upper one,
-    (out_size,) float32.
+    Indices of the lower and the upper sample, (out_size,) int64 each, and the weight of the upper
+    one, (out_size,) float32.
   """
   positions = np.arange(out_size, dtype=np.float32)
   if align_corners:
@@ -35,11 +35,11 @@ def bilinear_taps(
 
 
 def bilinear_matrix(in_size: int, out_size: int, *, align_corners: bool) -> np.ndarray:
-  """The matrix that resizes one axis bilinearly, without antialiasing.
+  """Builds the matrix that resizes one axis bilinearly, without antialiasing.
 
   Args:
-    in_size: Length of the axis before.
-    out_size: Length of the axis after.
+    in_size: Length of the input axis.
+    out_size: Length of the output axis.
     align_corners: See `bilinear_taps`.
 
   Returns:
@@ -54,9 +54,9 @@ def bilinear_matrix(in_size: int, out_size: int, *, align_corners: bool) -> np.n
 
 
 def apply_axis_matrices(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
-  """Applies one matrix to the rows and one to the columns of `x`.
+  """Multiplies the rows of `x` by one matrix and its columns by another.
 
-  Two dense products instead of a gather: deterministic forwards and backwards on every device.
+  Dense products, unlike a gather and its scatter, are deterministic in both directions.
 
   Args:
     x: (n, h, w, c) float32.
@@ -72,7 +72,7 @@ def apply_axis_matrices(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> 
 
 
 def resize_bilinear(x: jax.Array, size: tuple[int, int], *, align_corners: bool) -> jax.Array:
-  """Resizes feature maps bilinearly, as `torch.nn.functional.interpolate` does.
+  """Resizes feature maps bilinearly, like `torch.nn.functional.interpolate`.
 
   Args:
     x: (n, h, w, c) float32.

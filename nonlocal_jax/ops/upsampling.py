@@ -1,4 +1,4 @@
-"""Bilinear upsampling by a whole factor as weighted sums of neighbours, which XLA fuses."""
+"""Bilinear upsampling by an integer factor, as weighted sums of neighbours that XLA fuses."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -11,15 +11,15 @@ import numpy as np
 def upsampling_factor(
   size: tuple[int, int], out_size: tuple[int, int], *, align_corners: bool
 ) -> int | None:
-  """The factor by which both axes grow, if it is a whole one and so the taps are periodic.
+  """Returns the integer factor by which both axes grow, if the interpolation weights repeat.
 
   Args:
-    size: (h, w) before.
-    out_size: (out_h, out_w) after.
+    size: (h, w) of the input.
+    out_size: (out_h, out_w) of the output.
     align_corners: See `upsample`.
 
   Returns:
-    A power of two, for which the weights are exact; None for other sizes.
+    A power of two, for which the weights are exact in float32; None for other sizes.
   """
   corner = 1 if align_corners else 0
   if min(size) <= corner:
@@ -30,16 +30,17 @@ def upsampling_factor(
 
 
 def upsample(x: jax.Array, factor: int, *, align_corners: bool) -> jax.Array:
-  """Resizes feature maps by a whole factor, as `torch.nn.functional.interpolate` does.
+  """Upsamples feature maps by an integer factor, like `torch.nn.functional.interpolate`.
 
   Args:
     x: (n, h, w, c) floats.
-    factor: Pixels that a feature becomes, along both axes.
-    align_corners: Whether the first and last samples keep their places. The last `factor - 1` rows
-      and columns of the result are then beyond the image.
+    factor: Output pixels per feature, along both axes.
+    align_corners: Whether the first and last samples of input and output coincide. The last
+      `factor - 1` rows and columns of the result are then outside the image.
 
   Returns:
-    (n, h, factor, w, factor, c), pixel (i, j) at [i // factor, i % factor, j // factor, ...].
+    (n, h, factor, w, factor, c), with pixel (i, j) at [:, i // factor, i % factor, j // factor,
+    j % factor].
   """
   weights = _tap_weights(factor, align_corners=align_corners).astype(x.dtype)
   x = _axis_upsampled(x, weights, axis=1)  # (n, h, factor, w, c)
@@ -53,13 +54,14 @@ def upsample_transpose_of(
   *,
   align_corners: bool,
 ) -> jax.Array:
-  """The transpose of `upsample`, applied to a function of what is upsampled.
+  """Applies the transpose of `upsample` to a function of the upsampled features.
 
-  Neither is held as a whole: columns of pixels are summed up as they are made.
+  Neither the upsampled features nor the function's values are materialized as a whole: each column
+  of pixels is accumulated as soon as it is computed.
 
   Args:
-    function: Of a pixel's column j in its feature and the upsampled values there, (n, h, factor, w,
-      c); it returns the same shape, zero beyond the image.
+    function: Maps a column j in [0, factor) and the upsampled features at that column of each
+      feature, (n, h, factor, w, c), to an array of the same shape, zero outside the image.
     x: (n, h, w, c) floats.
     factor: See `upsample`.
     align_corners: See `upsample`.
@@ -84,7 +86,7 @@ def upsample_transpose_of(
 
 
 def _neighbours(x: jax.Array, *, axis: int) -> list[jax.Array]:
-  """The features before, their own and those after; the first and last repeat beyond the edges."""
+  """Returns each feature's predecessor, itself and its successor, with edges repeated."""
   padding = [(0, 0)] * x.ndim
   padding[axis] = (1, 1)
   padded = jnp.pad(x, padding, mode='edge')
@@ -112,7 +114,7 @@ def _weighted_sum(arrays: Sequence[jax.Array], weights: Sequence[float]) -> jax.
 
 
 def _axis_upsampled(x: jax.Array, weights: np.ndarray, *, axis: int) -> jax.Array:
-  """Inserts an axis of the pixels of each feature after `axis`."""
+  """Upsamples one axis; the pixels of a feature become a new axis after `axis`."""
   shape = [1] * (x.ndim + 1)
   shape[axis + 1] = len(weights)
   terms = (
@@ -124,7 +126,7 @@ def _axis_upsampled(x: jax.Array, weights: np.ndarray, *, axis: int) -> jax.Arra
 
 
 def _tap_weights(factor: int, *, align_corners: bool) -> np.ndarray:
-  """(factor, 3): of the feature before, its own and the one after, for each pixel of a feature."""
+  """(factor, 3) weights of predecessor, feature and successor, for each pixel of a feature."""
   pixels = np.arange(factor)
   offset = pixels / factor if align_corners else (pixels + 0.5) / factor - 0.5
   before, after = np.maximum(-offset, 0), np.maximum(offset, 0)

@@ -1,12 +1,12 @@
 """3x3 convolutions by Winograd's minimal filtering (Lavin and Gray, https://arxiv.org/abs/1509.09308).
 
-F(4x4, 3x3): a tile of 4x4 outputs takes 36 products in place of 144. They are those of 36 matrices,
-(tiles, c) by (c, d), one for each place of a transformed tile. Rounding errors are about 1e-5 of
-the scale of the outputs in float32.
+F(4x4, 3x3) computes a tile of 4x4 outputs with 36 multiplications per channel pair instead of 144.
+They form 36 matrix products, (tiles, c) by (c, d), one for each element of a transformed tile. In
+float32 the rounding error is about 1e-5 of the outputs' standard deviation.
 
-A dilated convolution is one on each of the `dilation`^2 interleaved grids of the input; their tiles
-are among the tiles. Transformed kernels and inputs are four and two times as large as they were, so
-channels are worked through in parts.
+A dilated convolution is a plain one on each of the `dilation`^2 interleaved grids of the input.
+Transformed kernels are four times and transformed inputs two times as large as the originals, so
+channels are processed in chunks.
 """
 
 import math
@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-TILE = 4  # outputs along an edge
-_PLACES = TILE + 2  # inputs that they depend on
+TILE = 4  # edge of a tile of outputs
+_PLACES = TILE + 2  # edge of the inputs that it depends on
 
-# Transforms along one axis: of 6 inputs, of 3 taps, and from 6 products to 4 outputs (section 4.3).
+# The one-dimensional transforms of 6 inputs, 3 taps and 6 products (section 4.3 of the paper).
 _INPUT = np.array(
   [
     [4, 0, -5, 0, 1, 0],
@@ -37,18 +37,18 @@ _OUTPUT = np.array(
 )
 
 _CHANNELS_AT_ONCE = 512
-# Below these the transforms cost more than the products save (measured on CPUs).
+# Below these, the transforms cost more than the products save (measured on CPUs).
 _FEWEST_CHANNELS = 64
 _FEWEST_POSITIONS = 512
 
 
 def saves_work(x_shape: Sequence[int], kernel_shape: Sequence[int], dilation: int) -> bool:
-  """Whether there is enough to do, and tiles cover the input without much waste.
+  """Returns whether Winograd is faster: enough work, and tiles that cover the input well.
 
   Args:
     x_shape: (n, h, w, in_channels).
     kernel_shape: (3, 3, in_channels, out_channels).
-    dilation: Step between the taps.
+    dilation: Step between the taps of the kernel.
   """
   positions = math.prod(x_shape[:3])
   covered = x_shape[0] * math.prod(n * TILE * dilation for n in _tile_counts(x_shape, dilation))
@@ -67,7 +67,7 @@ def convolve(
   *,
   transpose: bool = False,
 ) -> jax.Array:
-  """Convolves without stride, the input padded with `dilation` zeros on each side.
+  """Computes a convolution of stride 1, padded with `dilation` zeros on each side.
 
   Args:
     x: (n, h, w, in_channels) floats.
@@ -75,8 +75,8 @@ def convolve(
       the transpose.
     dilation: Step between the taps.
     precision: Of the products.
-    transpose: Whether to apply the transpose of the convolution with `kernel`, which takes the
-      gradient of its output to that of its input.
+    transpose: Whether to apply the transposed convolution, which maps the gradient of the output to
+      that of the input.
 
   Returns:
     (n, h, w, out_channels).
@@ -105,11 +105,11 @@ def convolve(
 def kernel_gradient(
   x: jax.Array, gradient: jax.Array, dilation: int, precision: lax.PrecisionLike = None
 ) -> jax.Array:
-  """The gradient of the kernel of `convolve`, by the transposes of its transforms.
+  """Computes the gradient of the kernel of `convolve`, by the transposes of its transforms.
 
   Args:
-    x: (n, h, w, in_channels), what was convolved.
-    gradient: (n, h, w, out_channels), of what came out.
+    x: (n, h, w, in_channels), the input of the convolution.
+    gradient: (n, h, w, out_channels), the gradient of its output.
     dilation: Step between the taps.
     precision: Of the products.
 
@@ -135,11 +135,11 @@ def kernel_gradient(
   )
 
 
-Part = Callable[[jax.Array, int], jax.Array]  # of an array, along an axis
+Part = Callable[[jax.Array, int], jax.Array]  # takes a chunk of an array along an axis
 
 
 def _parts(channels: int) -> int:
-  """Equal parts in which channels are worked through."""
+  """The number of equal chunks that the channels are processed in."""
   few = -(-channels // _CHANNELS_AT_ONCE)
   return next((n for n in range(few, 4 * few) if channels % n == 0), 1)
 
@@ -149,7 +149,7 @@ def _part(index: jax.typing.ArrayLike, size: int) -> Part:
 
 
 def _summed(function: Callable[[Part], jax.Array], channels: int) -> jax.Array:
-  """The sum of what `function` makes of each part of the channels."""
+  """Sums `function` over the chunks of the channels."""
   count = _parts(channels)
   size = channels // count
   first = function(_part(0, size))
@@ -159,7 +159,7 @@ def _summed(function: Callable[[Part], jax.Array], channels: int) -> jax.Array:
 
 
 def _concatenated(function: Callable[[Part], jax.Array], channels: int, *, axis: int) -> jax.Array:
-  """What `function` makes of each part of the channels, side by side."""
+  """Concatenates the results of `function` for the chunks of the channels."""
   count = _parts(channels)
   size = channels // count
   if count == 1:
@@ -177,7 +177,7 @@ def _concatenated(function: Callable[[Part], jax.Array], channels: int, *, axis:
 
 
 def _tile_counts(shape: Sequence[int], dilation: int) -> tuple[int, int]:
-  """Tiles along both axes of each of the interleaved grids."""
+  """The number of tiles along both axes of an interleaved grid."""
   height, width = (-(-size // (TILE * dilation)) for size in shape[1:3])
   return height, width
 
@@ -186,7 +186,7 @@ def _input_tiles(x: jax.Array, dilation: int) -> jax.Array:
   """(n, h, w, c) -> (36, tiles, c), transformed."""
   n, height, width, channels = x.shape
   rows, columns = _tile_counts(x.shape, dilation)
-  # A tile's last two inputs are the first two of the next: one more tile is read in part.
+  # A tile shares its last two inputs with the next one, so one more tile is read in part.
   padding = [
     (dilation, (count + 1) * TILE * dilation - size - dilation)
     for count, size in ((rows, height), (columns, width))
@@ -226,12 +226,12 @@ def _outputs(products: jax.Array, shape: Sequence[int], dilation: int) -> jax.Ar
   return x.reshape(n, rows * TILE * dilation, columns * TILE * dilation, -1)[:, :height, :width]
 
 
-# The places of a tile are numbered by column first, as `_input_tiles` makes them.
+# Elements of a tile are numbered in column-major order, as in `_input_tiles`.
 _KERNEL_OF_TILE = np.einsum('ai,bj->baij', _KERNEL, _KERNEL).reshape(_PLACES**2, 9)
 
 
 def _kernel_tiles(kernel: jax.Array, *, mirrored: bool) -> jax.Array:
-  """(3, 3, c, d) -> (36, c, d), transformed, perhaps mirrored along both axes first."""
+  """(3, 3, c, d) -> (36, c, d), transformed; `mirrored` flips both axes first."""
   matrix = jnp.asarray(_KERNEL_OF_TILE[:, ::-1] if mirrored else _KERNEL_OF_TILE, kernel.dtype)
   taps = kernel.reshape(9, -1)
   return jnp.matmul(matrix, taps, precision='highest').reshape(-1, *kernel.shape[2:])
@@ -245,7 +245,7 @@ def _taps(products: jax.Array) -> jax.Array:
 
 
 def _combine(matrix: np.ndarray, parts: Sequence[jax.Array], *, axis: int = 0) -> jax.Array:
-  """Stacks the sums of `parts` that the rows of a small matrix with many zeros describe."""
+  """Multiplies a small, sparse matrix by a list of arrays; stacks the results along `axis`."""
   sums = []
   for row in matrix.tolist():
     terms = [part * factor for factor, part in zip(row, parts, strict=True) if factor]

@@ -22,6 +22,7 @@ from nonlocal_jax.evaluation.evaluate import (
 from nonlocal_jax.evaluation.evaluator import Evaluation
 from nonlocal_jax.experiment import dataset_of, network_of, open_splits, train_batches_of
 from nonlocal_jax.models import NonLocalNet
+from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import (
   data_mesh,
   is_first_process,
@@ -33,6 +34,7 @@ from nonlocal_jax.runtime.signals import StopRequest
 from nonlocal_jax.training.checkpointing import restore, save, with_weights
 from nonlocal_jax.training.initial_weights import read_initial_weights
 from nonlocal_jax.training.log import CURVES, LOG, TrainingLog, summary_table, write_curves
+from nonlocal_jax.training.parameter_tables import PARAMETERS, all_parameters, parameters_by_module
 from nonlocal_jax.training.recipe import (
   check_recipe,
   compile_step,
@@ -122,6 +124,8 @@ def train_and_evaluate(
     if is_first_process():
       size = sum(array.size for array in jax.tree.leaves(state.params))
       say_start(config, source, mesh, size, train_step)
+      write_whole(workdir / PARAMETERS, all_parameters(state.params) + '\n')
+      print(parameters_by_module(state.params), flush=True)
 
     with (
       TrainingLog(workdir, batch_size=config.train.batch_size, start=start) as log,

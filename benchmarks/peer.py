@@ -1,6 +1,6 @@
-"""MMSegmentation's own figures for benchmark.py, each in a process of its own.
+"""MMSegmentation's own figures for compare.py, each in a process of its own.
 
-python scripts/benchmark_peer.py NAME JSON
+    python benchmarks/peer.py NAME JSON
 
 NAME is a key of MEASURES below, JSON the arguments of its function. The last line of stdout is a
 JSON object of figures, among them the peak memory of the process. Nothing of JAX is imported. On a

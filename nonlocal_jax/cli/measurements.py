@@ -1,6 +1,6 @@
-"""The measurements of benchmark.py, each in a process of its own.
+"""What the command `benchmark` measures, each in a process of its own.
 
-python scripts/benchmark_measures.py NAME JSON
+    python -m nonlocal_jax.cli.measurements NAME JSON
 
 NAME is a key of MEASURES below, JSON the arguments of its function. The last line of stdout is a
 JSON object of figures, among them the peak memory of the process.
@@ -21,35 +21,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from ml_collections import ConfigDict
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from nonlocal_jax.cli.program import run_program
+from nonlocal_jax.cli.program import needs_extra, run_program
 from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS, peak_memory_gib
-from nonlocal_jax.experiment import dataset_of, network_of, open_splits, train_batches_of
 from nonlocal_jax.inference.pretrained import PretrainedModel
 from nonlocal_jax.models import Execution, NonLocalBlock, NonLocalNet
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE, state_shapes
 from nonlocal_jax.protocol import EvalProtocol
-from nonlocal_jax.recipes import base_config
+from nonlocal_jax.recipes import custom_config
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of, replicated, shard_batch
-from nonlocal_jax.training.recipe import compile_step, optimizer_of
-from nonlocal_jax.training.train_step import TrainState
 from nonlocal_jax.weights.description import ModelDescription
 
 Figures = dict[str, Any]
-
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
   """Makes the measurement that the arguments name."""
   name, options = sys.argv[1:]
-  print(json.dumps(measure(name, json.loads(options))))
+  with needs_extra('benchmark'):
+    print(json.dumps(measure(name, json.loads(options))))
 
 
 def measure(name: str, options: Mapping[str, Any]) -> Figures:
@@ -156,7 +149,11 @@ def measure_training(
     `seconds` of a later step, the median; `compile_seconds` of tracing, lowering and compiling it;
     `start_seconds` from the start of the process to the end of the first step.
   """
-  config = custom_config(classes=classes, width=width, depth=depth)
+  from nonlocal_jax.experiment import network_of
+  from nonlocal_jax.training.recipe import compile_step, optimizer_of
+  from nonlocal_jax.training.train_step import TrainState
+
+  config = _config(classes=classes, width=width, depth=depth)
   config.train.batch_size, config.train.crop, config.train.dtype = batch, tuple(size), dtype
   mesh = data_mesh(jax.local_devices()[:1])
   _, tx = optimizer_of(config)
@@ -206,10 +203,10 @@ def measure_evaluation(
   width: int,
   depth: int,
 ) -> Figures:
-  """Runs main.py --mode=eval on a folder that was never prepared.
+  """Runs the command `eval` on a folder that was never prepared.
 
   Args:
-    data: The folder, see configs/custom.py.
+    data: The folder, with images/val and labels/val.
     checkpoint: The weights.
     scale: (width, height) of the box that images are resized into.
     num_classes: Number of classes.
@@ -222,14 +219,13 @@ def measure_evaluation(
     `mIoU` in percent and the process's peak memory.
 
   Raises:
-    UserError: If main.py fails.
+    UserError: If the command fails.
   """
   with tempfile.TemporaryDirectory() as folder:
     command = [
       sys.executable,
-      str(_ROOT / 'main.py'),
-      f'--config={_ROOT / "configs/custom.py"}',
-      '--mode=eval',
+      *('-m', 'nonlocal_jax', 'eval'),
+      '--config=custom',
       f'--checkpoint={checkpoint}',
       f'--workdir={folder}/workdir',
       f'--config.data.source_dir={data}',
@@ -244,7 +240,7 @@ def measure_evaluation(
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     total = time.perf_counter() - begun
     if done.returncode != 0:
-      raise UserError(f'main.py says: {done.stderr.strip().splitlines()[-1]}')
+      raise UserError(f'eval says: {done.stderr.strip().splitlines()[-1]}')
     report = json.loads((Path(folder) / 'workdir' / METRICS).read_text())
   return {
     **of_device_or_host(report['peak_memory_gib']),
@@ -269,7 +265,9 @@ def measure_pipeline(
   Returns:
     `seconds` of a batch, `batch` its images, `crop` their size.
   """
-  config = custom_config(classes=num_classes)
+  from nonlocal_jax.experiment import dataset_of, open_splits, train_batches_of
+
+  config = _config(classes=num_classes)
   config.data.source_dir, config.data.ignore_labels = data, tuple(ignore_labels)
   with tempfile.TemporaryDirectory() as folder:
     config.data.data_dir = folder
@@ -383,9 +381,9 @@ def random_state(config: NonLocalNetConfig) -> nnx.State:
   return nnx.from_flat_state(arrays)
 
 
-def custom_config(*, classes: int, width: int = 64, depth: int = 50) -> ConfigDict:
-  """The recipe that all configs share, for a custom set."""
-  config = base_config()
+def _config(*, classes: int, width: int = 64, depth: int = 50):
+  """The config `custom` for a network of that size."""
+  config = custom_config()
   config.name = 'benchmark'
   config.data.num_classes = classes
   config.model.width, config.model.depth = width, depth

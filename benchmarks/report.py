@@ -1,12 +1,12 @@
-"""The results of benchmark.py: results.md, scaling.png and results.json."""
+"""Writes results.md and scaling.png from the results.json of `nonlocal-jax benchmark`.
 
-import datetime
+python benchmarks/report.py DIR
+"""
+
 import json
 import math
-import os
-import platform
-import re
 import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nonlocal_jax.cli.benchmark import RESULTS, Record
+from nonlocal_jax.cli.program import run_program
+from nonlocal_jax.errors import UsageError, UserError
 from nonlocal_jax.models import Execution
 from nonlocal_jax.runtime.files import whole_file, write_whole
-
-Record = Mapping[str, Any]
 
 # Dense products in TFLOP/s as NVIDIA states them, by a part of the device's name.
 PEAK_TFLOPS = {
@@ -43,34 +46,30 @@ PUBLISHED_MEMORY = {
 _TRAINING_PASSES = 3  # a backward pass is taken for two forward passes
 
 
-def write_results(
+def main() -> None:
+  """Writes the report of the folder that the argument names."""
+  if len(sys.argv) != 2:
+    raise UsageError('give one folder with results.json: python benchmarks/report.py DIR')
+  path = Path(sys.argv[1]) / RESULTS
+  if not path.is_file():
+    raise UserError(f'There is no {path}: nonlocal-jax benchmark --out={path.parent} writes it.')
+  results = json.loads(path.read_text())
+  write_report(path.parent, results['machine'], results['settings'], results['measurements'])
+
+
+def write_report(
   out: Path, machine: Record, settings: Mapping[str, Any], records: Sequence[Record]
 ) -> None:
-  """Writes what was measured so far.
+  """Writes results.md and scaling.png.
 
   Args:
     out: The folder.
-    machine: What the measure 'machine' found.
-    settings: The arguments of the program.
+    machine: What the measurements ran on.
+    settings: The options of the program.
     records: `section`, `label`, `side`, `options` and figures of each measurement.
   """
-  machine = {**machine, 'processor': processor(), 'cores': os.cpu_count(), 'date': _today()}
-  results = {'machine': machine, 'settings': settings, 'measurements': records}
-  write_whole(out / 'results.json', json.dumps(results, indent=2) + '\n')
   write_whole(out / 'results.md', as_markdown(machine, settings, records))
-  if records[-1]['section'] == 'inference':
-    write_scaling(out / 'scaling.png', records)
-
-
-def processor() -> str:
-  """Name of the processor."""
-  cpuinfo = Path('/proc/cpuinfo')
-  named = re.search(r'model name\s*:\s*(.*)', cpuinfo.read_text()) if cpuinfo.exists() else None
-  return named[1] if named else platform.processor() or platform.machine()
-
-
-def _today() -> str:
-  return datetime.datetime.now(datetime.UTC).date().isoformat()
+  write_scaling(out / 'scaling.png', records)
 
 
 def as_markdown(machine: Record, settings: Mapping[str, Any], records: Sequence[Record]) -> str:
@@ -124,7 +123,7 @@ NOTES = {
     'cache and with a filled one; "compile" is the step alone, with the empty cache.'
   ),
   'evaluation': (
-    '`main.py --mode=eval` on a folder, from the files to the scores. "Total" is the whole '
+    '`nonlocal-jax eval` on a folder, from the files to the scores. "Total" is the whole '
     'process: imports, preparing the dataset (checks and packs the val images), loading weights, '
     'compiling or its cache, evaluation; "evaluation" is the last alone, with compiling. '
     'MMSegmentation: its test pipeline and `IoUMetric` at the same scale, with the same weights; '
@@ -375,3 +374,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   ]
   lines = [f'| {" | ".join(cells)} |' for cells in zip(*columns, strict=True)]
   return '\n'.join([lines[0], '|' + '---|' * len(columns), *lines[1:]])
+
+
+if __name__ == '__main__':
+  run_program(main)

@@ -1,0 +1,124 @@
+"""The config on the command line: `--config=NAME` or a file, and `--config.FIELD=VALUE`."""
+
+import contextlib
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from nonlocal_jax import recipes
+from nonlocal_jax.errors import UsageError, UserError
+
+# A name such as ade20k_r101 or ade20k_r101:512x512_80k, and not a path.
+_NAME = re.compile(r'(?P<name>[A-Za-z0-9_-]+)(:.*)?')
+
+
+def read_config(arguments: Sequence[str]) -> ConfigDict:
+  """Reads a config, and what the command line sets in it.
+
+  Args:
+    arguments: `--config=NAME[:VARIANT]` with a name of `recipes.config_names`, or `--config=FILE`,
+      and any number of `--config.FIELD=VALUE`.
+
+  Returns:
+    The config.
+
+  Raises:
+    UserError: If there is no such config, no such field, or a value has the wrong type.
+  """
+  named, rest = _split_config(arguments)
+  if named is None:
+    raise UserError(
+      f'--config is missing; give one of {", ".join(recipes.config_names())}, or a file.'
+    )
+  match = _NAME.fullmatch(named)
+  path = named
+  if match and not Path(match['name']).is_file():
+    recipes.get_config(named)  # an unknown name or variant is told here, in one sentence
+    path = f'{recipes.__file__}:{named}'
+  values = flags.FlagValues()
+  arguments = [f'--config={path}', *rest]
+  config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=['', *arguments])
+  with _config_errors(named):
+    _, *strays = values(['', *arguments])
+    if strays:
+      raise UsageError(f'{strays[0]!r} is no flag; options start with --, see --help.')
+    _ = config.value.name  # raises where the file could not be loaded
+    return config.value
+
+
+def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+  """The value of --config, the last if there are several, and the other arguments."""
+  named, rest = None, []
+  given = iter(arguments)
+  for argument in given:
+    if argument == '--config':
+      named = next(given, None)
+    elif argument.startswith('--config='):
+      named = argument.removeprefix('--config=')
+    else:
+      rest.append(argument)
+  return named, rest
+
+
+@contextlib.contextmanager
+def _config_errors(named: str) -> Iterator[None]:
+  """Turns what is raised where a config is read into a `UserError`."""
+  try:
+    yield
+  except OSError as error:
+    file = named.partition(':')[0]
+    raise UserError(
+      f'there is no config file {file}; give a file, or one of {", ".join(recipes.config_names())}.'
+    ) from error
+  except flags.UnrecognizedFlagError as error:
+    raise UsageError(' '.join(str(error).split())) from error
+  except (AttributeError, KeyError) as error:
+    said = str(error).replace('\\n', '. ').replace('\\', '').replace("'", '')  # quoted twice
+    raise UserError(f'the config has no such field: {said}') from error
+  except (TypeError, ValueError, flags.Error) as error:
+    raise UserError(' '.join(str(error).split())) from error
+
+
+def config_text(config: ConfigDict) -> str:
+  """Returns a config as lines like those of YAML, each field with its comment in recipes.py."""
+  order, above, beside = _comments()
+  lines = []
+
+  def add(section: ConfigDict, prefix: str, indent: str) -> None:
+    for name, value in sorted(section.items(), key=lambda item: order.get(prefix + item[0], 1000)):
+      key = f'{prefix}{name}'
+      lines.extend(f'{indent}# {comment}' for comment in above.get(key, ()))
+      if isinstance(value, ConfigDict):
+        lines.append(f'{indent}{name}:')
+        add(value, f'{key}.', f'{indent}  ')
+      else:
+        comment = f'  # {beside[key]}' if key in beside else ''
+        lines.append(f'{indent}{name}: {value!r}{comment}')
+
+  add(config, '', '')
+  return '\n'.join(lines)
+
+
+def _comments() -> tuple[dict[str, int], dict[str, list[str]], dict[str, str]]:
+  """Of each field in `recipes.base_config`: its line, comments above it, the comment beside it."""
+  order: dict[str, int] = {}
+  above: dict[str, list[str]] = {}
+  beside: dict[str, str] = {}
+  pending: list[str] = []
+  for number, line in enumerate(inspect.getsource(recipes.base_config).splitlines()):
+    stripped = line.strip()
+    if stripped.startswith('# '):
+      pending.append(stripped.removeprefix('# '))
+      continue
+    if field := re.match(r'config\.([a-z_.]+) = [^#]*(?:#\s*(.*))?$', stripped):
+      order[field[1]] = number
+      if pending:
+        above[field[1]] = pending
+      if field[2]:
+        beside[field[1]] = field[2]
+    pending = []
+  return order, above, beside

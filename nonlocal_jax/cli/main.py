@@ -1,0 +1,75 @@
+"""The program `nonlocal-jax`: finds the command and runs it."""
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+
+import nonlocal_jax
+from nonlocal_jax.cli.program import needs_extra, print_and_exit, run_program
+from nonlocal_jax.errors import UsageError, nearest
+
+_EXAMPLES = """\
+Non-local segmentation networks: train, evaluate, predict, convert.
+
+  nonlocal-jax train                                      # a demo that makes its own images
+  nonlocal-jax train --config=ade20k_r101 --config.data.source_dir=DIR
+  nonlocal-jax predict --checkpoint=WEIGHTS photos --out=predicted"""
+
+# Module in this package and what `nonlocal-jax --help` says of it.
+COMMANDS: Mapping[str, tuple[str, str]] = {
+  'train': ('train', 'Train a network, or resume where a run was stopped.'),
+  'eval': ('evaluate', 'Evaluate weights on the val images of a dataset.'),
+  'predict': ('predict', 'Segment images: label maps, and pictures of them.'),
+  'convert': ('convert', 'Convert .pth checkpoints, and weights trained here back to .pth.'),
+  'prepare': ('prepare', 'Check a dataset and pack it into ArrayRecord files.'),
+  'browse': ('browse', 'Draw what training sees, and count the pixels of each class.'),
+  'check-published': ('check_published', 'Reproduce the published scores of released checkpoints.'),
+  'benchmark': ('benchmark', 'Measure speed and memory on this machine.'),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """The program `nonlocal-jax`.
+
+  Args:
+    arguments: What follows the program's name; None for that of this process.
+
+  Raises:
+    SystemExit: With status 1 or 2 if something is wrong, see `run_program`.
+  """
+  given = sys.argv[1:] if arguments is None else list(arguments)
+  run_program(lambda: run(given))
+
+
+def run(arguments: Sequence[str]) -> None:
+  """Runs a command.
+
+  Args:
+    arguments: The command's name and its options.
+
+  Raises:
+    UserError: If there is no such command, or a package that it needs is not installed.
+  """
+  command, *options = arguments or ['--help']
+  if command in ('-h', '--help', 'help'):
+    print_and_exit(help_text())
+  if command == '--version':
+    print_and_exit(f'nonlocal-jax {nonlocal_jax.__version__}')
+  if command not in COMMANDS:
+    likely = nearest(command, COMMANDS)
+    raise UsageError(
+      f'there is no command {command!r}; the nearest is {likely}, see nonlocal-jax --help.'
+    )
+  module, _ = COMMANDS[command]
+  with needs_extra(command):
+    importlib.import_module(f'nonlocal_jax.cli.{module}').main(options)
+
+
+def help_text() -> str:
+  """What `nonlocal-jax --help` prints."""
+  commands = '\n'.join(f'  {name:17}{summary}' for name, (_, summary) in COMMANDS.items())
+  return (
+    f'usage: nonlocal-jax COMMAND [OPTION...]\n\n{_EXAMPLES}\n\ncommands:\n'
+    f'{commands}\n\n'
+    'nonlocal-jax COMMAND --help says more; nonlocal-jax --version prints the version.'
+  )

@@ -1,0 +1,98 @@
+"""The options that `train` and `eval` share."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from nonlocal_jax.cli.config import config_text, read_config
+from nonlocal_jax.cli.program import Parser, print_and_exit
+from nonlocal_jax.recipes import base_config, check_values, config_names
+from nonlocal_jax.runtime.parallel import join_processes
+
+
+def make_parser(command: str, description: str | None) -> Parser:
+  """Makes the parser of a command that runs a config; --help lists the config's fields."""
+  fields = '\n'.join(f'  {line}' for line in config_text(base_config()).splitlines())
+  epilog = (
+    'fields of the config with their defaults, set by --config.FIELD=VALUE as in '
+    f'--config.model.depth=101:\n{fields}'
+  )
+  parser = Parser(f'nonlocal-jax {command}', description, epilog=epilog)
+  add = parser.add_argument
+  add(
+    '--config',
+    default='demo',
+    metavar='NAME',
+    help=f'one of {", ".join(config_names())}, for a published model with a variant as in '
+    'ade20k_r101:512x512_80k, or a file; default: demo',
+  )
+  add(
+    '--print-config',
+    '--print_config',
+    action='store_true',
+    help='print the resolved config and do nothing else',
+  )
+  add('--workdir', metavar='DIR', help='where results go; default: runs/NAME')
+  add(
+    '--checkpoint',
+    type=Path,
+    metavar='PATH',
+    help='a .pth file, a converted directory or a workdir',
+  )
+  add('--distributed', **FLAG, help='work with the other processes that run the same command')
+  add(
+    '--coordinator',
+    metavar='HOST:PORT',
+    help='address of the first process; found by itself on Slurm, Open MPI and cloud TPUs',
+  )
+  add(
+    '--processes',
+    type=int,
+    metavar='COUNT',
+    help='how many processes there are, with --coordinator',
+  )
+  add(
+    '--process',
+    type=int,
+    metavar='INDEX',
+    help='which of them this one is, from 0, with --coordinator',
+  )
+  return parser
+
+
+def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
+  """Parses options and config; prints the config and exits if asked to; joins the processes.
+
+  Args:
+    parser: See `make_parser`.
+    arguments: The command line.
+
+  Returns:
+    The options, with `workdir` a path, and the config, checked.
+
+  Raises:
+    UserError: If an option, a field or a value is wrong.
+  """
+  options, rest = parser.parse_with_config(arguments)
+  config = read_config([f'--config={options.config}', *rest])
+  check_values(config)
+  if options.print_config:
+    print_and_exit(config_text(config))
+  if options.distributed:
+    join_processes(options.coordinator, options.processes, options.process)
+  options.workdir = Path(options.workdir or f'runs/{config.name}')
+  return options, config
+
+
+def true_or_false(text: str) -> bool:
+  """Reads 'true' or 'False'."""
+  values = {'true': True, 'false': False}
+  if text.lower() not in values:
+    raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
+  return values[text.lower()]
+
+
+# `--distributed` and `--distributed=true` mean the same.
+FLAG = {'nargs': '?', 'const': True, 'default': False, 'type': true_or_false, 'metavar': 'true'}
