@@ -92,7 +92,7 @@ def training_arguments(training_config):
   )
   values = (
     (section, name, training_config[section][name])
-    for section, name in map(lambda key: key.split('.'), keys)
+    for section, name in (key.split('.') for key in keys)
   )
   settings = [f'--config.{section}.{name}={value}' for section, name, value in values]
   return [f'--config={custom.__file__}', *settings]

@@ -64,7 +64,7 @@ def test_help_shows_an_example(command, capsys):
   printed = capsys.readouterr().out
   assert printed.startswith(f'usage: nonlocal-jax {command} ')
   assert re.search(
-    rf'^    nonlocal-jax {command} .*--?\w|^    nonlocal-jax {command} ', printed, re.M
+    rf'^    nonlocal-jax {command} .*--?\w|^    nonlocal-jax {command} ', printed, re.MULTILINE
   )
 
 

@@ -112,9 +112,11 @@ def test_summary(convert, peer_checkpoint, tmp_path):
   assert 'Note: It is not among the released files' in printed
   assert 'half-pixel corners (align_corners=False) are assumed.' in printed
   told = convert(peer_checkpoint, tmp_path / 'other', '--align-corners')
-  assert 'assumed' not in told and 'corner-aligned logits' in told
+  assert 'assumed' not in told
+  assert 'corner-aligned logits' in told
   description = read_weights(tmp_path / 'other')[0]
-  assert description.config.align_corners and description.protocol.align_corners
+  assert description.config.align_corners
+  assert description.protocol.align_corners
 
 
 def test_the_printed_command_evaluates(convert, program, peer_checkpoint, photos, tmp_path):
@@ -336,8 +338,8 @@ def test_a_backbone_of_another_kind(peer_model, tmp_path):
   config = NonLocalNetConfig.from_depth(50, width=8, num_classes=3)
   with pytest.raises(UserError, match=r'backbone\.stem\.0\.weight is missing'):
     read_backbone(tmp_path / 'x.pth', config)
+  wide = NonLocalNetConfig.from_depth(50, width=16, num_classes=3)
   with pytest.raises(UserError, match=r'gives \(1, 1, 8, 8\), expected \(1, 1, 16, 16\)'):
-    wide = NonLocalNetConfig.from_depth(50, width=16, num_classes=3)
     read_backbone(tmp_path / 'x.pth', wide)
 
 

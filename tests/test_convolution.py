@@ -139,4 +139,4 @@ def test_the_network_is_the_same_by_direct_convolutions_and_without_scans(rng):
 
 def test_an_unknown_way_is_an_error():
   with pytest.raises(ValueError, match="convolution is 'quick', expected one of direct, matmul"):
-    convolution_function('quick')  # pyright: ignore
+    convolution_function('quick')

@@ -215,4 +215,4 @@ def test_keys_in_blocks_without_a_softmax_are_an_error():
 
 def test_unknown_mode_is_an_error():
   with pytest.raises(ValueError, match="mode is 'sum', expected one of embedded_gaussian"):
-    NonLocalBlock(4, mode='sum', rngs=nnx.Rngs(0))  # pyright: ignore
+    NonLocalBlock(4, mode='sum', rngs=nnx.Rngs(0))

@@ -94,8 +94,6 @@ def test_convolutions_and_products_are_computed_as_asked_and_agree(
     assert script(predict, *arguments, out, *options) == (None, '')
   images = nonlocal_jax.normalize(image_of((48, 56))[None])
   of_fast, of_direct = (str(jax.make_jaxpr(in_box(model).logits)(images)) for model in loaded)
-  assert 'platform_index' in of_fast
-  assert 'platform_index' not in of_direct
   convolutions = of_direct.count(' conv_general_dilated[')
   assert convolutions > 0
   assert of_fast.count(' dot_general[') > convolutions // 2 > of_direct.count(' dot_general[')

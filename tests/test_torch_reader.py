@@ -71,7 +71,8 @@ def assert_same(actual: object, expected: object) -> None:
     for key in expected:
       assert_same(actual[key], expected[key])
   elif isinstance(expected, list | tuple):
-    assert isinstance(actual, list | tuple) and len(actual) == len(expected)
+    assert isinstance(actual, list | tuple)
+    assert len(actual) == len(expected)
     for one, other in zip(actual, expected, strict=True):
       assert_same(one, other)
   elif isinstance(expected, np.ndarray | np.generic):
@@ -323,8 +324,10 @@ def refusal(path: Path, read=read_torch_file) -> str:
   with pytest.raises(UserError) as caught:
     read(path)
   message = str(caught.value)
-  assert message.startswith(f'{path} ') and message.endswith('.')
-  assert '\n' not in message and len(message) < len(str(path)) + 350
+  assert message.startswith(f'{path} ')
+  assert message.endswith('.')
+  assert '\n' not in message
+  assert len(message) < len(str(path)) + 350
   return message
 
 
@@ -446,7 +449,8 @@ def test_malformed_pickles_are_refused(tmp_path, name):
 def test_deep_nesting_does_not_overflow_the_stack(tmp_path):
   pickled = b'\x80\x02' + b']' * 300_000 + b'a' * 299_999 + b'.'
   contents = read_torch_file(write(tmp_path / 'a.pth', zip_bytes({'x/data.pkl': pickled})))
-  assert type(contents) is list and len(contents) == 1
+  assert type(contents) is list
+  assert len(contents) == 1
 
 
 def test_state_cannot_change_what_is_called(tmp_path):

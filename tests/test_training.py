@@ -216,7 +216,7 @@ def test_the_first_lines_say_what_the_run_is(averaged):
   assert 'global batch normalisation; bfloat16; average of weights with decay 0.5\n' in said
   table = {
     cells[1].strip(): cells[3].strip()
-    for cells in map(lambda x: x.split('|'), said.splitlines())
+    for cells in (x.split('|') for x in said.splitlines())
     if len(cells) == 5
   }
   assert list(table) == [

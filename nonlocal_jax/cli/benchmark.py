@@ -213,7 +213,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
   Raises:
     UserError: If something is wrong with them.
   """
-  options = parser.parse_args(arguments)
+  options = parser.parse(arguments)
   of_options = {
     '--sizes': (options.sizes, 2),
     '--train-sizes': (options.train_sizes or (), 3),

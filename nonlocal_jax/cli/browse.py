@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> None:
 
   batches = train_batches_of(config, split, dataset)
   samples = (
-    (split[index]['id'], image[:h, :w], label[:h, :w])
+    (str(split[index]['id']), image[:h, :w], label[:h, :w])
     for batch in batches
     for index, (h, w), image, label in zip(
       *(batch[key] for key in ('index', 'size', 'image', 'label')), strict=True

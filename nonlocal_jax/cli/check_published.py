@@ -10,6 +10,7 @@ every --config.FIELD=VALUE that `nonlocal-jax eval` takes, such as --config.eval
 """
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def run_and_time(arguments: list[str]) -> dict[str, Any]:
     [*EVALUATE, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
   ) as process:
     try:
-      assert process.stderr is not None
+      assert isinstance(process.stderr, io.BufferedReader)
       while part := process.stderr.read1():
         sys.stderr.buffer.write(part)
         sys.stderr.flush()

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     action=argparse.BooleanOptionalAction,
     help='the corner convention, for files that do not tell it',
   )
-  options = parser.parse_args(arguments)
+  options = parser.parse(arguments)
   source, out, to_pth = options.source, options.out, options.to_pth
   if (out is None) == (to_pth is None):
     parser.error('give either OUT or --to-pth OUT.pth')

@@ -321,7 +321,8 @@ def forward_flops(config: NonLocalNetConfig, size: tuple[int, int]) -> float:
     return nnx.merge(graphdef, state).encode_decode(image)
 
   image = jax.ShapeDtypeStruct((1, *size, 3), jnp.float32)
-  return jax.jit(logits).lower(state, image).cost_analysis()['flops']
+  cost: Any = jax.jit(logits).lower(state, image).cost_analysis()
+  return cost['flops']
 
 
 def measure_non_local(*, channels: int, positions: Sequence[int]) -> Figures:

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     help="of matrix products; 'default' is TF32 on recent GPUs, several times faster "
     '(default: highest)',
   )
-  options = parser.parse_args(arguments)
+  options = parser.parse(arguments)
   images = find_images(options.inputs)
   execution = Execution.for_platform()
   if options.convolution == 'direct':

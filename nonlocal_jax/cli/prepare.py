@@ -41,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
     '--splits', nargs='+', choices=['train', 'val'], default=['train', 'val'], help='default: both'
   )
   parser.add_argument('--skip-bad', action='store_true', help='leave out bad samples')
-  options = parser.parse_args(arguments)
+  options = parser.parse(arguments)
 
   from nonlocal_jax.data.preparation import prepare
   from nonlocal_jax.experiment import report_split

@@ -17,7 +17,7 @@ from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_co
 
 # What only the extra `train` installs, by the names under which it is imported.
 TRAIN_PACKAGES = frozenset(
-  ('array_record', 'clu', 'filelock', 'grain', 'matplotlib', 'tensorboardX', 'tensorflow_datasets')
+  ('array_record', 'clu', 'grain', 'matplotlib', 'tensorboardX', 'tensorflow_datasets')
 )
 
 
@@ -77,10 +77,10 @@ class Parser(argparse.ArgumentParser):
       **options,
     )
 
-  def parse_args(self, args=None, namespace=None):
+  def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
     """Parses options of this command alone."""
-    self._refuse_unknown(args)
-    return super().parse_args(args, namespace)
+    self._refuse_unknown(arguments)
+    return self.parse_args(arguments)
 
   def parse_with_config(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parses the options of this command, and returns the rest for `config.read_config`."""

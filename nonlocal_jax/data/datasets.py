@@ -41,7 +41,7 @@ class Dataset:
   reduce_zero_label: bool = False
   ignore_labels: tuple[int, ...] = ()
   label_map: tuple[int, ...] = ()
-  published_sizes: Mapping[Split, int] = dataclasses.field(default_factory=dict, hash=False)
+  published_sizes: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
 
   @property
   def num_classes(self) -> int:
@@ -128,17 +128,17 @@ def custom_dataset(
       f'The label_map of dataset {name} leads to class {max(mapped)}, but there are '
       f'{num_classes} classes: lead to 0..{num_classes - 1}, or to 255 for none.'
     )
-  classes = tuple(classes) or tuple(f'class {index}' for index in range(num_classes))
-  palette = tuple(map(tuple, palette)) or distinct_colours(num_classes)
-  for given, what in ((classes, 'class names'), (palette, 'colours')):
+  names = tuple(classes) or tuple(f'class {index}' for index in range(num_classes))
+  colours = tuple((r, g, b) for r, g, b in palette) or distinct_colours(num_classes)
+  for given, what in ((names, 'class names'), (colours, 'colours')):
     if len(given) != num_classes:
       raise UserError(
         f'Dataset {name} has {num_classes} classes but {len(given)} {what}: give one for each.'
       )
   return Dataset(
     name,
-    classes,
-    palette,
+    names,
+    colours,
     layout=layout,
     reduce_zero_label=reduce_zero_label,
     ignore_labels=tuple(ignore_labels),
@@ -246,10 +246,8 @@ def distinct_colours(count: int) -> tuple[Colour, ...]:
     RGB colours, 0..255.
   """
   shades = ((0.85, 0.95), (0.55, 0.75), (0.95, 0.55), (0.35, 0.95))
-  return tuple(
-    tuple(
-      round(255 * channel)
-      for channel in colorsys.hsv_to_rgb(index * 0.618034 % 1, *shades[index % len(shades)])
-    )
+  colours = (
+    colorsys.hsv_to_rgb(index * 0.618034 % 1, *shades[index % len(shades)])
     for index in range(count)
   )
+  return tuple((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours)

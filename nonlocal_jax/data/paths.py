@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any, cast
 
 from etils import epath
 
@@ -16,7 +17,7 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     A `pathlib.Path`, or an `epath.Path`, which has the same methods.
   """
   text = os.fspath(path)
-  return epath.Path(text) if '://' in text else Path(text).expanduser()
+  return cast(Path, epath.Path(text)) if '://' in text else Path(text).expanduser()
 
 
 def is_remote(path: Path) -> bool:
@@ -57,5 +58,5 @@ def version_of(path: Path) -> tuple[int, int]:
   Returns:
     The size, and the time in the finest unit that its file system tells; 0 where it does not.
   """
-  stat = path.stat()
+  stat: Any = path.stat()  # epath's names differ
   return (stat.length, stat.mtime) if is_remote(path) else (stat.st_size, stat.st_mtime_ns)

@@ -11,7 +11,7 @@ import io
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -132,7 +132,7 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
     self._source = source
     self._bad = list(listing.incomplete)
     self._skip_bad = skip_bad
-    self._on_sample = lambda: None
+    self._on_sample: Callable[[], object] = lambda: None
     super().__init__(file_format='array_record', **kwargs)
 
   def prepare_alone(self) -> None:

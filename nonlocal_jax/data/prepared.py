@@ -8,6 +8,7 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -67,7 +68,8 @@ class PreparedSplit(Sequence):
     """Returns the number of samples."""
     return self._size
 
-  def __getitem__(self, index: int) -> dict[str, str | bytes]:
+  # No slices: whoever reads takes one sample after the other.
+  def __getitem__(self, index: int) -> dict[str, str | bytes]:  # pyrefly: ignore[bad-override]
     """Reads a sample; the order is that of `list_samples`."""
     record = self._records[range(self._size)[index]]
     return {**record, 'id': record['id'].decode()}
@@ -80,7 +82,8 @@ class PreparedSplit(Sequence):
   def _records(self) -> Sequence[dict[str, bytes]]:
     as_they_are = {key: tfds.decode.SkipDecoding() for key in ('image', 'label')}
     builder = tfds.builder_from_directory(self.directory)
-    return builder.as_data_source('all', decoders=as_they_are)
+    source: Any = builder.as_data_source  # TFDS wraps it so that its type is lost
+    return source('all', decoders=as_they_are)
 
 
 def open_prepared(

@@ -64,7 +64,7 @@ def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     if not (hidden and apart) or len(centers) == _SHAPES:
       continue
     centers.append(center)
-    shape, grey = rng.integers(2), rng.integers(170, 200)
+    shape, grey = int(rng.integers(2)), int(rng.integers(170, 200))
     _paint(image, label, _shape_mask(center, shape), (grey,) * 3, 2 + 3 * shape + colour, rng)
   return np.clip(image, 0, 255).astype(np.uint8), label
 

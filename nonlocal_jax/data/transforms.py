@@ -280,7 +280,7 @@ def photometric_distortion(rng: np.random.Generator, image: np.ndarray) -> np.nd
   if rng.integers(2):
     image = _map_hsv(image, saturation=_linear_table(rng.uniform(0.5, 1.5), 0))
   if rng.integers(2):
-    image = _map_hsv(image, hue=_hue_table(rng.integers(-18, 18)))
+    image = _map_hsv(image, hue=_hue_table(int(rng.integers(-18, 18))))
   if not contrast_second:
     image = _random_contrast(rng, image)
   return image
@@ -318,7 +318,7 @@ def _random_window(
 
 def _is_varied(label: np.ndarray, cat_max_ratio: float) -> bool:
   counts = np.bincount(label.ravel(), minlength=256)[:IGNORE]
-  return np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio
+  return bool(np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < cat_max_ratio)
 
 
 def _random_contrast(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:

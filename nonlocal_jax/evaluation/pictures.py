@@ -129,7 +129,7 @@ def _legend(
 
   present = np.unique(np.concatenate([label.ravel() for label in labels])).tolist()
   return [
-    Patch(color=np.array(palette[index]) / 255, label=classes[index])
+    Patch(color=tuple(channel / 255 for channel in palette[index]), label=classes[index])
     for index in present
     if index < len(classes)
   ]

@@ -227,7 +227,7 @@ def _bands(matrices: np.ndarray, *, whole: bool) -> tuple[np.ndarray, np.ndarray
   num_blocks = -(-rows // _COLUMNS_AT_ONCE)
   padding = [(0, 0)] * len(batch) + [(0, num_blocks * _COLUMNS_AT_ONCE - rows), (0, 0)]
   blocks = np.pad(matrices, padding).reshape(*batch, num_blocks, _COLUMNS_AT_ONCE, width)
-  used = blocks.any(axis=-2)  # (..., blocks, columns)
+  used = np.asarray(blocks.any(axis=-2))  # (..., blocks, columns)
   first = used.argmax(axis=-1)
   after = np.where(used.any(axis=-1), width - used[..., ::-1].argmax(axis=-1), 0)
   needed = max(int((after - first).max()), _COLUMNS_AT_ONCE // 4)

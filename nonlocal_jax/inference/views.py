@@ -99,7 +99,8 @@ def axis_matrix(
     (out_size, windows * features) float64; each row sums to 1.
   """
   features = feature_size(network)
-  upsample = _bilinear(features, network, align_corners=align_corners)[:crop].tocoo()
+  upsample = _bilinear(features, network, align_corners=align_corners)[:crop]
+  upsample = scipy.sparse.coo_array(upsample)
   window_rows, window_columns = upsample.coords
   rows = np.concatenate([window_rows + start for start in starts])
   columns = np.concatenate([window_columns + i * features for i in range(len(starts))])

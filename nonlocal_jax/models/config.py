@@ -114,7 +114,10 @@ class NonLocalNetConfig:
     Raises:
       TypeError: If there is no such field, or `stage_blocks` or `num_classes` is missing.
     """
-    return cls(**{name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()})
+    values: dict[str, Any] = {
+      name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()
+    }
+    return cls(**values)
 
   def __str__(self) -> str:
     """E.g. 'R-50, width 64, 19 classes'."""

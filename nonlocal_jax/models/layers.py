@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +68,8 @@ def conv(
   )
 
 
-def _as_the_input(arrays: Sequence[jax.Array | None], **_) -> tuple[jax.Array | None, ...]:
+def _as_the_input(arrays: Any, **_) -> Any:
+  """Casts all to the dtype of the first; None stays."""
   dtype = arrays[0].dtype
   return tuple(array if array is None else array.astype(dtype) for array in arrays)
 

@@ -1,7 +1,7 @@
 """The non-local block (https://arxiv.org/abs/1711.07971), usable on its own in any NNX model."""
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -85,10 +85,8 @@ class NonLocalBlock(nnx.Module):
     if mode not in get_args(Mode):
       raise ValueError(f'mode is {mode!r}, expected one of {", ".join(get_args(Mode))}')
     chosen = {'attention': attention, 'query_block': query_block, 'key_block': key_block}
-    execution = dataclasses.replace(
-      execution or Execution.for_platform(),
-      **{name: value for name, value in chosen.items() if value is not None},
-    )
+    changes: dict[str, Any] = {name: value for name, value in chosen.items() if value is not None}
+    execution = dataclasses.replace(execution or Execution.for_platform(), **changes)
     if execution.attention != 'blocks' and (
       mode != 'embedded_gaussian' or query_block or key_block
     ):

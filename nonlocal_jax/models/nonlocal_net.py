@@ -1,7 +1,6 @@
 """NonLocalNet: backbone and heads in one module (mmseg `EncoderDecoder` with `NLHead`)."""
 
 import functools
-from typing import Self
 
 import jax
 from flax import nnx
@@ -48,7 +47,7 @@ class NonLocalNet(nnx.Module):
     self.auxiliary_head = AuxiliaryHead(config, execution, rngs=rngs)
 
   @classmethod
-  def abstract(cls, config: NonLocalNetConfig, execution: Execution | None = None) -> Self:
+  def abstract(cls, config: NonLocalNetConfig, execution: Execution | None = None) -> 'NonLocalNet':
     """The network with shapes in place of arrays; costs no memory."""
     return nnx.merge(*_abstract_parts(config, execution or Execution.for_platform()), copy=True)
 
@@ -61,7 +60,8 @@ class NonLocalNet(nnx.Module):
     Returns:
       (n, h, w, num_classes) float32.
     """
-    return self.upsample(self.encode_decode(images), images.shape[1:3])
+    _, height, width, _ = images.shape
+    return self.upsample(self.encode_decode(images), (height, width))
 
   def encode_decode(self, images: jax.Array, *, sizes: jax.Array | None = None) -> jax.Array:
     """Logits at stride 8.

@@ -175,9 +175,9 @@ def cudnn_attention(
     lengths = present.sum(axis=1, dtype=jnp.int32)
   elif num_keys % 2:
     lengths = jnp.full(len(keys), num_keys, jnp.int32)
-  operands = [_even(x) for x in (queries, keys, values)]
+  queries, keys, values = (_even(x) for x in (queries, keys, values))
   attend = _cudnn if queries.dtype.itemsize == 2 else _cudnn_in_float16
-  return attend(*operands, lengths, scale)[:, :num_queries]
+  return attend(queries, keys, values, lengths, scale)[:, :num_queries]
 
 
 def _cudnn(

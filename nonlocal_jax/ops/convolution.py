@@ -10,7 +10,7 @@ plain one over interleaved sub-images.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -134,7 +134,7 @@ def _square_window(
 
 def _is_high(precision: lax.PrecisionLike) -> bool:
   if precision is None:
-    precision = jax.config.jax_default_matmul_precision
+    precision = cast(Any, jax.config).jax_default_matmul_precision
   pair = precision if isinstance(precision, tuple) else (precision,) * 2
   return {str(p).rpartition('.')[2].lower() for p in pair} == {'high'}
 
@@ -217,7 +217,8 @@ def _matmul_gradients(
     return of_input, winograd.kernel_gradient(x, gradient, window.dilation, precision)
   convolve = functools.partial(_convolve_directly, window=window, precision=precision)
   (of_input,) = jax.vjp(lambda x: convolve(x, kernel), x)[1](gradient)
-  return of_input, _kernel_gradient(x, gradient, kernel.shape[:2], window, precision)
+  height, width, *_ = kernel.shape
+  return of_input, _kernel_gradient(x, gradient, (height, width), window, precision)
 
 
 _convolve_by_matmul.defvjp(_matmul_forward, _matmul_gradients)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -72,9 +72,8 @@ def flash_attention(
   if queries.dtype.itemsize == 2:
     parts = 1
   elif parts is None:
-    parts = (
-      1 if jax.config.jax_default_matmul_precision in (None, 'default', 'tensorfloat32') else 2
-    )
+    precision = cast(Any, jax.config).jax_default_matmul_precision
+    parts = 1 if precision in (None, 'default', 'tensorfloat32') else 2
   return _attention(
     queries, keys, values, key_mask, scale, parts, tiles or _TILES[parts], interpret
   )

@@ -29,7 +29,8 @@ def mask_padding(x: jax.Array, sizes: jax.Array | None) -> jax.Array:
   Returns:
     The same shape and dtype.
   """
-  return x if sizes is None else jnp.where(valid_mask(sizes, x.shape[1:3])[..., None], x, 0)
+  _, height, width, _ = x.shape
+  return x if sizes is None else jnp.where(valid_mask(sizes, (height, width))[..., None], x, 0)
 
 
 def strided_sizes(sizes: jax.Array | None, stride: int) -> jax.Array | None:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,7 @@ def _axis_upsampled(x: jax.Array, weights: np.ndarray, *, axis: int) -> jax.Arra
     for tap, weight in zip(_neighbours(x, axis=axis), weights.T, strict=True)
     if weight.any()
   )
-  return sum(terms)
+  return cast(jax.Array, sum(terms))
 
 
 def _tap_weights(factor: int, *, align_corners: bool) -> np.ndarray:

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -35,8 +35,8 @@ def trim_memory_after_compiling() -> None:
   if trim is None:
     return
 
-  def listener(event: str, duration: float, **unused: Any) -> None:
-    del duration, unused
+  def listener(event: str, duration_secs: float, **unused: Any) -> None:
+    del duration_secs, unused
     if event == _COMPILED:
       trim(0)
 
@@ -50,7 +50,7 @@ def use_compilation_cache() -> None:
   used least recently go when it exceeds 4 GiB. `JAX_COMPILATION_CACHE_DIR` names another place,
   `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
   """
-  if jax.config.jax_compilation_cache_dir is not None:
+  if cast(Any, jax.config).jax_compilation_cache_dir is not None:
     return
   caches = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
   # Programs for one processor may not run on another that shares the home directory.

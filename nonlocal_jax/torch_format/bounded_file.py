@@ -1,6 +1,6 @@
 """A file that is not trusted: reads stay inside it, and its size limits the memory it may cost."""
 
-from typing import BinaryIO
+import io
 
 import numpy as np
 
@@ -19,7 +19,7 @@ class BoundedFile:
     size: Its size in bytes.
   """
 
-  def __init__(self, file: BinaryIO, size: int):
+  def __init__(self, file: io.BufferedIOBase, size: int):
     self.file = file
     self.size = size
     self._allowance = 2 * size + 2**24
@@ -53,7 +53,7 @@ class BoundedFile:
     Raises:
       RefusedError: If the file ends before.
     """
-    rest = memoryview(array.view(np.uint8))
+    rest = memoryview(array.view(np.uint8).data)
     while len(rest):
       count = self.file.readinto(rest)
       if not count:

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import ml_dtypes
 import numpy as np
@@ -82,7 +82,7 @@ class Storages:
       if not is_shape((start, size)) or start + size > length:
         raise ValueError('a view outside its storage')
       storage = storage[start : start + size]
-    return storage.view(dtype)
+    return cast(Storage, storage.view(dtype))
 
   def _new(self, key: str, length: int, dtype: np.dtype) -> Storage:
     if length * dtype.itemsize > self._file.size:

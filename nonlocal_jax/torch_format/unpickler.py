@@ -11,7 +11,7 @@ import pickle
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -223,7 +223,7 @@ def _run(file: BoundedFile, names: Names, load_persistent: Callable[[Any], Any] 
       case pickle.STACK_GLOBAL:
         stack.append(_named(names, *pop(2)))
       case pickle.BUILD:
-        _set_state(*stack[-2:], file)
+        _set_state(stack[-2], stack[-1], file)
         del stack[-1]
       case pickle.SHORT_BINUNICODE | pickle.SHORT_BINSTRING:
         stack.append(text(unpack('<B')))
@@ -280,12 +280,12 @@ def _set_state(target: Any, state: Any, file: BoundedFile) -> None:
     if len(data) != math.prod(shape) * dtype.itemsize:
       raise ValueError('data and shape disagree')
     file.allow(len(data))
-    target.__setstate__((1, shape, dtype, is_fortran is True, data))
+    cast(Any, target).__setstate__((1, shape, dtype, is_fortran is True, data))
   elif isinstance(target, np.dtype):
     byte_order = state[1]
     if type(byte_order) is not str or byte_order not in ('<', '>', '|', '='):
       raise ValueError('not the state of a dtype of numbers')
-    target.__setstate__((3, byte_order, None, None, None, -1, -1, 0))
+    cast(Any, target).__setstate__((3, byte_order, None, None, None, -1, -1, 0))
   elif type(target) not in (dict, Inert):
     raise TypeError(f'{type(target)} takes no state')
 

@@ -49,7 +49,7 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes | np.ndarray) -> None:
   member.extra = b'FB' + struct.pack('<H', padding) + bytes(padding)
   member.file_size = len(data)
   with archive.open(member, 'w') as file:
-    file.write(data)
+    file.write(data.data if isinstance(data, np.ndarray) else data)
 
 
 def _pickle(state_dict: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:

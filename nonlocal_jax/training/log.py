@@ -51,7 +51,7 @@ class TrainingLog:
     """Nothing to do."""
     return self
 
-  def __exit__(self, error_type: type | None, *unused) -> None:
+  def __exit__(self, error_type: type[BaseException] | None, *unused) -> None:
     """Closes the files."""
     try:
       with self._one_error():

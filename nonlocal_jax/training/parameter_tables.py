@@ -1,6 +1,7 @@
 """Tables of a network's parameters: one row for each stage and head, or one for each array."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from clu import parameter_overview
@@ -22,7 +23,7 @@ def all_parameters(params: nnx.State) -> str:
   Args:
     params: Arrays, or `jax.ShapeDtypeStruct`, by path.
   """
-  arrays = {
+  arrays: dict[str, Any] = {
     '/'.join(map(str, path)): jax.ShapeDtypeStruct(variable.shape, variable.dtype)
     for path, variable in nnx.to_flat_state(params)
   }

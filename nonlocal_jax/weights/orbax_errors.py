@@ -58,7 +58,7 @@ class QuietThreads:
     threading.excepthook = _unless_of_orbax(threading.excepthook)
     return self
 
-  def __exit__(self, error_type: type | None, *unused) -> None:
+  def __exit__(self, error_type: type[BaseException] | None, *unused) -> None:
     """Puts them back; after an error threads that Orbax abandoned have more to say."""
     if error_type is None:
       sys.unraisablehook, threading.excepthook = self._hooks

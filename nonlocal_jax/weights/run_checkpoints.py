@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -60,12 +60,12 @@ class RunCheckpoints:
         ),
       )
 
-  def __enter__(self) -> 'RunCheckpoints':
+  def __enter__(self) -> Self:
     """Errors of background writes are raised here and by `save` and `wait`, not printed."""
     self._quiet = QuietThreads().__enter__()
     return self
 
-  def __exit__(self, error_type: type | None, *unused) -> None:
+  def __exit__(self, error_type: type[BaseException] | None, *unused) -> None:
     """Waits for pending writes."""
     try:
       with one_error(self._what):
@@ -159,7 +159,7 @@ class RunCheckpoints:
     # As host arrays: the run may have had other devices and processes.
     as_host_arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     with one_error(self._unreadable(step)):
-      restored = self._manager.restore(
+      restored: Any = self._manager.restore(
         step,
         args=ocp.args.Composite(
           model=ocp.args.PyTreeRestore(target, restore_args=as_host_arrays),
@@ -178,7 +178,7 @@ class RunCheckpoints:
   def _restore(self, step: int, model: nnx.State, training: Any) -> Restored:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (to_arrays(model), training))
     with one_error(self._unreadable(step)):
-      restored = self._manager.restore(
+      restored: Any = self._manager.restore(
         step,
         args=ocp.args.Composite(
           model=ocp.args.StandardRestore(abstract[0]),

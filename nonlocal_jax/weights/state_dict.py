@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +13,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import state_shapes
 
-Path = tuple[str | int, ...]
+Path = tuple[Any, ...]  # names and indices
 
 # Paths of modules that are called otherwise in the checkpoints; the first that matches counts.
 _MODULE_NAMES = (
