@@ -167,6 +167,15 @@ class Experiment:
       _attention(config, network, mesh, precision=precision, train=is_train)
       for precision, is_train in ((train.precision, True), (evaluation.precision, False))
     )
+    protocol = EvalProtocol.from_version(
+      evaluation.protocol,
+      scale=tuple(evaluation.scale),
+      window_crop=tuple(evaluation.window_crop) or None,
+      window_stride=tuple(evaluation.window_stride) or None,
+      multi_scale_flip=evaluation.multi_scale_flip,
+      pad_windows=evaluation.pad_windows,
+      align_corners=config.model.align_corners,
+    )
     ohem = Ohem(train.ohem_threshold, train.ohem_min_kept) if train.ohem else None
     return cls(
       name=config.name,
@@ -188,15 +197,7 @@ class Experiment:
       eval_execution=Execution.for_platform(
         platform, attention=eval_attention, batch_norm='folded', **chosen
       ),
-      protocol=EvalProtocol.from_version(
-        evaluation.protocol,
-        scale=tuple(evaluation.scale),
-        window_crop=tuple(evaluation.window_crop) or None,
-        window_stride=tuple(evaluation.window_stride) or None,
-        multi_scale_flip=evaluation.multi_scale_flip,
-        pad_windows=evaluation.pad_windows,
-        align_corners=config.model.align_corners,
-      ),
+      protocol=protocol,
       augment=AugmentConfig(
         crop=tuple(train.crop),
         scale=tuple(train.scale),
@@ -216,6 +217,8 @@ class Experiment:
         precision=train.precision,
         accumulate=train.accumulate,
         ema_decay=train.ema_decay,
+        mean=protocol.mean,
+        std=protocol.std,
       ),
       optimizer=OptimizerConfig(**config.optimizer),
       schedule=ScheduleConfig(

@@ -208,7 +208,7 @@ def test_evaluation(model, monkeypatch):
   assert network.count('stablehlo.convolution') == decode_convolutions(model.depth)
   assert precisions(network) == {'HIGHEST'}  # no TF32
   images = {
-    'cityscapes': (3, 769, 769) if model.window_crop else (1, 1024, 2048),
+    'cityscapes': (3, 769, 769) if model.protocol.window_crop else (1, 1024, 2048),
     'ade20k': (1, 768, 683),
     'voc12aug': (1, 769, 683),
   }[model.dataset]

@@ -11,8 +11,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig, normalize
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import state_shapes
+from nonlocal_jax.ops.normalization import normalize
+from nonlocal_jax.protocol import IMAGENET_MEAN, IMAGENET_STD
 from nonlocal_jax.runtime.compilation import compiler_options
 from nonlocal_jax.runtime.parallel import Platform, over_batch, platform_of_mesh, replicated
 from nonlocal_jax.training.loss import (
@@ -108,6 +110,8 @@ class StepConfig:
       gradients added. The divisor of the loss is that of the whole batch; batch normalization sees
       one part at a time.
     ema_decay: Weight of the old average in `TrainState.ema`; 0 if none is kept.
+    mean: Subtracted from each channel of the images, see `normalize`.
+    std: What each channel is divided by.
   """
 
   loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -115,6 +119,8 @@ class StepConfig:
   precision: str = 'default'
   accumulate: int = 1
   ema_decay: float = 0.0
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
 
 
 class BatchShape(NamedTuple):
@@ -161,7 +167,8 @@ def make_train_step(
   ) -> tuple[nnx.State, tuple[nnx.State, Metrics]]:
     """Of a part of a batch, its share of the loss of the whole."""
     labels = part['label'].astype(jnp.int32)
-    images = normalize(part['image'], part['size']).astype(dtype)
+    images = normalize(part['image'], mean=options.mean, std=options.std, sizes=part['size'])
+    images = images.astype(dtype)
     divisor = loss_divisor(
       whole['label'],
       ignore_index=ignore_index,
