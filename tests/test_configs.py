@@ -96,7 +96,7 @@ def test_recipe(model):
 
   (test_resize,) = (t for t in theirs.test_pipeline if t['type'] == 'Resize')
   assert ours.eval.scale == test_resize.scale
-  test, protocol = theirs.model.test_cfg, protocol_of(ours)
+  test, protocol = theirs.model.test_cfg, Experiment.from_config(ours).protocol
   if test.mode == 'whole':
     assert protocol.window_crop is None
   else:
