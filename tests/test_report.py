@@ -155,8 +155,8 @@ def test_infinite_and_undefined_values_of_the_config_are_null(tmp_path):
 
 def test_what_cannot_be_serialised_leaves_the_old_report(tmp_path):
   old = written(tmp_path)
+  facts = dataclasses.replace(FACTS, config={'name': 'x', 'y': object()})
   with pytest.raises(TypeError):
-    facts = dataclasses.replace(FACTS, config={'name': 'x', 'y': object()})
     write_report(tmp_path, CONFUSION, DATASET, facts, seconds=SECONDS)
   assert [path.name for path in tmp_path.iterdir()] == ['metrics.json']
   assert json.loads((tmp_path / 'metrics.json').read_text()) == old

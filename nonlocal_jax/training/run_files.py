@@ -12,7 +12,8 @@ from nonlocal_jax.weights.description import ModelDescription
 
 CONFIG = 'config.json'
 BEST = 'best'  # directory of the weights with the best mIoU
-# What may change between a run and its continuation: nothing that the next step depends on.
+# What may change between a run and its continuation: nothing that the next step depends on, but for
+# the rounding of another way to compute the same.
 _FREE = (
   'eval.',
   'checkpoint.',
@@ -22,6 +23,9 @@ _FREE = (
   'data.classes',
   'data.palette',
   'train.log_every',
+  'train.rematerialize',
+  'model.attention',
+  'model.convolution',
 )
 
 
