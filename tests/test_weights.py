@@ -54,7 +54,8 @@ def test_load_tells_what_the_file_holds(loaded, peer_checkpoint):
   assert not loaded.description.config.align_corners
   assert loaded.protocol == EvalProtocol()
   aligned = nonlocal_jax.load(peer_checkpoint, align_corners=True)
-  assert aligned.description.config.align_corners and aligned.protocol.align_corners
+  assert aligned.description.config.align_corners
+  assert aligned.protocol.align_corners
 
 
 def test_a_released_file_is_known_by_its_sha256_whatever_its_name(
