@@ -3,10 +3,13 @@
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.pretrained import PretrainedModel, load
 from nonlocal_jax.models import Execution, NonLocalBlock, NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.ops.normalization import normalize
+from nonlocal_jax.protocol import EvalProtocol
 
 __version__ = '0.1.0'
 
 __all__ = [
+  'EvalProtocol',
   'Execution',
   'NonLocalBlock',
   'NonLocalNet',
@@ -14,4 +17,5 @@ __all__ = [
   'PretrainedModel',
   'UserError',
   'load',
+  'normalize',
 ]

@@ -25,7 +25,7 @@ from nonlocal_jax.data.prepared import PreparedSplit, check_split, open_prepared
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import STAGE_BLOCKS, Execution, NonLocalNetConfig
 from nonlocal_jax.ops.attention import check_attention
-from nonlocal_jax.protocol import Protocol, Windows
+from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.parallel import Platform, is_first_process, platform_of
 
 _OF_THE_DATASET = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
@@ -135,17 +135,16 @@ def check_device(config: ConfigDict, mesh: Mesh) -> None:
     check_attention(config.model.attention, channels, mesh.local_devices[0])
 
 
-def protocol_of(config: ConfigDict) -> Protocol:
+def protocol_of(config: ConfigDict) -> EvalProtocol:
   """How a config tests images."""
-  windows = None
-  if config.eval.window_crop:
-    windows = Windows(tuple(config.eval.window_crop), tuple(config.eval.window_stride))
-  return Protocol.of_version(
+  return EvalProtocol.from_version(
     config.eval.protocol,
     scale=tuple(config.eval.scale),
-    windows=windows,
+    window_crop=tuple(config.eval.window_crop) or None,
+    window_stride=tuple(config.eval.window_stride) or None,
     multi_scale_flip=config.eval.multi_scale_flip,
     pad_windows=config.eval.pad_windows,
+    align_corners=config.model.align_corners,
   )
 
 

@@ -1,80 +1,159 @@
-"""How an image is tested: at what sizes, whole or in windows, plain or mirrored."""
+"""How images are tested: their size, sliding windows, flips, corners and normalisation."""
 
 import dataclasses
-from typing import Literal, Self
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale testing
+# ImageNet statistics of RGB in [0, 255], the `data_preprocessor` of the released models.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
 
 Version = Literal['v0', 'v1']
 Size = tuple[int, int]  # (height, width)
 
 
 @dataclasses.dataclass(frozen=True)
-class Windows:
-  """Sliding windows.
+class EvalProtocol:
+  """How images become label maps at test time. Saved with weights, runs and reports.
+
+  >>> protocol = EvalProtocol.from_version('v0', scale=(2048, 512))
+  >>> protocol.with_multi_scale_flip().ratios
+  (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+  >>> EvalProtocol.from_json(protocol.to_json()) == protocol
+  True
 
   Attributes:
-    crop: (height, width) of a window, in pixels.
-    stride: (vertical, horizontal) step between windows, in pixels.
-  """
+    scale: (width, height) that images are resized to; None for each image's own size.
+    keep_ratio: Whether the aspect ratio is kept: `scale` is then a box that the image is fitted
+      into, see `transforms.rescaled_size`.
+    window_crop: (height, width) of sliding windows, in pixels; None for the whole image at once.
+    window_stride: (vertical, horizontal) step between windows; None for the whole image at once.
+    pad_windows: Whether an image smaller than a window is padded with zeros to the window's size;
+      otherwise the window shrinks to the image.
+    version: Of mmsegmentation: what `ratios` multiply in multi-scale testing, `scale` in 'v0' and
+      each image's own size in 'v1'.
+    ratios: Resize factors. Over several, and over flips, class probabilities are averaged.
+    flip: Whether each size is tested mirrored as well.
+    align_corners: Corner convention of every resize of logits, see `resize.bilinear_taps`.
+    channel_order: Order of the channels that the network takes. Images are RGB; for 'bgr' they are
+      reversed before normalisation.
+    mean: Subtracted from each channel, in [0, 255] and in the order of the network.
+    std: Each channel is divided by it.
 
-  crop: Size
-  stride: Size
-
-
-@dataclasses.dataclass(frozen=True)
-class Protocol:
-  """A way of testing.
-
-  Attributes:
-    scale: (width, height) of the box that images are resized into, see `transforms.rescaled_size`;
-      None for their own size.
-    windows: How to slide; None for the whole image at once.
-    ratios: Of the sizes at which an image is tested; over more than one, and over flips, the mean
-      of the probabilities decides.
-    flip: Whether each size is tested mirrored, too.
-    ratios_of_image: Whether ratios multiply the image's own size and not `scale`.
-    pad_windows: Whether the network sees a window on an image smaller than it padded with zeros
-      instead of a smaller window.
+  Raises:
+    ValueError: If a value is out of range or two do not fit together.
   """
 
   scale: tuple[int, int] | None = None
-  windows: Windows | None = None
+  keep_ratio: bool = True
+  window_crop: Size | None = None
+  window_stride: Size | None = None
+  pad_windows: bool = True
+  version: Version = 'v0'
   ratios: tuple[float, ...] = (1.0,)
   flip: bool = False
-  ratios_of_image: bool = False
-  pad_windows: bool = False
+  align_corners: bool = False
+  channel_order: Literal['rgb', 'bgr'] = 'rgb'
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
+
+  def __post_init__(self):
+    """Checks the values."""
+    for name in ('scale', 'window_crop', 'window_stride'):
+      pair = getattr(self, name)
+      if pair is not None and not (
+        isinstance(pair, tuple) and len(pair) == 2 and all(type(x) is int and x > 0 for x in pair)
+      ):
+        raise ValueError(f'{name} is {pair!r}, expected two positive integers or None')
+    if (self.window_crop is None) != (self.window_stride is None):
+      raise ValueError('window_crop and window_stride must be given together')
+    if self.version not in ('v0', 'v1'):
+      raise ValueError(f"version is {self.version!r}, expected 'v0' or 'v1'")
+    if not self.ratios or min(self.ratios) <= 0:
+      raise ValueError(f'ratios is {self.ratios!r}, expected one or more positive numbers')
+    if self.channel_order not in ('rgb', 'bgr'):
+      raise ValueError(f"channel_order is {self.channel_order!r}, expected 'rgb' or 'bgr'")
+    if not self.mean or len(self.mean) != len(self.std):
+      raise ValueError(
+        f'mean has {len(self.mean)} values and std {len(self.std)}, expected one per channel'
+      )
+    if min(self.std) <= 0:
+      raise ValueError(f'std is {self.std!r}, expected positive numbers')
 
   @classmethod
-  def of_version(
+  def from_version(
     cls,
     version: Version,
     *,
-    scale: tuple[int, int] | None,
-    windows: Windows | None = None,
     multi_scale_flip: bool = False,
     pad_windows: bool | None = None,
+    **fields: Any,
   ) -> Self:
     """The protocol of a version of mmsegmentation.
 
     Args:
-      version: 'v0', by which the published numbers were made, multiplies the test scale and pads
-        small windows; 'v1' multiplies each image's own size and does not pad.
-      scale: See the class.
-      windows: See the class.
-      multi_scale_flip: Whether to test at the six `RATIOS`, plain and mirrored.
-      pad_windows: See the class; None for what the version does.
+      version: 'v0', which the published scores were measured with, multiplies the test scale by the
+        ratios and pads small windows; 'v1' multiplies each image's own size and does not pad.
+      multi_scale_flip: Whether to test at the six `RATIOS`, each mirrored as well.
+      pad_windows: See the class; None for the version's own.
+      **fields: The other fields of the class.
+
+    Raises:
+      ValueError: As the class.
     """
-    return cls(
-      scale=scale,
-      windows=windows,
-      ratios=RATIOS if multi_scale_flip else (1.0,),
-      flip=multi_scale_flip,
-      ratios_of_image=multi_scale_flip and version == 'v1',
-      pad_windows=version == 'v0' if pad_windows is None else pad_windows,
-    )
+    pads = version == 'v0' if pad_windows is None else pad_windows
+    protocol = cls(version=version, pad_windows=pads, **fields)
+    return protocol.with_multi_scale_flip() if multi_scale_flip else protocol
+
+  @classmethod
+  def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+    """Reads what `to_dict` made, perhaps after JSON turned tuples into lists.
+
+    Raises:
+      ValueError: If a field is unknown or its value is out of range.
+    """
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(cls)}
+    if unknown:
+      raise ValueError(f'unknown fields of an EvalProtocol: {", ".join(sorted(unknown))}')
+    values: dict[str, Any] = {
+      key: tuple(x) if isinstance(x, list) else x for key, x in fields.items()
+    }
+    return cls(**values)
+
+  @classmethod
+  def from_json(cls, text: str) -> Self:
+    """Reads what `to_json` wrote.
+
+    Raises:
+      ValueError: If the text is not JSON, a field is unknown or its value is out of range.
+    """
+    return cls.from_dict(json.loads(text))
+
+  def to_dict(self) -> dict[str, Any]:
+    """The fields as values that JSON can hold."""
+    return dataclasses.asdict(self)
+
+  def to_json(self) -> str:
+    """The protocol as indented JSON."""
+    return json.dumps(self.to_dict(), indent=2) + '\n'
+
+  def with_multi_scale_flip(self, on: bool = True) -> Self:
+    """The same protocol with the six `RATIOS` and flips, or with neither."""
+    return dataclasses.replace(self, ratios=RATIOS if on else (1.0,), flip=on)
 
   @property
   def flips(self) -> int:
     """How often each size is tested: 2 with flips, else 1."""
     return 2 if self.flip else 1
+
+  @property
+  def averages(self) -> bool:
+    """Whether class probabilities of several passes are averaged."""
+    return self.flip or len(self.ratios) > 1
+
+  @property
+  def ratios_of_image(self) -> bool:
+    """Whether `ratios` multiply the image's own size rather than `scale`."""
+    return self.version == 'v1' and (self.flip or self.ratios != (1.0,))

@@ -201,10 +201,10 @@ def published_config(dataset: str, depth: int, variant: str) -> ConfigDict:
   config.data.reduce_zero_label = PUBLISHED[dataset].reduce_zero_label
   config.train.steps = model.steps
   config.train.batch_size = BATCH_SIZES[dataset]
-  config.train.scale = config.eval.scale = model.test_scale
+  config.train.scale = config.eval.scale = model.protocol.scale
   config.train.crop = model.crop
-  config.eval.window_crop = model.window_crop or ()
-  config.eval.window_stride = model.window_stride or ()
+  config.eval.window_crop = model.protocol.window_crop or ()
+  config.eval.window_stride = model.protocol.window_stride or ()
   config.eval.every = config.checkpoint.every = model.steps // 10
 
   config.published = ConfigDict()

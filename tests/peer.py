@@ -85,7 +85,7 @@ def logits(model: torch.nn.Module, images: np.ndarray) -> np.ndarray:
 def final_logits(model: torch.nn.Module, image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """Logits (*size, c) of one normalised image (h, w, 3) by the model's own inference mode."""
   model.eval()
-  tensor = torch.as_tensor(image.transpose(2, 0, 1))[None]
+  tensor = torch.tensor(image.transpose(2, 0, 1))[None]
   shape = tuple(tensor.shape[2:])
   meta = {
     'img_shape': shape,

@@ -39,6 +39,16 @@ def test_weights_give_the_same_logits_and_labels(path):
   assert same.mean() > 0.95  # near ties may flip with another version of XLA
 
 
+def test_the_protocols_of_before_are_read():
+  """From fields that lay beside each other; what was not saved was that of the published scores."""
+  converted = nonlocal_jax.EvalProtocol(
+    scale=(161, 97), window_crop=(65, 65), window_stride=(43, 43), align_corners=True
+  )
+  assert nonlocal_jax.load(DATA / 'converted_of_2026_11').protocol == converted
+  for workdir in ('workdir_of_2026_11', 'workdir_of_2026_11/best'):
+    assert nonlocal_jax.load(DATA / workdir).protocol == nonlocal_jax.EvalProtocol(scale=(192, 192))
+
+
 def test_a_stopped_run_resumes(tmp_path):
   expected, workdir = EXPECTED['resumed'], tmp_path / 'workdir'
   shutil.copytree(DATA / 'workdir_of_2026_11', workdir)

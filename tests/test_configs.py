@@ -96,11 +96,11 @@ def test_recipe(model):
 
   (test_resize,) = (t for t in theirs.test_pipeline if t['type'] == 'Resize')
   assert ours.eval.scale == test_resize.scale
-  test, windows = theirs.model.test_cfg, protocol_of(ours).windows
+  test, protocol = theirs.model.test_cfg, protocol_of(ours)
   if test.mode == 'whole':
-    assert windows is None
+    assert protocol.window_crop is None
   else:
-    assert (windows.crop, windows.stride) == (test.crop_size, test.stride)
+    assert (protocol.window_crop, protocol.window_stride) == (test.crop_size, test.stride)
 
 
 @pytest.mark.parametrize('model', MODELS, ids=lambda model: model.name)
@@ -177,7 +177,7 @@ def test_released_models_by_file_name():
   corner = released_model('nonlocal_r50-d8_769x769_40k_cityscapes')
   assert released_model_of_file(corner.file) is corner
   assert corner.align_corners
-  assert corner.test_scale == (2049, 1025)
+  assert corner.protocol.scale == (2049, 1025)
   assert released_model_of_file(f'{corner.name}.pth') is None
   replaced = 'nonlocal_r101-d8_512x512_160k_ade20k_20200616_003422-affd0f8d.pth'
   found = released_model_of_file(replaced)

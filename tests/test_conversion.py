@@ -19,12 +19,13 @@ from nonlocal_jax.cli.convert import evaluation_command
 from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import NonLocalNetConfig
+from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.torch_format.reader import read_torch_file
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.arrays import to_arrays
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.loading import read_backbone, read_torch_weights, read_weights
-from nonlocal_jax.weights.mmseg_config import RecordedConfig
+from nonlocal_jax.weights.mmseg_config import config_text, recorded_protocol
 from nonlocal_jax.weights.released import RELEASED, released_model
 from tests import peer
 
@@ -80,9 +81,8 @@ def test_there_and_back_without_the_loss_of_a_bit(config, models, converter, tmp
     np.testing.assert_array_equal(array.numpy(), expected[name], err_msg=name)
   description, _ = read_weights(directory)
   published = released_of(config)
-  protocol = ('test_scale', 'window_crop', 'window_stride')
+  assert description.protocol == published.protocol
   assert description.config.align_corners == published.align_corners
-  assert all(getattr(description, key) == getattr(published, key) for key in protocol)
   assert read_torch_weights(back).description.num_batches_tracked == description.num_batches_tracked
 
 
@@ -114,7 +114,9 @@ def test_summary(convert, peer_checkpoint, tmp_path):
   told = convert(peer_checkpoint, tmp_path / 'other', '--align-corners')
   assert 'assumed' not in told
   assert 'corner-aligned logits' in told
-  assert read_weights(tmp_path / 'other')[0].config.align_corners
+  description = read_weights(tmp_path / 'other')[0]
+  assert description.config.align_corners
+  assert description.protocol.align_corners
 
 
 def test_the_printed_command_evaluates(convert, program, peer_checkpoint, photos, tmp_path):
@@ -134,13 +136,11 @@ def test_the_printed_command_evaluates(convert, program, peer_checkpoint, photos
 
 @pytest.mark.parametrize('model', [m for m in RELEASED if not m.replaced], ids=lambda m: m.name)
 def test_the_command_of_a_release_is_its_config_alone(model, loaded_description, tmp_path):
-  keys = ('dataset', 'test_scale', 'window_crop', 'window_stride')
   classes = {'cityscapes': 19, 'ade20k': 150, 'voc12aug': 21}[model.dataset]
   config = NonLocalNetConfig.from_depth(
     model.depth, num_classes=classes, align_corners=model.align_corners
   )
-  known = {key: getattr(model, key) for key in keys}
-  description = loaded_description(**known, config=config)
+  description = loaded_description(dataset=model.dataset, protocol=model.protocol, config=config)
   command = evaluation_command(description, tmp_path / 'a b')
   match = re.fullmatch(
     rf'python -m nonlocal_jax eval --config={model.dataset}_r{model.depth}:(\w+) '
@@ -255,13 +255,21 @@ def test_config_texts_of_the_first_versions():
     'test_pipeline = [\n    dict(\n'
     "        type='MultiScaleFlipAug',\n        img_scale=(2049, 1025),\n        flip=False)\n]\n"
   )
-  expected = RecordedConfig(True, (2049, 1025), (769, 769), (513, 513))
-  assert RecordedConfig.of_meta({'config': text}) == expected
-  assert RecordedConfig.of_meta({'config': expected.to_text()}) == expected
+  expected = EvalProtocol(
+    scale=(2049, 1025),
+    window_crop=(769, 769),
+    window_stride=(513, 513),
+    align_corners=True,
+  )
+  assert recorded_protocol({'config': text}) == (expected, ())
+  assert recorded_protocol({'config': config_text(expected)}) == (expected, ())
   whole = text.replace('slide', 'whole').replace('True))', 'False))')
-  assert RecordedConfig.of_meta({'config': whole}) == RecordedConfig(None, (2049, 1025))
+  unknown = ('align_corners',)  # the heads contradict each other
+  assert recorded_protocol({'config': whole}) == (EvalProtocol(scale=(2049, 1025)), unknown)
+  no_stride = text.replace('stride=(513, 513)', 'stride=(0, 513)')
+  assert recorded_protocol({'config': no_stride})[0].window_crop is None
   for nothing in ({}, {'config': ''}, {'config': 3, 'cfg': ['x']}):
-    assert RecordedConfig.of_meta(nothing) == RecordedConfig()
+    assert recorded_protocol(nothing) == (EvalProtocol(), unknown)
 
 
 @pytest.mark.parametrize('later', [False, True])

@@ -11,8 +11,9 @@ from flax import nnx
 from numpy.testing import assert_allclose
 
 from nonlocal_jax.models.layers import BatchNorm, batch_statistics, conv
-from nonlocal_jax.models.nonlocal_net import MEAN, STD, normalize
+from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.ops.resize import resize_bilinear
+from nonlocal_jax.protocol import IMAGENET_MEAN, IMAGENET_STD
 
 
 def to_torch(x: np.ndarray) -> torch.Tensor:
@@ -71,12 +72,21 @@ def test_batch_norm_in_training_and_after(rng):
 def test_normalize_gives_exact_zeros_where_padded(rng):
   images = rng.integers(0, 256, size=(2, 4, 5, 3), dtype=np.uint8)
   sizes = np.array([[4, 3], [2, 5]])
-  normalized = np.asarray(normalize(jnp.asarray(images), jnp.asarray(sizes)))
-  expected = (images.astype(np.float64) - MEAN) / STD
+  normalized = np.asarray(normalize(jnp.asarray(images), sizes=jnp.asarray(sizes)))
+  expected = (images.astype(np.float64) - IMAGENET_MEAN) / IMAGENET_STD
   assert_allclose(normalized[0, :, :3], expected[0, :, :3], rtol=1e-6, atol=1e-6)
   assert_allclose(normalized[1, :2], expected[1, :2], rtol=1e-6, atol=1e-6)
   assert not normalized[0, :, 3:].any()
   assert not normalized[1, 2:].any()
+
+
+def test_normalize_takes_any_number_of_channels(rng):
+  images = rng.integers(0, 4096, size=(2, 3, 4, 5), dtype=np.uint16)
+  mean, std = rng.uniform(1, 2000, 5), rng.uniform(1, 900, 5)
+  found = np.asarray(normalize(images, mean=mean.tolist(), std=std.tolist()))
+  np.testing.assert_allclose(found, (images - mean) / std, rtol=1e-4, atol=1e-5)
+  with pytest.raises(ValueError, match='images have 5 channels, but mean has 3 values and std 3'):
+    normalize(images)
 
 
 @pytest.mark.parametrize('groups', [1, 2])

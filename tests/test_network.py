@@ -11,9 +11,10 @@ from flax import nnx
 from numpy.testing import assert_allclose
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig, normalize
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.models.heads import dropout_channels
+from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.training.optimizer import poly_schedule, sgd
 from nonlocal_jax.training.train_step import TrainState, make_train_step
 from nonlocal_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
@@ -124,7 +125,10 @@ def test_training_steps_equal_the_original_in_float64(rng):
     )
     losses = peer.train(
       model,
-      ((np.asarray(normalize(b['image'], b['size']), np.float64), b['label']) for b in batches),
+      (
+        (np.asarray(normalize(b['image'], sizes=b['size']), np.float64), b['label'])
+        for b in batches
+      ),
       learning_rates=[float(schedule(step)) for step in range(10)],
     )
     for batch, loss in zip(batches, losses, strict=True):

@@ -11,8 +11,8 @@ from PIL import Image
 import nonlocal_jax
 from nonlocal_jax.cli import predict
 from nonlocal_jax.evaluation.pictures import overlay
-from nonlocal_jax.inference.buckets import Shape
-from nonlocal_jax.protocol import Protocol, Windows
+from nonlocal_jax.inference.buckets import PaddedShape
+from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.loading import read_weights
 from tests.test_predictor import image_of
@@ -33,6 +33,11 @@ def folder(tmp_path):
   return root
 
 
+def in_box(model):
+  """The model, tested as `SCALE` says."""
+  return model.with_protocol(dataclasses.replace(model.protocol, scale=(96, 72)))
+
+
 def converted(peer_checkpoint, directory, dataset):
   """The tiny network of the fixtures as one of `dataset`."""
   description, state = read_weights(peer_checkpoint, align_corners=None)
@@ -45,7 +50,7 @@ def test_a_folder_becomes_label_maps_and_pictures(folder, peer_checkpoint, scrip
   out = tmp_path / 'out'
   arguments = [f'--checkpoint={peer_checkpoint}', f'--out={out}', *SCALE]
   assert script(predict, folder, *arguments) == (None, '')
-  model = nonlocal_jax.load(peer_checkpoint).with_test_scale((96, 72))
+  model = in_box(nonlocal_jax.load(peer_checkpoint))
   names = {str(path.relative_to(out)) for path in out.rglob('*') if path.is_file()}
   stems = ['a', 'deep/b', 'ü c']
   assert names == {f'{stem}{end}' for stem in stems for end in ('.png', '_overlay.jpg')}
@@ -64,7 +69,7 @@ def test_padded_prediction_is_that_of_the_logits(peer_checkpoint):
   """Of the whole image at its own size, without any padding."""
   model = nonlocal_jax.load(peer_checkpoint)
   image = image_of((60, 80))
-  normalized = nonlocal_jax.models.normalize(image[None])
+  normalized = nonlocal_jax.normalize(image[None])
   expected = np.asarray(model.logits(normalized)).argmax(-1)[0]
   assert np.mean(model.predict(image) == expected) > 0.999
   several = model.predict(image, multi_scale_flip=True)
@@ -87,12 +92,8 @@ def test_convolutions_and_products_are_computed_as_asked_and_agree(
   for options in ([], ['--convolution=direct', '--precision=default']):
     out = f'--out={tmp_path / str(len(loaded))}'
     assert script(predict, *arguments, out, *options) == (None, '')
-  images = nonlocal_jax.models.normalize(image_of((48, 56))[None])
-  of_fast, of_direct = (
-    str(jax.make_jaxpr(model.with_test_scale((96, 72)).logits)(images)) for model in loaded
-  )
-  assert 'platform_index' in of_fast
-  assert 'platform_index' not in of_direct
+  images = nonlocal_jax.normalize(image_of((48, 56))[None])
+  of_fast, of_direct = (str(jax.make_jaxpr(in_box(model).logits)(images)) for model in loaded)
   convolutions = of_direct.count(' conv_general_dilated[')
   assert convolutions > 0
   assert of_fast.count(' dot_general[') > convolutions // 2 > of_direct.count(' dot_general[')
@@ -118,7 +119,7 @@ def test_submissions_have_the_servers_label_values(
   out = tmp_path / 'out'
   arguments = [f'--checkpoint={weights}', f'--out={out}', '--submission', *SCALE]
   assert script(predict, folder / 'a.png', *arguments) == (None, '')
-  model = nonlocal_jax.load(weights).with_test_scale((96, 72))
+  model = in_box(nonlocal_jax.load(weights))
   label = model.predict(predict.read(folder / 'a.png'))
   np.testing.assert_array_equal(np.array(Image.open(out / 'a.png')), np.array(values)[label])
   assert [path.name for path in out.iterdir()] == ['a.png']
@@ -172,11 +173,10 @@ def test_overlay_mixes_colours_and_names_the_classes_that_occur():
 
 def test_windows_go_through_the_network_at_their_own_size(peer_checkpoint):
   description, state = read_weights(peer_checkpoint, align_corners=False)
-  fields = {'window_crop': (41, 49), 'window_stride': (30, 30), 'test_scale': None}
-  model = nonlocal_jax.PretrainedModel(dataclasses.replace(description, **fields), state)
-  protocol = Protocol.of_version('v0', scale=None, windows=Windows((41, 49), (30, 30)))
+  protocol = EvalProtocol(window_crop=(41, 49), window_stride=(30, 30))
+  model = nonlocal_jax.PretrainedModel(dataclasses.replace(description, protocol=protocol), state)
   image = image_of((70, 66))
-  shape = Shape.of_image((70, 66), protocol).with_room(networks=False)
+  shape = PaddedShape.from_image((70, 66), protocol).with_room(networks=False)
   assert shape.result == (128, 128)
   assert [view.network for view in shape.views] == [(41, 49)]
   assert not shape.padded
@@ -186,7 +186,7 @@ def test_windows_go_through_the_network_at_their_own_size(peer_checkpoint):
   for top in (0, 29):
     for left in (0, 17):
       window = np.s_[top : top + 41, left : left + 49]
-      normalized = nonlocal_jax.models.normalize(image[window][None])
+      normalized = nonlocal_jax.normalize(image[window][None])
       logits[window] += np.asarray(model.logits(normalized))[0]
       counts[window] += 1
   assert np.mean(found == (logits / counts).argmax(-1)) > 0.999
@@ -195,7 +195,7 @@ def test_windows_go_through_the_network_at_their_own_size(peer_checkpoint):
 @pytest.mark.parametrize('side', [1, 64, 65, 375, 511, 512, 513, 769, 1024, 2049, 6000])
 def test_little_room_is_left_and_near_sizes_share_it(side):
   rooms = {
-    Shape.of_image((s, 500), Protocol(scale=None)).with_room(networks=True).views[0].network
+    PaddedShape.from_image((s, 500), EvalProtocol()).with_room(networks=True).views[0].network
     for s in range(side, side + 8)
   }
   assert len(rooms) <= 2
@@ -206,6 +206,6 @@ def test_little_room_is_left_and_near_sizes_share_it(side):
 
 @pytest.mark.parametrize(('size', 'padded'), [((512, 1024), False), ((512, 1023), True)])
 def test_images_that_fill_their_room_are_not_masked(size, padded):
-  shape = Shape.of_image(size, Protocol(scale=None)).with_room(networks=True)
+  shape = PaddedShape.from_image(size, EvalProtocol()).with_room(networks=True)
   assert shape.views[0].network == (512, 1024)
   assert shape.padded == padded

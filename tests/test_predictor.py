@@ -13,18 +13,19 @@ from flax import nnx
 
 from nonlocal_jax.data.transforms import resize_to
 from nonlocal_jax.inference import predictor as predicting
-from nonlocal_jax.inference.buckets import Shape, shapes_for
+from nonlocal_jax.inference.buckets import PaddedShape, shapes_for
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import axis_matrix, views_of
-from nonlocal_jax.models import Execution, NonLocalNet, normalize
-from nonlocal_jax.protocol import RATIOS, Protocol, Windows
+from nonlocal_jax.models import Execution, NonLocalNet
+from nonlocal_jax.ops.normalization import normalize
+from nonlocal_jax.protocol import RATIOS, EvalProtocol
 from nonlocal_jax.runtime.parallel import data_mesh, replicated
 from nonlocal_jax.weights.state_dict import from_state_dict, infer_config
 from tests import peer
 from tests.mmseg_import import mmseg_module
 
 SIZES = [(70, 97), (49, 50), (40, 100), (65, 49), (49, 49), (33, 41)]
-WINDOWS = Windows((49, 49), (33, 33))
+WINDOWS = {'window_crop': (49, 49), 'window_stride': (33, 33)}
 
 
 @pytest.fixture(autouse=True)
@@ -65,16 +66,15 @@ def predict(predictor, state, shape, images, batch_size=None):
   """Label maps of images that share a shape."""
   protocol = predictor.protocol
   views = [[resize_to(x, view.size) for view in views_of(protocol, x.shape[:2])] for x in images]
-  labels = [np.zeros(x.shape[:2], np.uint8) for x in images]
-  found = predictor(state, shape, views, labels, batch_size=batch_size)
-  assert int(found.confusion.sum()) == sum(label.size for label in labels)
-  whole = np.asarray(found.labels)
+  sizes = [x.shape[:2] for x in images]
+  whole = np.asarray(predictor(state, shape, views, sizes, batch_size=batch_size))
   return [whole[i, : x.shape[0], : x.shape[1]] for i, x in enumerate(images)]
 
 
 def predictor_of(ours, protocol, **options):
   _, config, _ = ours
-  return Predictor(config, protocol, **options)
+  corners = config.align_corners
+  return Predictor(config, dataclasses.replace(protocol, align_corners=corners), **options)
 
 
 def agreement(ours, theirs):
@@ -131,25 +131,27 @@ def test_padding_has_no_influence_on_the_network(half_pixel):
   model.eval()
   for size, image, whole in zip(SIZES, images, found, strict=True):
     with torch.no_grad():
-      tensor = torch.as_tensor(image.transpose(0, 3, 1, 2))
+      tensor = torch.tensor(image.transpose(0, 3, 1, 2))
       expected = model.decode_head(model.backbone(tensor))[0].permute(1, 2, 0).numpy()
     ours = whole[: -(-size[0] // 8), : -(-size[1] // 8)]
     assert np.abs(ours - expected).max() < 1e-4 * expected.std()
 
 
 @pytest.mark.parametrize('convention', ['half_pixel', 'aligned'])
-@pytest.mark.parametrize('windows', [None, WINDOWS], ids=['whole', 'slide'])
+@pytest.mark.parametrize('windows', [{}, WINDOWS], ids=['whole', 'slide'])
 def test_single_scale_is_the_originals(convention, windows, request):
   """Images lower and narrower than a window, of its size, one pixel larger, and larger."""
   ours = request.getfixturevalue(convention)
   model, _, state = ours
-  protocol = Protocol.of_version('v1', scale=(90, 70), windows=windows)
+  protocol = EvalProtocol.from_version('v1', scale=(90, 70), **windows)
   predictor = predictor_of(ours, protocol)
   shapes = shapes_for(SIZES, protocol, most=1)
   images = [image_of(size) for size in SIZES]
   found = [predict(predictor, state, shapes[x.shape[:2]], [x])[0] for x in images]
   if windows:
-    model.test_cfg.update(mode='slide', crop_size=windows.crop, stride=windows.stride)
+    model.test_cfg.update(
+      mode='slide', crop_size=protocol.window_crop, stride=protocol.window_stride
+    )
   else:
     model.test_cfg['mode'] = 'whole'
   expected = []
@@ -165,7 +167,7 @@ def test_multi_scale_flip_v1_is_the_originals(half_pixel, tmp_path):
   model, _, state = half_pixel
   model.test_cfg['mode'] = 'whole'
   sizes = SIZES[:2]
-  protocol = Protocol.of_version('v1', scale=(90, 70), multi_scale_flip=True)
+  protocol = EvalProtocol.from_version('v1', scale=(90, 70), multi_scale_flip=True)
   predictor = predictor_of(half_pixel, protocol)
   shapes = shapes_for(sizes, protocol, most=1)
   images = [image_of(size) for size in sizes]
@@ -193,7 +195,7 @@ def _peer_test_time_augmented(model, image, folder):
     return runner.test_step(item)[0].pred_sem_seg.data[0].numpy()
 
 
-@pytest.mark.parametrize('windows', [None, WINDOWS], ids=['whole', 'slide'])
+@pytest.mark.parametrize('windows', [{}, WINDOWS], ids=['whole', 'slide'])
 def test_multi_scale_flip_v0_is_the_sum_of_its_parts(windows, aligned, monkeypatch):
   """Written from its description, in float64, on the original's logits of each window.
 
@@ -202,7 +204,7 @@ def test_multi_scale_flip_v0_is_the_sum_of_its_parts(windows, aligned, monkeypat
   """
   monkeypatch.setattr(predicting, '_PIXELS_AT_ONCE', 3 * 49 * 49)  # several chunks of windows
   model, _, state = aligned
-  protocol = Protocol.of_version('v0', scale=(90, 70), windows=windows, multi_scale_flip=True)
+  protocol = EvalProtocol.from_version('v0', scale=(90, 70), **windows, multi_scale_flip=True)
   sizes = [(60, 97), (70, 40)]
   predictor = predictor_of(aligned, protocol)
   images = [image_of(size) for size in sizes]
@@ -213,6 +215,7 @@ def test_multi_scale_flip_v0_is_the_sum_of_its_parts(windows, aligned, monkeypat
 
 
 def _by_hand(model, image, scale, windows):
+  model.eval()
   height, width = image.shape[:2]
   total = 0.0
   for ratio in RATIOS:
@@ -233,15 +236,16 @@ def _by_hand(model, image, scale, windows):
 
 def _window_mean(model, x, windows):
   """Scores (h, w, c) float64: the mean over windows, small ones padded."""
-  if windows is None:
+  if not windows:
     return _scores(model, x)
-  (height, width), (crop_h, crop_w) = x.shape[:2], windows.crop
+  (height, width), (crop_h, crop_w) = x.shape[:2], windows['window_crop']
+  stride_h, stride_w = windows['window_stride']
   total, count = 0.0, np.zeros((height, width, 1))
   total = np.zeros((height, width, 19))
-  for i in range(max(height - crop_h + windows.stride[0] - 1, 0) // windows.stride[0] + 1):
-    for j in range(max(width - crop_w + windows.stride[1] - 1, 0) // windows.stride[1] + 1):
-      bottom = min(i * windows.stride[0] + crop_h, height)
-      right = min(j * windows.stride[1] + crop_w, width)
+  for i in range(max(height - crop_h + stride_h - 1, 0) // stride_h + 1):
+    for j in range(max(width - crop_w + stride_w - 1, 0) // stride_w + 1):
+      bottom = min(i * stride_h + crop_h, height)
+      right = min(j * stride_w + crop_w, width)
       top, left = max(bottom - crop_h, 0), max(right - crop_w, 0)
       window = np.zeros((crop_h, crop_w, 3), np.float32)
       window[: bottom - top, : right - left] = x[top:bottom, left:right]
@@ -253,7 +257,7 @@ def _window_mean(model, x, windows):
 
 @torch.no_grad()
 def _scores(model, x):
-  logits = model.decode_head(model.backbone(torch.as_tensor(x.transpose(2, 0, 1))[None]))
+  logits = model.decode_head(model.backbone(torch.tensor(x.transpose(2, 0, 1))[None]))
   return _interpolated(logits[0].permute(1, 2, 0).numpy(), x.shape[:2])
 
 
@@ -266,7 +270,7 @@ def _interpolated(scores, size):
 def test_a_batch_on_several_devices_is_what_its_images_are(half_pixel):
   """Four devices, a batch that is not full, and scores in blocks of a few rows."""
   _, _, state = half_pixel
-  protocol = Protocol(scale=(90, 70))
+  protocol = EvalProtocol(scale=(90, 70))
   images = [image_of(size) for size in SIZES[:3]]
   shape = shapes_for(SIZES[:3], protocol, most=1)[SIZES[0]]
   mesh = data_mesh(jax.devices()[:4])
@@ -281,7 +285,7 @@ def test_a_batch_on_several_devices_is_what_its_images_are(half_pixel):
 def test_processes_have_one_program_whatever_their_images_are(half_pixel, monkeypatch):
   """Views of a narrow and of a wide image, whose logits lie closer and farther apart."""
   _, _, state = half_pixel
-  protocol = Protocol(scale=(240, 90))
+  protocol = EvalProtocol(scale=(240, 90))
   images = [image_of((90, 240)), image_of((30, 80))]
   shape = shapes_for([x.shape[:2] for x in images], protocol, most=1)[(90, 240)]
   found, kinds = [], []
@@ -303,11 +307,29 @@ def test_processes_have_one_program_whatever_their_images_are(half_pixel, monkey
 
 def test_scores_are_held_for_a_few_rows_only(half_pixel):
   _, _, state = half_pixel
-  protocol = Protocol(scale=(90, 70), flip=True)
+  protocol = EvalProtocol(scale=(90, 70), flip=True)
   image = image_of(SIZES[0])
-  shape = Shape.of_image(image.shape[:2], protocol)
+  shape = PaddedShape.from_image(image.shape[:2], protocol)
   whole = predict(predictor_of(half_pixel, protocol), state, shape, [image])
   execution = Execution.for_platform(scores_at_once=2 * 19 * 112 * 9)  # nine rows of 70
   predictor = predictor_of(half_pixel, protocol, execution=execution)
   blocks = predict(predictor, state, shape, [image])
   np.testing.assert_array_equal(blocks, whole)
+
+
+def test_channel_order_mean_and_std_are_those_of_the_protocol(half_pixel):
+  """The same network input from images in another order and of half the values."""
+  _, _, state = half_pixel
+  protocol = EvalProtocol(scale=(90, 70))
+  other = dataclasses.replace(
+    protocol,
+    channel_order='bgr',
+    mean=tuple(x / 2 for x in protocol.mean),
+    std=tuple(x / 2 for x in protocol.std),
+  )
+  half = image_of((70, 90)) // 2
+  shape = PaddedShape.from_image((70, 90), protocol)
+  found = predict(predictor_of(half_pixel, other), state, shape, [half[..., ::-1]])
+  expected = predict(predictor_of(half_pixel, protocol), state, shape, [2 * half])
+  assert agreement(found, expected) > 0.9995
+  assert agreement(predict(predictor_of(half_pixel, other), state, shape, [half]), expected) < 0.99

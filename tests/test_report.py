@@ -14,16 +14,16 @@ from nonlocal_jax.data.datasets import PUBLISHED, custom_dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import (
   peak_memory_gib,
-  protocol_facts,
   published_line,
   write_report,
 )
-from nonlocal_jax.protocol import Protocol, Windows
+from nonlocal_jax.protocol import EvalProtocol
 
 DATASET = custom_dataset(classes=['sky', 'tree', 'lake', 'sand'], name='park')
 CONFUSION = np.array([[5, 3, 1, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 CONFIG = {'name': 'park_r50', 'train': {'crop': (64, 64), 'steps': 4}, 'published': None}
-FACTS = {'images': 7, 'seconds': 12.34567, 'protocol': {'mode': 'single'}, 'config': CONFIG}
+PROTOCOL = EvalProtocol(scale=(2048, 512), window_crop=(9, 8), window_stride=(5, 5))
+FACTS = {'images': 7, 'seconds': 12.34567, 'protocol': PROTOCOL, 'config': CONFIG}
 
 
 def written(workdir: Path, confusion=CONFUSION, dataset=DATASET, **facts) -> dict:
@@ -83,7 +83,7 @@ def test_where_the_numbers_come_from(tmp_path):
   assert (metrics['checkpoint'], metrics['sha256']) == ('weights/park.pth', 'ab' * 32)
   assert metrics['step'] is None
   assert metrics['published'] is None
-  assert metrics['protocol'] == {'mode': 'single'}
+  assert EvalProtocol.from_dict(metrics['protocol']) == PROTOCOL
   assert metrics['config_values'] == json.loads(json.dumps(CONFIG))
   assert metrics['seconds'] == 12.346
   date = datetime.datetime.fromisoformat(metrics['date'])
@@ -221,28 +221,6 @@ def test_the_report_has_the_same_comparison(tmp_path, published, agrees):
 def test_every_published_dataset_has_a_tolerance():
   for name in PUBLISHED:
     assert 'within' in published_line(40, 40, name)
-
-
-def test_protocol_facts():
-  windows = Windows((769, 769), (513, 513))
-  single = Protocol.of_version('v1', scale=(2049, 1025), windows=windows)
-  assert protocol_facts(single, 'v1') == {
-    'mode': 'single',
-    'version': 'v1',
-    'scale': (2049, 1025),
-    'ratios': (1.0,),
-    'windows': {'crop': (769, 769), 'stride': (513, 513)},
-    'pad_windows': False,
-  }
-  many = Protocol.of_version('v0', scale=None, multi_scale_flip=True)
-  assert protocol_facts(many, 'v0') == {
-    'mode': 'ms+flip',
-    'version': 'v0',
-    'scale': None,
-    'ratios': (0.5, 0.75, 1.0, 1.25, 1.5, 1.75),
-    'windows': None,
-    'pad_windows': True,
-  }
 
 
 def test_peak_memory_is_that_of_this_process():

@@ -16,12 +16,15 @@ from numpy.testing import assert_allclose
 
 import nonlocal_jax
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.experiment import dataset_of, protocol_of
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.training.log import summary_table
 from nonlocal_jax.training.loop import train_and_evaluate
+from nonlocal_jax.training.run_files import write_run_files
 from nonlocal_jax.weights.arrays import to_arrays
+from nonlocal_jax.weights.checkpoints import read_description
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.state_dict import to_state_dict
 from tests.conftest import run_two_processes
@@ -53,6 +56,9 @@ def test_a_run_leaves_all_that_is_promised(trained):
 
   metrics = json.loads((workdir / 'metrics.json').read_text())
   assert (metrics['step'], metrics['images'], metrics['config']) == (4, 5, 'custom')
+  protocol = nonlocal_jax.EvalProtocol.from_dict(metrics['protocol'])
+  assert protocol == nonlocal_jax.EvalProtocol(scale=(96, 96))
+  assert {nonlocal_jax.load(path).protocol for path in (workdir, workdir / 'best')} == {protocol}
   assert metrics['mIoU'] == pytest.approx(100 * evaluation.scores.mean_iou, abs=1e-4)
   assert set(metrics['classes']['class 0']) == {'IoU', 'Acc'}
   assert evaluation.confusion.sum() == 5 * 192 * 192
@@ -68,12 +74,23 @@ def test_a_run_leaves_all_that_is_promised(trained):
     assert all(np.isfinite(value) for value in entry.values())
 
 
+def test_a_run_keeps_how_it_was_tested(training_config, tmp_path):
+  config = training_config.copy_and_resolve_references()
+  config.eval.protocol, config.eval.multi_scale_flip = 'v1', True
+  config.eval.window_crop = config.eval.window_stride = (64, 64)
+  write_run_files(config, tmp_path, dataset_of(config))
+  for directory in (tmp_path, tmp_path / 'best'):
+    protocol = read_description(directory).protocol
+    assert protocol == protocol_of(config)
+    assert (protocol.version, protocol.pad_windows, protocol.flip) == ('v1', False, True)
+
+
 def test_a_workdir_is_loaded_as_a_model(trained, demo_set):
   workdir, _ = trained
   model = nonlocal_jax.load(workdir)
   config = model.description.config
   assert config.predicts_like(NonLocalNetConfig.from_depth(14, width=4, num_classes=8))
-  assert model.description.test_scale == (96, 96)
+  assert model.protocol.scale == (96, 96)
   assert model.predict(np.zeros((50, 70, 3), np.uint8)).shape == (50, 70)
 
 
@@ -150,7 +167,7 @@ def test_a_trained_network_becomes_a_file_of_pytorch(trained, converter, tmp_pat
     np.testing.assert_array_equal(saved['state_dict'][name].numpy(), array)
   assert saved['meta']['CLASSES'][0] == 'class 0'
   again, here = nonlocal_jax.load(tmp_path / 'x.pth'), nonlocal_jax.load(workdir)
-  assert again.description.test_scale == here.description.test_scale == (96, 96)
+  assert again.protocol.scale == here.protocol.scale == (96, 96)
 
 
 def test_two_processes_train_as_one_and_only_the_first_speaks(
@@ -267,7 +284,7 @@ def test_the_best_weights_are_kept_beside_the_last(trained):
   log = [line for line in read_log(trained[0]) if 'mIoU' in line]
   best = max(log, key=lambda line: line['mIoU'])['step']
   assert [path.name for path in (trained[0] / 'best/checkpoints').iterdir()] == [str(best)]
-  assert nonlocal_jax.load(trained[0] / 'best').description.test_scale == (96, 96)
+  assert nonlocal_jax.load(trained[0] / 'best').protocol.scale == (96, 96)
 
 
 def test_the_table_has_the_best_and_the_last():

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from nonlocal_jax.data import transforms
-from nonlocal_jax.models.nonlocal_net import normalize
+from nonlocal_jax.ops.normalization import normalize
 from tests.mmseg_import import mmseg_module
 
 mmcv = mmseg_module('mmcv')

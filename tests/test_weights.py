@@ -19,7 +19,9 @@ from flax import nnx
 import nonlocal_jax
 from nonlocal_jax.data.transforms import resize_image
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.models import NonLocalNet, NonLocalNetConfig, normalize
+from nonlocal_jax.models import NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.ops.normalization import normalize
+from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.training.run_files import config_differences
 from nonlocal_jax.weights import released
 from nonlocal_jax.weights.loading import read_torch_weights
@@ -50,8 +52,10 @@ def test_load_tells_what_the_file_holds(loaded, peer_checkpoint):
   assert loaded.classes == tuple(f'c{i}' for i in range(19))
   assert len(set(loaded.palette)) == 19
   assert not loaded.description.config.align_corners
-  assert loaded.description.test_scale is None
-  assert nonlocal_jax.load(peer_checkpoint, align_corners=True).description.config.align_corners
+  assert loaded.protocol == EvalProtocol()
+  aligned = nonlocal_jax.load(peer_checkpoint, align_corners=True)
+  assert aligned.description.config.align_corners
+  assert aligned.protocol.align_corners
 
 
 def test_a_released_file_is_known_by_its_sha256_whatever_its_name(
@@ -67,8 +71,12 @@ def test_a_released_file_is_known_by_its_sha256_whatever_its_name(
     assert (weights.released, weights.notes) == (model, ())
     description = weights.description
     assert description.config.align_corners
-    assert description.test_scale == (2049, 1025)
-    assert (description.window_crop, description.window_stride) == ((769, 769), (513, 513))
+    assert description.protocol == EvalProtocol(
+      scale=(2049, 1025),
+      window_crop=(769, 769),
+      window_stride=(513, 513),
+      align_corners=True,
+    )
     assert (description.dataset, description.classes[0]) == ('cityscapes', 'road')
     assert description.palette[0] == (128, 64, 128)
     assert (description.source, description.sha256[:8]) == (name, prefix)
@@ -115,7 +123,7 @@ def test_predict_equals_the_original_at_the_image_s_own_size(rng, loaded, peer_m
 def test_predict_resizes_to_the_test_scale(rng, loaded, peer_model, tmp_path):
   loaded.save(tmp_path / 'converted')
   description = json.loads((tmp_path / 'converted/model.json').read_text())
-  description['test_scale'] = [96, 80]
+  description['protocol']['scale'] = [96, 80]
   (tmp_path / 'converted/model.json').write_text(json.dumps(description))
   image = rng.integers(0, 256, size=(60, 71, 3), dtype=np.uint8)
   normalized = np.asarray(normalize(resize_image(image, (96, 80))[None]))[0]

@@ -19,13 +19,14 @@ from ml_collections import ConfigDict
 
 from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config, published_config, variant_name
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import DESCRIPTION, read_description, save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import TorchWeights, read_torch_weights, read_weights
-from nonlocal_jax.weights.mmseg_config import RecordedConfig
+from nonlocal_jax.weights.mmseg_config import config_text
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel
 from nonlocal_jax.weights.state_dict import to_state_dict
 
@@ -103,22 +104,17 @@ def write_pth(source: Path, path: Path) -> None:
   """
   description, state = read_weights(source)
   classes, palette = list(description.classes), list(map(list, description.palette))
-  recorded = RecordedConfig(
-    align_corners=description.config.align_corners,
-    test_scale=description.test_scale,
-    window_crop=description.window_crop,
-    window_stride=description.window_stride,
-  )
+  text = config_text(description.protocol)
   meta = {
     'dataset_meta': {'classes': classes, 'palette': palette},
     'CLASSES': classes,
     'PALETTE': palette,
-    'config': recorded.to_text(),
+    'config': text,
   }
   arrays = to_state_dict(state, description.num_batches_tracked)
   write_torch_checkpoint(path, arrays, meta)
   print(f'{path}: {len(arrays)} arrays, {description.config}; how it was tested here:')
-  print(recorded.to_text(), end='')
+  print(text, end='')
 
 
 def summary(weights: TorchWeights, directory: Path) -> str:
@@ -130,7 +126,7 @@ def summary(weights: TorchWeights, directory: Path) -> str:
     'released as': _published(released) if released else 'unknown',
     'network': description.config,
     'dataset': f'{description.dataset}: {_shortened(description.classes)}',
-    'protocol': _protocol(description),
+    'protocol': _protocol(description.protocol),
   }
   lines = [f'{name:12} {value}' for name, value in facts.items()]
 
@@ -156,15 +152,16 @@ def evaluation_command(description: ModelDescription, directory: Path) -> str:
 
   It begins with the config that is nearest, and sets what differs.
   """
+  protocol = description.protocol
   wanted = {
     'model.depth': description.config.depth,
     'model.width': description.config.width,
     'model.non_local': description.config.non_local,
-    'model.align_corners': description.config.align_corners,
+    'model.align_corners': protocol.align_corners,
     'data.num_classes': description.config.num_classes,
-    'eval.scale': description.test_scale or '(WIDTH,HEIGHT)',
-    'eval.window_crop': description.window_crop or (),
-    'eval.window_stride': description.window_stride or (),
+    'eval.scale': protocol.scale or '(WIDTH,HEIGHT)',
+    'eval.window_crop': protocol.window_crop or (),
+    'eval.window_stride': protocol.window_stride or (),
   }
   configs = {'custom': base_config()}
   for model in RELEASED:
@@ -195,14 +192,14 @@ def _published(released: ReleasedModel) -> str:
   return f'{released.name}, mIoU {released.miou}{also}'
 
 
-def _protocol(description: ModelDescription) -> str:
-  scale = description.test_scale
+def _protocol(protocol: EvalProtocol) -> str:
+  scale = protocol.scale
   where = f'in a box of {scale[0]}x{scale[1]}' if scale else 'at their own size'
   how = 'whole images'
-  if description.window_crop:
-    crop, stride = description.window_crop, description.window_stride
+  if protocol.window_crop:
+    crop, stride = protocol.window_crop, protocol.window_stride
     how = f'windows of {crop} every {stride} pixels of images'
-  corners = 'corner-aligned' if description.config.align_corners else 'half-pixel'
+  corners = 'corner-aligned' if protocol.align_corners else 'half-pixel'
   return f'{how} {where}, {corners} logits'
 
 

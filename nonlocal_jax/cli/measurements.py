@@ -30,6 +30,7 @@ from nonlocal_jax.inference.pretrained import PretrainedModel
 from nonlocal_jax.models import Execution, NonLocalBlock, NonLocalNet
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE, state_shapes
+from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import custom_config
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of, replicated, shard_batch
 from nonlocal_jax.weights.description import ModelDescription
@@ -96,12 +97,10 @@ def measure_inference(
   dataset = custom_dataset(classes)
   description = ModelDescription(
     config,
+    EvalProtocol(),
     dataset=dataset.name,
     classes=dataset.classes,
     palette=dataset.palette,
-    test_scale=None,
-    window_crop=None,
-    window_stride=None,
     source='random weights',
     sha256=None,
     num_batches_tracked={},

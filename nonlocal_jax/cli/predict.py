@@ -45,7 +45,10 @@ def main(arguments: Sequence[str]) -> None:
     help='label values as the servers of Cityscapes and ADE20K want them, and no pictures',
   )
   parser.add_argument(
-    '--multi-scale-flip', action='store_true', help='mean over six sizes, plain and mirrored'
+    '--multi-scale-flip',
+    action='store_true',
+    default=None,
+    help='mean over six sizes, plain and mirrored',
   )
   parser.add_argument(
     '--scale',
@@ -84,7 +87,8 @@ def main(arguments: Sequence[str]) -> None:
     precision=options.precision,
   )
   if options.scale:
-    model = model.with_test_scale(tuple(options.scale))
+    protocol = dataclasses.replace(model.protocol, scale=tuple(options.scale))
+    model = model.with_protocol(protocol)
   values = submission_values(model) if options.submission else None
   failures = []
   with progress_bar(len(images), 'Predicting', unit='img') as bar:

@@ -13,7 +13,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
 from nonlocal_jax.evaluation.metrics import undefined_reasons
 from nonlocal_jax.evaluation.pictures import comparison
-from nonlocal_jax.evaluation.report import protocol_facts, published_line, write_report
+from nonlocal_jax.evaluation.report import published_line, write_report
 from nonlocal_jax.experiment import (
   check_device,
   dataset_of,
@@ -140,7 +140,7 @@ def write_evaluation(
     dataset,
     images=images,
     seconds=evaluation.seconds,
-    protocol=protocol_facts(protocol_of(config), config.eval.protocol),
+    protocol=protocol_of(config),
     config=config.to_dict(),
     checkpoint=str(checkpoint) if checkpoint else None,
     sha256=description.sha256 if description else None,
@@ -184,18 +184,17 @@ def _published_miou(
 
 def _differences(config: ConfigDict, released: ReleasedModel, images: int) -> list[str]:
   dataset = dataset_of(config)
-  windows = (tuple(config.eval.window_crop) or None, tuple(config.eval.window_stride) or None)
-  differences = []
+  ours, theirs, differences = protocol_of(config), released.protocol, []
   if config.data.dataset != released.dataset or config.data.label_map or config.data.ignore_labels:
     return [f'it was tested on the classes of {released.dataset}']
   if images != dataset.published_sizes['val']:
     differences.append(f'{images} images were tested, not {dataset.published_sizes["val"]}')
-  if tuple(config.eval.scale) != released.test_scale:
-    differences.append(f'config.eval.scale was {released.test_scale}')
-  if windows != (released.window_crop, released.window_stride):
-    differences.append(f'config.eval.window_crop was {released.window_crop or ()}')
-  if config.model.align_corners != released.align_corners:
-    differences.append(f'config.model.align_corners was {released.align_corners}')
-  if config.eval.protocol != 'v0' and config.eval.multi_scale_flip:
-    differences.append('config.eval.protocol was v0')
+  if ours.scale != theirs.scale:
+    differences.append(f'config.eval.scale was {theirs.scale}')
+  if (ours.window_crop, ours.window_stride) != (theirs.window_crop, theirs.window_stride):
+    differences.append(f'config.eval.window_crop was {theirs.window_crop or ()}')
+  if ours.align_corners != theirs.align_corners:
+    differences.append(f'config.model.align_corners was {theirs.align_corners}')
+  if ours.version != theirs.version and ours.averages:
+    differences.append(f'config.eval.protocol was {theirs.version}')
   return differences

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -12,13 +12,15 @@ from flax import nnx
 
 from nonlocal_jax.data.loader import EvalSample, eval_batches
 from nonlocal_jax.data.prepared import PreparedSplit
+from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.evaluation.metrics import Scores, scores
-from nonlocal_jax.inference.buckets import Shape, shapes_for
-from nonlocal_jax.inference.predictor import Prediction, Predictor
+from nonlocal_jax.inference.buckets import PaddedShape, shapes_for
+from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models.folding import fold_batch_norms
+from nonlocal_jax.ops.confusion import confusion_matrix
 from nonlocal_jax.runtime.compilation import compiler_options
-from nonlocal_jax.runtime.parallel import platform_of, replicated
+from nonlocal_jax.runtime.parallel import platform_of, replicated, shard_batch
 from nonlocal_jax.runtime.progress import progress_bar
 
 _EXAMPLES = 4
@@ -41,6 +43,22 @@ class Evaluation:
   scores: Scores
   examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
   seconds: float
+
+
+class _Batch(NamedTuple):
+  """A batch that is being evaluated.
+
+  Attributes:
+    indices: Its images, of all processes.
+    samples: The samples of this process.
+    predictions: (n, h, w) uint8 of all processes, see `Predictor`.
+    confusion: (classes, classes) int32, summed over all processes.
+  """
+
+  indices: Sequence[int]
+  samples: list[EvalSample]
+  predictions: jax.Array
+  confusion: jax.Array
 
 
 class Evaluator:
@@ -72,10 +90,17 @@ class Evaluator:
       most_shapes: See `buckets.shapes_for`.
     """
     self._predictor = predictor
+    options = compiler_options(platform_of(list(predictor.mesh.devices.flat)))
     self._fold = jax.jit(
       functools.partial(fold_batch_norms, predictor.graphdef),
       out_shardings=replicated(predictor.mesh),
-      compiler_options=compiler_options(platform_of(list(predictor.mesh.devices.flat))),
+      compiler_options=options,
+    )
+    # Replicated: each process reads the sum over all images.
+    self._count = jax.jit(
+      functools.partial(confusion_matrix, num_classes=num_classes, ignore_index=IGNORE),
+      out_shardings=replicated(predictor.mesh),
+      compiler_options=options,
     )
     self._split = split
     self._num_classes = num_classes
@@ -105,11 +130,11 @@ class Evaluator:
     confusion = np.zeros((self._num_classes, self._num_classes), np.int64)
     shown = {}
     with progress_bar(len(self._split), 'Evaluating', unit='img', leave=False) as bar:
-      for indices, samples, prediction in _one_behind(self._predictions(weights)):
-        confusion += np.asarray(prediction.confusion)
+      for indices, samples, predictions, counts in _one_behind(self._evaluated(weights)):
+        confusion += np.asarray(counts)
         wanted = [place for place, sample in enumerate(samples) if sample.index in examples]
         if wanted:
-          labels = _local_rows(prediction.labels)
+          labels = _local_rows(predictions)
           for place in wanted:
             sample = samples[place]
             height, width = sample.label.shape
@@ -121,10 +146,8 @@ class Evaluator:
     in_order = [shown[index] for index in sorted(shown)]
     return Evaluation(confusion, scores(confusion), in_order, seconds)
 
-  def _predictions(
-    self, weights: nnx.State
-  ) -> Iterator[tuple[Sequence[int], list[EvalSample], Prediction]]:
-    """For each batch its indices, this process's samples and, perhaps not yet done, predictions."""
+  def _evaluated(self, weights: nnx.State) -> Iterator[_Batch]:
+    """Predicts and counts batch after batch; the devices may not be done yet."""
     first = jax.process_index() * self._local_batch_size
     loaded = eval_batches(
       self._split,
@@ -133,18 +156,22 @@ class Evaluator:
       label_lookup=self._label_lookup,
     )
     for (shape, indices), samples in zip(self._batches, loaded, strict=True):
-      prediction = self._predictor(
+      predictions = self._predictor(
         weights,
         shape,
         [sample.views for sample in samples],
-        [sample.label for sample in samples],
+        [sample.label.shape for sample in samples],
         batch_size=self._local_batch_size,
       )
-      yield indices, samples, prediction
+      labels = np.full((self._local_batch_size, *shape.result), IGNORE, np.uint8)
+      for padded, sample in zip(labels, samples, strict=False):
+        padded[: sample.label.shape[0], : sample.label.shape[1]] = sample.label
+      on_devices = shard_batch({'labels': labels}, self._predictor.mesh)['labels']
+      yield _Batch(indices, samples, predictions, self._count(predictions, on_devices))
 
 
-def _by_shape(shapes: Iterable[Shape]) -> dict[Shape, list[int]]:
-  indices: dict[Shape, list[int]] = {}
+def _by_shape(shapes: Iterable[PaddedShape]) -> dict[PaddedShape, list[int]]:
+  indices: dict[PaddedShape, list[int]] = {}
   for index, shape in enumerate(shapes):
     indices.setdefault(shape, []).append(index)
   return indices

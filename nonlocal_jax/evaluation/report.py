@@ -16,7 +16,7 @@ import numpy as np
 
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.evaluation.metrics import distinct_names, scores, undefined_reasons
-from nonlocal_jax.protocol import Protocol, Version
+from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.files import write_whole
 
 METRICS = 'metrics.json'
@@ -34,7 +34,7 @@ def write_report(
   *,
   images: int,
   seconds: float,
-  protocol: Mapping[str, Any],
+  protocol: EvalProtocol,
   config: Mapping[str, Any],
   checkpoint: str | None = None,
   sha256: str | None = None,
@@ -51,7 +51,7 @@ def write_report(
     dataset: What was evaluated on.
     images: How many images.
     seconds: How long it took.
-    protocol: How images were tested, see `protocol_facts`.
+    protocol: How images were tested.
     config: The whole config: 'name' and whatever else JSON can hold.
     checkpoint: File or directory of the weights; None after training.
     sha256: Of the file that the weights are from, in hex digits; None if there was none.
@@ -81,7 +81,7 @@ def write_report(
     'images': images,
     **summary,
     'published': None if published is None else _compare(summary['mIoU'], published, dataset.name),
-    'protocol': protocol,
+    'protocol': protocol.to_dict(),
     'classes': classes,
     'undefined': undefined_reasons(confusion, dataset.classes, more=more),
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
@@ -92,25 +92,6 @@ def write_report(
     'confusion': confusion.tolist(),  # rows by label, columns by prediction
   }
   write_whole(workdir / METRICS, _as_json(report))
-
-
-def protocol_facts(protocol: Protocol, version: Version) -> dict[str, Any]:
-  """A way of testing as plain values, for `write_report`.
-
-  Args:
-    protocol: The way.
-    version: Whose it is, see `Protocol.of_version`.
-  """
-  mode = 'single' if protocol.ratios == (1.0,) else 'ms'
-  windows = protocol.windows and {'crop': protocol.windows.crop, 'stride': protocol.windows.stride}
-  return {
-    'mode': f'{mode}+flip' if protocol.flip else mode,
-    'version': version,
-    'scale': protocol.scale,
-    'ratios': protocol.ratios,
-    'windows': windows,
-    'pad_windows': protocol.pad_windows,
-  }
 
 
 def peak_memory_gib() -> dict[str, float | None]:

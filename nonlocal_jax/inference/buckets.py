@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 
 from nonlocal_jax.inference.views import views_of
-from nonlocal_jax.protocol import Protocol, Size
+from nonlocal_jax.protocol import EvalProtocol, Size
 
 _MOST_CANDIDATES = 256
 # A pixel of the result costs far less than one that goes through the network.
@@ -28,7 +28,7 @@ class ViewShape:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
+class PaddedShape:
   """Room for an image: all that a compiled program depends on.
 
   Attributes:
@@ -42,7 +42,7 @@ class Shape:
   padded: bool = True
 
   @classmethod
-  def of_image(cls, size: Size, protocol: Protocol) -> Self:
+  def from_image(cls, size: Size, protocol: EvalProtocol) -> Self:
     """The room that an image of (height, width) `size` needs."""
     views = views_of(protocol, size)
     return cls(
@@ -51,16 +51,16 @@ class Shape:
       padded=False,
     )
 
-  def rounded_up(self, multiple: int) -> 'Shape':
+  def rounded_up(self, multiple: int) -> 'PaddedShape':
     """Room with sides that are multiples, so that images of nearly the same size share it."""
 
     def up(size: Size) -> Size:
       return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
 
     views = tuple(dataclasses.replace(view, network=up(view.network)) for view in self.views)
-    return Shape(up(self.result), views)
+    return PaddedShape(up(self.result), views)
 
-  def with_room(self, *, networks: bool) -> 'Shape':
+  def with_room(self, *, networks: bool) -> 'PaddedShape':
     """Sides rounded up by an eighth at most, or 63: images of nearly the same size share it.
 
     Those that fill the room of the network's inputs have a faster program of their own.
@@ -71,13 +71,13 @@ class Shape:
     views = self.views
     if networks:
       views = tuple(dataclasses.replace(view, network=_with_room(view.network)) for view in views)
-    return Shape(_with_room(self.result), views, padded=views != self.views)
+    return PaddedShape(_with_room(self.result), views, padded=views != self.views)
 
   def _as_vector(self) -> list[int]:
     return [*self.result, *(side for v in self.views for side in (*v.network, *v.windows))]
 
   @classmethod
-  def _of_vector(cls, vector: Sequence[int]) -> Self:
+  def _from_vector(cls, vector: Sequence[int]) -> Self:
     result, views = vector[:2], np.reshape(vector[2:], (-1, 4)).tolist()
     return cls(
       (int(result[0]), int(result[1])),
@@ -97,7 +97,9 @@ def _step(side: int) -> int:
   return max(1 << (side // 8).bit_length() >> 1, 64)
 
 
-def shapes_for(sizes: Iterable[Size], protocol: Protocol, *, most: int) -> dict[Size, Shape]:
+def shapes_for(
+  sizes: Iterable[Size], protocol: EvalProtocol, *, most: int
+) -> dict[Size, PaddedShape]:
   """Chooses a few shapes so that as little as possible is padded.
 
   Starting from the shapes of the images, those two are merged whose common room costs the fewest
@@ -115,7 +117,7 @@ def shapes_for(sizes: Iterable[Size], protocol: Protocol, *, most: int) -> dict[
   counts: dict[Size, int] = {}
   for size in sizes:
     counts[size] = counts.get(size, 0) + 1
-  exact = {size: Shape.of_image(size, protocol) for size in counts}
+  exact = {size: PaddedShape.from_image(size, protocol) for size in counts}
   shape_of, multiple = exact, 8
   while len(set(shape_of.values())) > max(most, _MOST_CANDIDATES):
     shape_of = {size: shape.rounded_up(multiple) for size, shape in exact.items()}
@@ -130,7 +132,7 @@ def shapes_for(sizes: Iterable[Size], protocol: Protocol, *, most: int) -> dict[
   )
   number = np.bincount(group_of, weights=number)
   merged = _sharing_networks(
-    [Shape._of_vector(vector) for vector in vectors.tolist()], number, most=2 * most
+    [PaddedShape._from_vector(vector) for vector in vectors.tolist()], number, most=2 * most
   )
   chosen = {size: merged[group_of[place[shape]]] for size, shape in shape_of.items()}
   padded = {shape for size, shape in chosen.items() if exact[size].views != shape.views}
@@ -139,7 +141,9 @@ def shapes_for(sizes: Iterable[Size], protocol: Protocol, *, most: int) -> dict[
   }
 
 
-def _sharing_networks(shapes: list[Shape], number: np.ndarray, *, most: int) -> list[Shape]:
+def _sharing_networks(
+  shapes: list[PaddedShape], number: np.ndarray, *, most: int
+) -> list[PaddedShape]:
   """Makes network inputs of different shapes and views alike until there are few."""
   uses = [
     (view.network, n) for shape, n in zip(shapes, number, strict=True) for view in shape.views

@@ -17,12 +17,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from nonlocal_jax.data.transforms import IGNORE
-from nonlocal_jax.inference.buckets import Shape, ViewShape
+from nonlocal_jax.inference.buckets import PaddedShape, ViewShape
 from nonlocal_jax.inference.views import View, axis_matrix, feature_size, views_of
-from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig, normalize
-from nonlocal_jax.ops.confusion import confusion_matrix
-from nonlocal_jax.protocol import Protocol, Size
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.ops.normalization import normalize
+from nonlocal_jax.protocol import EvalProtocol, Size
 from nonlocal_jax.runtime.compilation import compiler_options
 from nonlocal_jax.runtime.parallel import (
   data_mesh,
@@ -33,18 +32,6 @@ from nonlocal_jax.runtime.parallel import (
 
 _PIXELS_AT_ONCE = 2**21  # that a device sends through the network: a Cityscapes image
 _COLUMNS_AT_ONCE = 128  # of the result, which are made of neighbouring columns of logits
-
-
-class Prediction(NamedTuple):
-  """What was predicted for a batch, on the devices.
-
-  Attributes:
-    labels: (n, h, w) uint8; without meaning in the padding.
-    confusion: (classes, classes) int32, rows by label, columns by prediction.
-  """
-
-  labels: jax.Array
-  confusion: jax.Array
 
 
 class Predictor:
@@ -59,7 +46,7 @@ class Predictor:
   def __init__(
     self,
     config: NonLocalNetConfig,
-    protocol: Protocol,
+    protocol: EvalProtocol,
     *,
     execution: Execution | None = None,
     precision: str = 'highest',
@@ -73,13 +60,20 @@ class Predictor:
       execution: How the network is computed; None for what is fastest on the devices of `mesh`.
       precision: Of matrix products in the network, see `jax_default_matmul_precision`.
       mesh: The devices that share a batch; by default the first one of this process.
+
+    Raises:
+      ValueError: If the protocol normalizes another number of channels than the network has.
     """
+    if len(protocol.mean) != config.in_channels:
+      raise ValueError(
+        f'protocol.mean has {len(protocol.mean)} values, but the network has {config.in_channels} '
+        'input channels; give mean and std one value for each'
+      )
     self.protocol = protocol
     self.mesh = mesh or data_mesh(jax.local_devices()[:1])
     platform = platform_of(list(self.mesh.devices.flat))
     execution = execution or Execution.for_platform(platform)
     graphdef = self.graphdef = nnx.graphdef(NonLocalNet.abstract(config, execution))
-    self._align_corners = config.align_corners
 
     @jax.default_matmul_precision(precision)
     def window_logits(
@@ -88,53 +82,55 @@ class Predictor:
       model = nnx.merge(graphdef, state)
       n, count = windows['images'].shape[:2]
       flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in windows.items()}
-      normalized = normalize(flat['images'], flat['sizes'])
+      images = flat['images'][..., ::-1] if protocol.channel_order == 'bgr' else flat['images']
+      normalized = normalize(images, mean=protocol.mean, std=protocol.std, sizes=flat['sizes'])
       logits = model.encode_decode(normalized, sizes=flat['extents'] if padded else None)
       return logits.reshape(n, count, *logits.shape[1:])
 
     def predict(
-      views: Sequence[_LogitsOfView], labels: jax.Array, *, windows: Sequence[Size]
-    ) -> Prediction:
-      averages = len(protocol.ratios) * protocol.flips > 1
-      predicted = _most_likely(
-        views, windows, averages=averages, scores_at_once=execution.scores_at_once
+      views: Sequence[_LogitsOfView], *, windows: Sequence[Size], result: Size
+    ) -> jax.Array:
+      labels = _most_likely(
+        views,
+        windows,
+        averages=protocol.averages,
+        scores_at_once=execution.scores_at_once,
       )
-      predicted = predicted[:, : labels.shape[1], : labels.shape[2]]
-      return Prediction(
-        predicted, confusion_matrix(predicted, labels, num_classes=config.num_classes)
-      )
+      return labels[:, : result[0], : result[1]]
 
     options = compiler_options(platform)
     self._window_logits = jax.jit(
       window_logits, static_argnames=['padded'], compiler_options=options
     )
-    self._predict = jax.jit(predict, static_argnames=['windows'], compiler_options=options)
+    self._predict = jax.jit(
+      predict, static_argnames=['windows', 'result'], compiler_options=options
+    )
 
   def __call__(
     self,
     state: nnx.State,
-    shape: Shape,
+    shape: PaddedShape,
     views: Sequence[Sequence[np.ndarray]],
-    labels: Sequence[np.ndarray],
+    sizes: Sequence[Size],
     *,
     batch_size: int | None = None,
-  ) -> Prediction:
+  ) -> jax.Array:
     """Predicts images that share a shape; returns before the devices are done.
 
     Args:
       state: Parameters and running statistics, on the mesh.
       shape: Room for each image.
-      views: For each image, the image (h, w, 3) uint8 RGB at the sizes of `views_of`.
-      labels: For each image its label map (h, w) uint8, 255 for pixels that do not count; the
-        prediction gets this size.
+      views: For each image, the image (h, w, channels) uint8 at the sizes of `views_of`.
+      sizes: (height, width) of each image, which the label map gets.
       batch_size: Images of this process in a batch; fewer are filled up. None for as many as there
         are.
 
     Returns:
-      The predictions of the whole batch, over all processes.
+      Labels of the whole batch, over all processes: (n, *shape.result) uint8 on the devices,
+      split along the first axis; without meaning in the padding.
     """
     n = batch_size or len(views)
-    geometries = [views_of(self.protocol, label.shape) for label in labels]
+    geometries = [views_of(self.protocol, size) for size in sizes]
     arguments = []
     for ratio, view_shape in enumerate(shape.views):
       view_images = [images[ratio] for images in views]
@@ -143,15 +139,10 @@ class Predictor:
         self._window_logits(state, self._shard(chunk), padded=shape.padded)
         for chunk in self._chunks(view_shape, view_images, geometry, n)
       )
-      sizes = [label.shape for label in labels]
       matrices = self._matrices(view_shape, shape.result, geometry, sizes, n)
       arguments.append(_LogitsOfView(logits, **self._shard(matrices)))
-    label_map = np.full((n, *shape.result), IGNORE, np.uint8)
-    for place, label in zip(label_map, labels, strict=False):
-      place[: label.shape[0], : label.shape[1]] = label
     windows = tuple(view_shape.windows for view_shape in shape.views)
-    label_map = self._shard({'labels': label_map})['labels']
-    return self._predict(tuple(arguments), label_map, windows=windows)
+    return self._predict(tuple(arguments), windows=windows, result=shape.result)
 
   def _shard(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return shard_batch(arrays, self.mesh)
@@ -162,9 +153,10 @@ class Predictor:
     """The windows of a view, plain then mirrored, as many at a time as fit."""
     rows, columns = shape.windows
     count = self.protocol.flips * rows * columns
+    channels = len(self.protocol.mean)
     at_once = min(max(_PIXELS_AT_ONCE // (shape.network[0] * shape.network[1]), 1), count)
     for start in range(0, count, at_once):
-      chunk = np.zeros((n, at_once, *shape.network, 3), np.uint8)
+      chunk = np.zeros((n, at_once, *shape.network, channels), np.uint8)
       sizes = np.ones((n, at_once, 2), np.int32)
       extents = np.ones((n, at_once, 2), np.int32)
       for number, (image, view) in enumerate(zip(images, geometry, strict=True)):
@@ -202,7 +194,7 @@ class Predictor:
           network=view.network[axis],
           size=view.size[axis],
           out_size=size[axis],
-          align_corners=self._align_corners,
+          align_corners=self.protocol.align_corners,
         )
         for axis, starts in enumerate((view.tops, view.lefts))
       )

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nonlocal_jax.data.transforms import IGNORE, resize_to
-from nonlocal_jax.inference.buckets import Shape
+from nonlocal_jax.data.transforms import resize_to
+from nonlocal_jax.inference.buckets import PaddedShape
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models import Execution, NonLocalNet
-from nonlocal_jax.protocol import Protocol, Windows
+from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.compilation import compiler_options
 from nonlocal_jax.runtime.parallel import platform_of
 from nonlocal_jax.weights.checkpoints import save_weights
@@ -58,7 +58,7 @@ class PretrainedModel:
   """A network with trained weights. Images of nearly the same size share a compiled program.
 
   Attributes:
-    description: What is known about it: network, classes, colours, test scale.
+    description: What is known about it: network, classes, colours, test protocol.
   """
 
   def __init__(
@@ -106,13 +106,18 @@ class PretrainedModel:
     """RGB colour of each class, in [0, 255]."""
     return self.description.palette
 
-  def predict(self, image: np.ndarray, *, multi_scale_flip: bool = False) -> np.ndarray:
-    """Predicts the class of each pixel as the model was tested: its scale, whole or windows.
+  @property
+  def protocol(self) -> EvalProtocol:
+    """How images are tested."""
+    return self.description.protocol
+
+  def predict(self, image: np.ndarray, *, multi_scale_flip: bool | None = None) -> np.ndarray:
+    """Predicts the class of each pixel by the model's `protocol`.
 
     Args:
       image: (h, w, 3) uint8 RGB.
-      multi_scale_flip: Whether to take the mean over six sizes, plain and mirrored: better, and
-        some 17 times the work.
+      multi_scale_flip: Whether to average over six sizes, each mirrored as well: better, and some
+        17 times the work. None for what the protocol says.
 
     Returns:
       (h, w) int32 in [0, classes).
@@ -126,10 +131,9 @@ class PretrainedModel:
     predictor = self._predictor_of(multi_scale_flip)
     protocol = predictor.protocol
     views = [resize_to(image, view.size) for view in views_of(protocol, size)]
-    shape = Shape.of_image(size, protocol).with_room(networks=protocol.windows is None)
-    nothing = np.full(size, IGNORE, np.uint8)  # the label map of a prediction that is not scored
-    prediction = predictor(self._state, shape, [views], [nothing])
-    return np.asarray(prediction.labels)[0, : size[0], : size[1]].astype(np.int32)
+    shape = PaddedShape.from_image(size, protocol).with_room(networks=protocol.window_crop is None)
+    labels = predictor(self._state, shape, [views], [size])
+    return np.asarray(labels)[0, : size[0], : size[1]].astype(np.int32)
 
   def logits(self, images: np.ndarray | jax.Array) -> jax.Array:
     """Logits of whole images at their own size.
@@ -144,24 +148,22 @@ class PretrainedModel:
     run = self._traced_logits if isinstance(images, jax.core.Tracer) else self._logits
     return run(self._state, images)
 
-  def with_test_scale(self, scale: tuple[int, int]) -> 'PretrainedModel':
-    """The same network, tested on images resized into another box, (width, height)."""
-    description = dataclasses.replace(self.description, test_scale=scale)
+  def with_protocol(self, protocol: EvalProtocol) -> 'PretrainedModel':
+    """The same network, tested by another protocol.
+
+    E.g. `model.with_protocol(dataclasses.replace(model.protocol, scale=(2048, 512)))`.
+    """
+    description = dataclasses.replace(self.description, protocol=protocol)
     return PretrainedModel(
       description, self._state, execution=self._execution, precision=self._precision
     )
 
-  def _make_predictor(self, multi_scale_flip: bool) -> Predictor:
-    description, windows = self.description, None
-    if description.window_crop and description.window_stride:
-      windows = Windows(description.window_crop, description.window_stride)
+  def _make_predictor(self, multi_scale_flip: bool | None) -> Predictor:
+    protocol = self.protocol
+    if multi_scale_flip is not None:
+      protocol = protocol.with_multi_scale_flip(multi_scale_flip)
     return Predictor(
-      description.config,
-      Protocol.of_version(
-        'v0', scale=description.test_scale, windows=windows, multi_scale_flip=multi_scale_flip
-      ),
-      execution=self._execution,
-      precision=self._precision,
+      self.description.config, protocol, execution=self._execution, precision=self._precision
     )
 
   def save(self, directory: str | os.PathLike[str]) -> None:

@@ -9,7 +9,7 @@ import scipy.sparse
 from nonlocal_jax.data.transforms import rescaled_size
 from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE
 from nonlocal_jax.ops.resize import bilinear_taps
-from nonlocal_jax.protocol import Protocol, Size, Windows
+from nonlocal_jax.protocol import EvalProtocol, Size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +32,31 @@ class View:
   lefts: tuple[int, ...]
 
 
-def views_of(protocol: Protocol, size: Size) -> list[View]:
+def views_of(protocol: EvalProtocol, size: Size) -> list[View]:
   """The sizes and windows at which an image of (height, width) `size` is tested."""
   return [_view(protocol, _resized(protocol, size, ratio)) for ratio in protocol.ratios]
 
 
-def _resized(protocol: Protocol, size: Size, ratio: float) -> Size:
+def _resized(protocol: EvalProtocol, size: Size, ratio: float) -> Size:
   if protocol.ratios_of_image or (protocol.scale is None and ratio != 1):
-    return rescaled_size(size, (int(size[0] * ratio + 0.5), int(size[1] * ratio + 0.5)))
-  if protocol.scale is None:
+    target = (int(size[0] * ratio + 0.5), int(size[1] * ratio + 0.5))
+  elif protocol.scale is None:
     return size
-  return rescaled_size(size, (int(protocol.scale[0] * ratio), int(protocol.scale[1] * ratio)))
+  else:
+    width, height = protocol.scale
+    target = (int(height * ratio), int(width * ratio))
+  return rescaled_size(size, target) if protocol.keep_ratio else target
 
 
-def _view(protocol: Protocol, size: Size) -> View:
-  windows = protocol.windows or Windows(size, size)
-  crop = (min(windows.crop[0], size[0]), min(windows.crop[1], size[1]))
+def _view(protocol: EvalProtocol, size: Size) -> View:
+  window, stride = protocol.window_crop or size, protocol.window_stride or size
+  crop = (min(window[0], size[0]), min(window[1], size[1]))
   return View(
     size=size,
     crop=crop,
-    network=windows.crop if protocol.pad_windows else crop,
-    tops=window_starts(size[0], crop[0], windows.stride[0]),
-    lefts=window_starts(size[1], crop[1], windows.stride[1]),
+    network=window if protocol.pad_windows else crop,
+    tops=window_starts(size[0], crop[0], stride[0]),
+    lefts=window_starts(size[1], crop[1], stride[1]),
   )
 
 

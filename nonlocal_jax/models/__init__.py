@@ -2,6 +2,6 @@
 
 from nonlocal_jax.models.config import Execution, NonLocalNetConfig
 from nonlocal_jax.models.non_local import NonLocalBlock
-from nonlocal_jax.models.nonlocal_net import NonLocalNet, normalize
+from nonlocal_jax.models.nonlocal_net import NonLocalNet
 
-__all__ = ['Execution', 'NonLocalBlock', 'NonLocalNet', 'NonLocalNetConfig', 'normalize']
+__all__ = ['Execution', 'NonLocalBlock', 'NonLocalNet', 'NonLocalNetConfig']

@@ -3,19 +3,14 @@
 import functools
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from nonlocal_jax.models.config import Execution, NonLocalNetConfig
 from nonlocal_jax.models.heads import AuxiliaryHead, NonLocalHead
 from nonlocal_jax.models.resnet import ResNet
-from nonlocal_jax.ops.masking import mask_padding, strided_sizes
+from nonlocal_jax.ops.masking import strided_sizes
 from nonlocal_jax.ops.resize import resize_bilinear
 
-# ImageNet statistics of RGB in [0, 255], the `data_preprocessor` of the released models.
-MEAN = (123.675, 116.28, 103.53)
-STD = (58.395, 57.12, 57.375)
 OUTPUT_STRIDE = 8  # of the backbone of the released models
 
 
@@ -114,20 +109,3 @@ def _abstract_parts(
   return nnx.split(
     nnx.eval_shape(lambda: NonLocalNet(config, execution=execution, rngs=nnx.Rngs(0)))
   )
-
-
-def normalize(images: jax.Array, sizes: jax.Array | None = None) -> jax.Array:
-  """Normalises RGB images; padding becomes exactly zero, as when it is added after normalisation.
-
-  Args:
-    images: (n, h, w, 3), RGB in [0, 255], any real dtype.
-    sizes: (n, 2) integers, height and width of each image without the padding at its bottom and
-      right; None for no padding.
-
-  Returns:
-    (n, h, w, 3) float32.
-  """
-  # A product with the reciprocal, as mmcv's `imnormalize`: the same bits compiled or not.
-  reciprocal = (1 / np.asarray(STD)).astype(np.float32)
-  normalized = (images.astype(jnp.float32) - np.asarray(MEAN, np.float32)) * reciprocal
-  return mask_padding(normalized, sizes)

@@ -9,7 +9,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.experiment import check_device, dataset_of, execution_of, network_of
+from nonlocal_jax.experiment import (
+  check_device,
+  dataset_of,
+  execution_of,
+  network_of,
+  protocol_of,
+)
 from nonlocal_jax.runtime.compilation import compiler_options
 from nonlocal_jax.runtime.parallel import Platform, over_batch, platform_of, replicated
 from nonlocal_jax.training.loss import Ohem
@@ -109,6 +115,7 @@ def lower_step(
   """
   options = config.train
   ohem = Ohem(options.ohem_threshold, options.ohem_min_kept) if options.ohem else None
+  protocol = protocol_of(config)
   take_step = make_train_step(
     network_of(config),
     execution_of(config, mesh, train=True, platform=platform),
@@ -120,6 +127,8 @@ def lower_step(
     compute_dtype=jnp.dtype(options.dtype),
     accumulate=options.accumulate,
     ema_decay=options.ema_decay or None,
+    mean=protocol.mean,
+    std=protocol.std,
   )
 
   def train_step(

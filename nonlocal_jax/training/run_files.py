@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.experiment import network_of
+from nonlocal_jax.experiment import network_of, protocol_of
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.weights.checkpoints import DESCRIPTION
 from nonlocal_jax.weights.description import ModelDescription
@@ -50,15 +50,13 @@ def check_same_run(config: ConfigDict, workdir: Path, dataset: Dataset) -> None:
 
 
 def write_run_files(config: ConfigDict, workdir: Path, dataset: Dataset) -> None:
-  """Writes config and network of a run, also beside the weights that will be its best."""
+  """Writes config, network and test protocol of a run, also beside its best weights."""
   description = ModelDescription(
     config=network_of(config),
+    protocol=protocol_of(config),
     dataset=dataset.name,
     classes=dataset.classes,
     palette=dataset.palette,
-    test_scale=tuple(config.eval.scale),
-    window_crop=tuple(config.eval.window_crop) or None,
-    window_stride=tuple(config.eval.window_stride) or None,
     source=f'trained with config {config.name}',
     sha256=None,
     num_batches_tracked=dict.fromkeys(('backbone', 'decode_head', 'auxiliary_head'), 0),

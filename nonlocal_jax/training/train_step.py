@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig, normalize
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.ops.normalization import normalize
+from nonlocal_jax.protocol import IMAGENET_MEAN, IMAGENET_STD
 from nonlocal_jax.training.loss import (
   Ohem,
   loss_divisor,
@@ -87,6 +89,8 @@ def make_train_step(
   compute_dtype: jax.typing.DTypeLike = jnp.float32,
   accumulate: int = 1,
   ema_decay: float | None = None,
+  mean: Sequence[float] = IMAGENET_MEAN,
+  std: Sequence[float] = IMAGENET_STD,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The pure function of one training step, to be compiled with `jax.jit`.
 
@@ -104,6 +108,8 @@ def make_train_step(
       gradients added. The divisor of the loss is that of the whole batch; batch normalisation sees
       one part at a time.
     ema_decay: Weight of the old average in `TrainState.ema`; None if none is kept.
+    mean: See `normalize`.
+    std: See `normalize`.
 
   Returns:
     A function of the state and a batch `image` (n, h, w, 3) uint8 RGB, `label` (n, h, w) uint8,
@@ -121,7 +127,8 @@ def make_train_step(
   ) -> tuple[nnx.State, tuple[nnx.State, Metrics]]:
     """Of a part of a batch, its share of the loss of the whole."""
     labels = part['label'].astype(jnp.int32)
-    images = normalize(part['image'], part['size']).astype(compute_dtype)
+    images = normalize(part['image'], mean=mean, std=std, sizes=part['size'])
+    images = images.astype(compute_dtype)
     divisor = loss_divisor(
       whole['label'],
       ignore_index=ignore_index,

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import NonLocalNetConfig
+from nonlocal_jax.protocol import EvalProtocol
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,13 +16,10 @@ class ModelDescription:
 
   Attributes:
     config: What the network is.
+    protocol: How its images are tested.
     dataset: 'cityscapes', 'ade20k', 'voc12aug', 'demo' or 'custom'.
     classes: Name of each class.
     palette: RGB colour of each class, in [0, 255].
-    test_scale: (width, height) of the box that test images are resized into; None leaves them at
-      their own size.
-    window_crop: (height, width) of the sliding windows at test time; None for the whole image.
-    window_stride: (vertical, horizontal) step of the windows; None for the whole image.
     source: Where the weights come from: a file, or the training run.
     sha256: The file's sha256 in hex digits, None if there was none.
     num_batches_tracked: Training batches that the batch normalisations of each part of the network
@@ -29,15 +27,21 @@ class ModelDescription:
   """
 
   config: NonLocalNetConfig
+  protocol: EvalProtocol
   dataset: str
   classes: tuple[str, ...]
   palette: tuple[tuple[int, int, int], ...]
-  test_scale: tuple[int, int] | None
-  window_crop: tuple[int, int] | None
-  window_stride: tuple[int, int] | None
   source: str
   sha256: str | None
   num_batches_tracked: Mapping[str, int]
+
+  def with_align_corners(self, align_corners: bool) -> Self:
+    """The same with another corner convention, of the network and of how it is tested."""
+    return dataclasses.replace(
+      self,
+      config=dataclasses.replace(self.config, align_corners=align_corners),
+      protocol=dataclasses.replace(self.protocol, align_corners=align_corners),
+    )
 
   def to_json(self) -> str:
     """The description as indented JSON."""
@@ -45,7 +49,7 @@ class ModelDescription:
 
   @classmethod
   def from_json(cls, text: str, *, source: str) -> Self:
-    """Reads what `to_json` wrote.
+    """Reads what `to_json` of this or an earlier version wrote.
 
     Args:
       text: The JSON.
@@ -56,15 +60,26 @@ class ModelDescription:
     """
     try:
       fields: dict[str, Any] = {key: _tuples(value) for key, value in json.loads(text).items()}
-      if 'architecture' in fields:  # until November 2026 with the shapes of the weights alone
-        config = {**fields.pop('architecture'), 'align_corners': fields.pop('align_corners')}
-      else:
-        config = fields['config']
-      return cls(**{**fields, 'config': NonLocalNetConfig.from_dict(config)})
+      if 'architecture' in fields:
+        fields = _from_before_december_2026(fields)
+      parts: dict[str, Any] = {
+        'config': NonLocalNetConfig.from_dict(fields['config']),
+        'protocol': EvalProtocol.from_dict(fields['protocol']),
+      }
+      return cls(**{**fields, **parts})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
       raise UserError(
         f'{source} is no description of a model ({error}); write the weights again.'
       ) from error
+
+
+def _from_before_december_2026(fields: dict[str, Any]) -> dict[str, Any]:
+  """Today's fields from a description that held parts of network and protocol one by one."""
+  corners = {'align_corners': fields.pop('align_corners')}
+  config = {**fields.pop('architecture'), **corners}
+  protocol = {'scale': fields.pop('test_scale'), **corners}
+  protocol |= {name: fields.pop(name) for name in ('window_crop', 'window_stride')}
+  return {**fields, 'config': config, 'protocol': protocol}
 
 
 def _tuples(value: Any) -> Any:

@@ -16,7 +16,7 @@ from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.torch_format.reader import read_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import load_weights
 from nonlocal_jax.weights.description import ModelDescription
-from nonlocal_jax.weights.mmseg_config import RecordedConfig
+from nonlocal_jax.weights.mmseg_config import recorded_protocol
 from nonlocal_jax.weights.released import (
   ReleasedModel,
   released_model_of_file,
@@ -70,8 +70,7 @@ def read_weights(
     return weights.description, weights.state
   description, state = load_weights(path)
   if align_corners is not None:
-    config = dataclasses.replace(description.config, align_corners=align_corners)
-    description = dataclasses.replace(description, config=config)
+    description = description.with_align_corners(align_corners)
   return description, state
 
 
@@ -102,22 +101,21 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
   if rounded:
     notes.append(f'{rounded} float64 arrays were rounded to float32.')
 
-  recorded = released or RecordedConfig.of_meta(checkpoint.meta)
-  corners = recorded.align_corners if align_corners is None else align_corners
-  if corners is None:
+  protocol, unknown = (released.protocol, ()) if released else recorded_protocol(checkpoint.meta)
+  if align_corners is not None:
+    protocol = dataclasses.replace(protocol, align_corners=align_corners)
+  elif 'align_corners' in unknown:
     notes.append(
       'The file does not tell the corner convention: half-pixel corners (align_corners=False) are '
       'assumed.'
     )
   dataset, classes, palette = _classes(config.num_classes, released, checkpoint.meta)
   description = ModelDescription(
-    config=dataclasses.replace(config, align_corners=bool(corners)),
+    config=dataclasses.replace(config, align_corners=protocol.align_corners),
+    protocol=protocol,
     dataset=dataset,
     classes=classes,
     palette=palette,
-    test_scale=recorded.test_scale,
-    window_crop=recorded.window_crop,
-    window_stride=recorded.window_stride,
     source=path.name,
     sha256=sha256,
     num_batches_tracked=tracked_batches(arrays),

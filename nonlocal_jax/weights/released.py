@@ -3,6 +3,8 @@
 import dataclasses
 import re
 
+from nonlocal_jax.protocol import EvalProtocol
+
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedModel:
@@ -48,21 +50,18 @@ class ReleasedModel:
     return self.crop == (769, 769)
 
   @property
-  def test_scale(self) -> tuple[int, int]:
-    """(width, height) of the box that images are resized into, in training at ratio 1."""
+  def protocol(self) -> EvalProtocol:
+    """How the single-scale mIoU was measured; `scale` is that of training, too."""
+    scale = (2048, 512)
     if self.dataset == 'cityscapes':
-      return (2049, 1025) if self.align_corners else (2048, 1024)
-    return (2048, 512)
-
-  @property
-  def window_crop(self) -> tuple[int, int] | None:
-    """(height, width) of the sliding windows at test time; None: tested on whole images."""
-    return self.crop if self.align_corners else None
-
-  @property
-  def window_stride(self) -> tuple[int, int] | None:
-    """(vertical, horizontal) step of the sliding windows; None: tested on whole images."""
-    return (513, 513) if self.align_corners else None
+      scale = (2049, 1025) if self.align_corners else (2048, 1024)
+    return EvalProtocol.from_version(
+      'v0',
+      scale=scale,
+      window_crop=self.crop if self.align_corners else None,
+      window_stride=(513, 513) if self.align_corners else None,
+      align_corners=self.align_corners,
+    )
 
   @property
   def sha256_prefix(self) -> str:
