@@ -217,7 +217,7 @@ def test_evaluation(model, monkeypatch):
   sides, classes = (-(-height // 8), -(-width // 8)), CLASSES[model.dataset]
   check_attention_is_in_blocks(network, n, sides)
   assert f'-> (tensor<1x{n}x{sides[0]}x{sides[1]}x{classes}xf32>' in network
-  assert f'tensor<{classes}x{classes}xi32> {{' in programs.texts['predict']
+  assert re.search(r'@main\(.*-> \(tensor<1x\d+x\d+xui8>[^,]*\) \{', programs.texts['predict'])
 
 
 def test_attention_through_cudnn_reaches_training_and_evaluation(monkeypatch):

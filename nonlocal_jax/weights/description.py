@@ -62,7 +62,7 @@ class ModelDescription:
       fields: dict[str, Any] = {key: _tuples(value) for key, value in json.loads(text).items()}
       if 'architecture' in fields:
         fields = _from_before_december_2026(fields)
-      parts = {
+      parts: dict[str, Any] = {
         'config': NonLocalNetConfig.from_dict(fields['config']),
         'protocol': EvalProtocol.from_dict(fields['protocol']),
       }
