@@ -500,9 +500,8 @@ def _dataset(config: ConfigDict) -> Dataset:
     )
   num_classes = given.pop('num_classes', published.num_classes)
   dataset = merge_classes(published, given.pop('label_map', ()))
-  dataset = dataclasses.replace(
-    dataset, **{key: tuple(map(_frozen, value)) for key, value in given.items()}
-  )
+  values: dict[str, Any] = {key: tuple(map(_frozen, value)) for key, value in given.items()}
+  dataset = dataclasses.replace(dataset, **values)
   if num_classes not in (published.num_classes, dataset.num_classes):
     raise UserError(
       f'config.data.num_classes is {num_classes}, but {dataset.name} has {dataset.num_classes} '

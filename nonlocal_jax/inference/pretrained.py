@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -146,7 +147,7 @@ class PretrainedModel:
     """
     # JAX refuses compiler options of a program inside another, such as the caller's own `jax.jit`.
     run = self._traced_logits if isinstance(images, jax.core.Tracer) else self._logits
-    return run(self._state, images)
+    return run(self._state, jnp.asarray(images))
 
   def with_protocol(self, protocol: EvalProtocol) -> 'PretrainedModel':
     """The same network, tested by another protocol.

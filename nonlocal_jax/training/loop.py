@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -214,7 +214,7 @@ def train_and_evaluate(
           bar.write(f'step {step}: {scores}', file=sys.stderr)
         return evaluation
 
-      def leave(step: int) -> None:
+      def leave(step: int) -> NoReturn:
         save(checkpoints, state, batches)
         checkpoints.wait()
         raise RunStopped(
@@ -252,7 +252,8 @@ def train_and_evaluate(
           _finish(in_flight, split, but=0)
         if logs:
           values = {name: float(value) for name, value in metrics.items() if name != 'stop'}
-          bar.set_postfix(log.write(step, values, lr=float(learning_rate(step - 1))), refresh=False)
+          rate = float(np.asarray(learning_rate(step - 1)))
+          bar.set_postfix(log.write(step, values, lr=rate), refresh=False)
         if saves:  # before the evaluation, during which the program may be killed
           save(checkpoints, state, batches)
         if stops:

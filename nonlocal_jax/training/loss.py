@@ -118,7 +118,8 @@ def pixel_losses(
     ignore_index: Label of the pixels without a class.
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  factor = upsampling_factor(logits.shape[1:3], labels.shape[1:], align_corners=align_corners)
+  (_, height, width, _), (_, out_height, out_width) = logits.shape, labels.shape
+  factor = upsampling_factor((height, width), (out_height, out_width), align_corners=align_corners)
   if factor is not None and method == 'reductions':
     return reduced_pixel_losses(logits, labels, factor, align_corners, ignore_index)
   rows, columns = (

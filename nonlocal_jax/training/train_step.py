@@ -234,8 +234,8 @@ def make_train_step(
     else:
       grads, (batch_stats, metrics) = accumulated_gradients(state, batch, dropout_key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
+    params: Any = optax.apply_updates(state.params, updates)
+    ema: Any = state.ema
     if options.ema_decay:
       ema = optax.incremental_update(params, ema, step_size=1 - options.ema_decay)
     next_state = TrainState(
@@ -312,7 +312,7 @@ def lower_train_step(
     return traced.lower(lowering_platforms=names)
 
 
-def _norm(tree: nnx.State) -> jax.Array:
+def _norm(tree: optax.Updates) -> jax.Array:
   """L2 norm; the many small arrays are one, since each takes a GPU two kernels."""
   leaves = jax.tree.leaves(tree)
   small = [leaf.ravel() for leaf in leaves if leaf.ndim < 2]
