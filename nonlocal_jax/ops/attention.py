@@ -28,6 +28,11 @@ def softmax_attention(
 ) -> jax.Array:
   """`softmax(scale * queries . keys) . values`, a few queries and keys at a time.
 
+  >>> x = jax.random.normal(jax.random.key(0), (1, 6, 4))
+  >>> y = softmax_attention(x, x, x, scale=0.5, query_block=2, key_block=4)
+  >>> bool(jnp.allclose(y, jax.nn.softmax(0.5 * x @ x.mT) @ x, atol=1e-5))
+  True
+
   The largest score so far takes the place of the largest of all, and what was summed is made
   smaller when it grows (https://arxiv.org/abs/2112.05682, section 2). Scores are computed
   again in the backward pass, in blocks as well.
