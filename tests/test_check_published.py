@@ -128,6 +128,13 @@ def test_programs_are_run_and_timed(tmp_path, monkeypatch, capfd):
   assert run_and_time(['0'])['status'] == 0
 
 
+def test_the_command_is_found_from_any_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  found = run_and_time(['--config=nonsense'])
+  assert found['status'] == 1
+  assert "there is no config 'nonsense'" in found['error']
+
+
 def test_wrong_arguments_are_refused(script, tmp_path):
   found = script(check_published, '--checkpoints=nowhere', f'--data={tmp_path}')
   assert found == (

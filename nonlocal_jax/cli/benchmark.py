@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from nonlocal_jax.cli.program import Parser
+from nonlocal_jax.cli.program import Parser, child_environment
 from nonlocal_jax.data.synthetic import DEMO, write_demo_set
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import STAGE_BLOCKS, NonLocalNetConfig
@@ -395,7 +395,7 @@ def run_child(child: Child, folder: Path) -> dict[str, Any]:
 
 def environment_of(child: Child, folder: Path) -> dict[str, str]:
   """The environment of a measurement's process, see `run_child`."""
-  environment = {**os.environ, 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+  environment = {**child_environment(), 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
   environment['JAX_TRACEBACK_FILTERING'] = 'off'  # so that an error's last line says what it is
   if child.measure == 'network':
     # Elsewhere JAX counts the operations of compiled programs only.

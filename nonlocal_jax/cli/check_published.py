@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from nonlocal_jax.cli.program import Parser
+from nonlocal_jax.cli.program import Parser, child_environment
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
 from nonlocal_jax.recipes import variant_name
@@ -193,7 +193,10 @@ def run_and_time(arguments: list[str]) -> dict[str, Any]:
   """
   started, said = time.perf_counter(), b''
   with subprocess.Popen(
-    [*EVALUATE, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    [*EVALUATE, *arguments],
+    env=child_environment(),
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
   ) as process:
     try:
       assert isinstance(process.stderr, io.BufferedReader)

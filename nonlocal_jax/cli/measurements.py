@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nonlocal_jax.cli.program import needs_extra, run_program
+from nonlocal_jax.cli.program import child_environment, needs_extra, run_program
 from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS, peak_memory_gib
@@ -237,7 +237,13 @@ def measure_evaluation(
       f'--config.model.depth={depth}',
     ]
     begun = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+      command,
+      env=child_environment(),
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
     total = time.perf_counter() - begun
     if done.returncode != 0:
       raise UserError(f'eval says: {done.stderr.strip().splitlines()[-1]}')

@@ -137,6 +137,12 @@ def print_and_exit(text: str) -> NoReturn:
   sys.exit()
 
 
+def child_environment() -> dict[str, str]:
+  """The environment of a process that runs a module of this package, installed or not."""
+  paths = [str(Path(__file__).resolve().parents[2]), os.environ.get('PYTHONPATH')]
+  return {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
+
+
 def program_name() -> str:
   """How this program can be started again: 'nonlocal-jax', or with `python -m` if not installed."""
   return 'nonlocal-jax' if Path(sys.argv[0]).name == 'nonlocal-jax' else 'python -m nonlocal_jax'
