@@ -287,7 +287,7 @@ def test_normalize_and_padding_on_the_device_are_the_preprocessors():
       inputs = [to_tensor(image[..., ::-1].transpose(2, 0, 1).copy())]
       found = peer({'inputs': inputs, 'data_samples': [sample]}, training=True)['inputs']
       expected.append(found[0].numpy().transpose(1, 2, 0))
-    ours = jax.jit(normalize)(np.stack(images), np.array(sizes, np.int32))
+    ours = jax.jit(normalize)(np.stack(images), sizes=np.array(sizes, np.int32))
     np.testing.assert_array_max_ulp(np.asarray(ours), np.stack(expected), maxulp=1)
 
 

@@ -148,7 +148,8 @@ def test_load_module_is_the_network_of_the_predictor(rng, loaded, peer_checkpoin
   module = nonlocal_jax.load_module(peer_checkpoint)
   assert module.config == loaded.description.config
   images = jnp.asarray(rng.normal(size=(1, 65, 72, 3)), jnp.float32)
-  np.testing.assert_array_equal(module(images), loaded.logits(images))
+  # Operations by themselves and in one program round differently.
+  np.testing.assert_allclose(module(images), loaded.logits(images), rtol=0, atol=1e-3)
   again = nonlocal_jax.PretrainedModel.from_module(module, classes=loaded.classes)
   assert again.protocol == loaded.protocol
   image = rng.integers(0, 256, size=(60, 71, 3), dtype=np.uint8)
