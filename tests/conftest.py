@@ -29,7 +29,7 @@ from configs import custom
 from nonlocal_jax.cli import convert
 from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.data.synthetic import write_demo_set
-from nonlocal_jax.training.loop import train_and_evaluate
+from nonlocal_jax.experiment import Experiment
 from tests import peer
 
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -96,6 +96,11 @@ def training_arguments(training_config):
   )
   settings = [f'--config.{section}.{name}={value}' for section, name, value in values]
   return [f'--config={custom.__file__}', *settings]
+
+
+def train_and_evaluate(config, workdir: Path, **options):
+  """Trains as a config says; see `Experiment.train`."""
+  return Experiment.from_config(config).train(workdir, **options)
 
 
 @pytest.fixture(scope='session')

@@ -11,7 +11,7 @@ from flax import nnx
 
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.experiment import dataset_of, network_of, protocol_of
+from nonlocal_jax.experiment import Experiment
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.recipes import variant_name
 from nonlocal_jax.weights.released import RELEASED, released_model, released_model_of_file
@@ -96,7 +96,7 @@ def test_recipe(model):
 
   (test_resize,) = (t for t in theirs.test_pipeline if t['type'] == 'Resize')
   assert ours.eval.scale == test_resize.scale
-  test, protocol = theirs.model.test_cfg, protocol_of(ours)
+  test, protocol = theirs.model.test_cfg, Experiment.from_config(ours).protocol
   if test.mode == 'whole':
     assert protocol.window_crop is None
   else:
@@ -111,7 +111,7 @@ def test_network(model):
   assert config.model.dropout == theirs.decode_head.dropout_ratio
   assert config.model.align_corners == theirs.decode_head.align_corners
   assert config.data.num_classes == theirs.decode_head.num_classes
-  network = network_of(config)
+  network = Experiment.from_config(config).network
   assert network.align_corners == config.model.align_corners
   params = nnx.split_state(state_shapes(network), nnx.Param, ...)[0]
   count = sum(v.size for _, v in nnx.to_flat_state(params))
@@ -121,7 +121,7 @@ def test_network(model):
 @pytest.mark.parametrize('name', PUBLISHED)
 def test_dataset(name):
   config = read(f'{name}_r50')
-  dataset = dataset_of(config)
+  dataset = Experiment.from_config(config).dataset
   assert dataset.num_classes == config.data.num_classes
   assert dataset.reduce_zero_label == config.data.reduce_zero_label == (name == 'ade20k')
 
@@ -130,15 +130,15 @@ def test_other_classes_for_a_published_set():
   config = read('cityscapes_r50')
   config.data.label_map = (0, 0, 1)
   config.data.ignore_labels = (2,)
-  dataset = dataset_of(config)
+  dataset = Experiment.from_config(config).dataset
   assert dataset.classes == ('road/sidewalk', 'building')
   assert dataset.label_lookup[[0, 1, 2, 3]].tolist() == [0, 0, 255, 255]
-  assert network_of(config).num_classes == 2
+  assert Experiment.from_config(config).network.num_classes == 2
   config.data.classes = ('ground', 'house')
-  assert dataset_of(config).classes == ('ground', 'house')
+  assert Experiment.from_config(config).dataset.classes == ('ground', 'house')
   config.data.num_classes = 3
   with pytest.raises(UserError, match='num_classes is 3, but cityscapes has 2 classes'):
-    dataset_of(config)
+    Experiment.from_config(config)
 
 
 def test_custom_set_is_described_beside_its_images_and_by_the_config(tmp_path):
@@ -146,13 +146,18 @@ def test_custom_set_is_described_beside_its_images_and_by_the_config(tmp_path):
   config.data.source_dir = str(tmp_path)
   description = {'classes': ['sky', 'sea', 'ship'], 'ignore_labels': [7], 'reduce_zero_label': True}
   (tmp_path / 'dataset.json').write_text(json.dumps(description))
-  assert network_of(config).num_classes == 3
-  dataset = dataset_of(config)
+  assert Experiment.from_config(config).network.num_classes == 3
+  dataset = Experiment.from_config(config).dataset
   assert dataset.classes == ('sky', 'sea', 'ship')
   assert dataset.label_lookup[[0, 1, 7, 8]].tolist() == [255, 0, 255, 7]
   config.data.reduce_zero_label = False  # what the config says goes first
   config.data.ignore_labels = (8,)
-  assert dataset_of(config).label_lookup[[0, 1, 7, 8]].tolist() == [0, 1, 7, 255]
+  assert Experiment.from_config(config).dataset.label_lookup[[0, 1, 7, 8]].tolist() == [
+    0,
+    1,
+    7,
+    255,
+  ]
 
 
 def test_there_are_sixteen_and_the_replaced_one():

@@ -1,6 +1,7 @@
 """The programs of the published models for CUDA: built whole from shapes, looked at, never run."""
 
 import collections
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping
@@ -9,20 +10,17 @@ import jax
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
-from ml_collections import ConfigDict
 
-from nonlocal_jax.experiment import execution_of, network_of, protocol_of
+from nonlocal_jax.experiment import Experiment
 from nonlocal_jax.inference import predictor as predicting
 from nonlocal_jax.inference.buckets import shapes_for
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
-from nonlocal_jax.models import Execution
+from nonlocal_jax.models import Execution, NonLocalNetConfig
 from nonlocal_jax.models.config import STAGE_BLOCKS
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.recipes import published_config, variant_name
-from nonlocal_jax.runtime.parallel import data_mesh
-from nonlocal_jax.training.recipe import lower_step, optimizer_of
-from nonlocal_jax.training.train_step import TrainState
+from nonlocal_jax.training.train_step import BatchShape, TrainState, lower_train_step
 from nonlocal_jax.weights.released import RELEASED
 
 GPUS = 4  # of the published recipes
@@ -80,42 +78,55 @@ def decode_convolutions(depth: int) -> int:
   return 3 + 3 * sum(STAGE_BLOCKS[depth]) + 4 + 8
 
 
-def config_of(model) -> ConfigDict:
+def experiment_of(model, **chosen) -> Experiment:
   """The share of one of the GPUs."""
   config = published_config(model.dataset, model.depth, variant_name(model))
   config.train.batch_size //= GPUS
-  return config
+  return on_gpu(Experiment.from_config(config, jax.devices()[:1]), **chosen)
 
 
-def training_program(config: ConfigDict) -> tuple[str, TrainState]:
+def on_gpu(experiment: Experiment, **chosen) -> Experiment:
+  """The same experiment, computed as on a GPU."""
+  train = Execution.for_platform('gpu', **chosen)
+  evaluation = dataclasses.replace(train, batch_norm='folded')
+  return dataclasses.replace(experiment, execution=train, eval_execution=evaluation)
+
+
+def training_program(experiment: Experiment) -> tuple[str, TrainState]:
   """The step on one device, and the shapes of its state."""
-  _, tx = optimizer_of(config)
-  create = functools.partial(TrainState.create, tx=tx, seed=config.seed)
-  state = jax.eval_shape(create, state_shapes(network_of(config)))
-  mesh = data_mesh(jax.devices()[:1])
-  return lower_step(config, state, tx, mesh, platform='gpu').as_text(), state
+  _, tx = experiment.optimizer.make(experiment.schedule.steps)
+  create = functools.partial(TrainState.create, tx=tx, seed=0)
+  state = jax.eval_shape(create, state_shapes(experiment.network))
+  lowered = lower_train_step(
+    experiment.network,
+    experiment.execution,
+    tx,
+    experiment.step,
+    batch=BatchShape(experiment.schedule.batch_size, experiment.augment.crop),
+    mesh=experiment.mesh,
+    platform='gpu',
+  )
+  return lowered.as_text(), state
 
 
-def evaluation_programs(config: ConfigDict, monkeypatch) -> Programs:
+def evaluation_programs(experiment: Experiment, monkeypatch) -> Programs:
   """Those that the first image of the set is evaluated with."""
-  programs, protocol = Programs(jax.jit), protocol_of(config)
+  programs, protocol = Programs(jax.jit), experiment.protocol
   with monkeypatch.context() as patched:
     patched.setattr(jax, 'jit', programs)
-    patched.setattr(predicting, 'platform_of', lambda _: 'gpu')
-    mesh = data_mesh(jax.devices()[:1])
+    patched.setattr(predicting, 'platform_of_mesh', lambda _: 'gpu')
     predictor = Predictor(
-      network_of(config),
+      experiment.network,
       protocol,
-      execution=execution_of(config, mesh, train=False, platform='gpu'),
-      precision=config.eval.precision,
-      mesh=mesh,
+      execution=experiment.eval_execution,
+      precision=experiment.evaluation.precision,
+      mesh=experiment.mesh,
     )
-  sizes = SIZES[config.data.dataset]
+  sizes = SIZES[experiment.dataset.name]
   shape = shapes_for(sizes, protocol, most=1)[sizes[0]]
   assert shape.padded == (len(sizes) > 1)
   views = [np.zeros((*view.size[:2], 3), np.uint8) for view in views_of(protocol, sizes[0])]
-  state = state_shapes(network_of(config))
-  predictor(state, shape, [views], [sizes[0]])
+  predictor(state_shapes(experiment.network), shape, [views], [sizes[0]])
   return programs
 
 
@@ -168,17 +179,17 @@ def test_training_step(model, monkeypatch):
     made.append(options)
     return jit(function, **options)
 
-  config = config_of(model)
+  experiment = experiment_of(model)
   with monkeypatch.context() as patched:
     patched.setattr(jax, 'jit', keep_options)
-    program, state = training_program(config)
+    program, state = training_program(experiment)
   (options,) = made
   assert options['compiler_options'] == {}
   # Each forwards and both gradients, but for that of the images: none by Winograd or as a product.
   convolutions = decode_convolutions(model.depth) + 2
   assert program.count('stablehlo.convolution') == 3 * convolutions - 1
   check_no_convolution_is_dilated(program, convolutions)
-  n, (height, width) = config.train.batch_size, model.crop
+  n, (height, width) = experiment.schedule.batch_size, model.crop
   assert n == {'cityscapes': 2, 'ade20k': 4, 'voc12aug': 4}[model.dataset]
   assert f': tensor<{n}x{height}x{width}x3xui8>' in program
   assert program.count('tf.aliasing_output') == len(jax.tree.leaves(state))
@@ -191,8 +202,7 @@ def test_training_step(model, monkeypatch):
 
 @pytest.mark.parametrize('model', MODELS.values(), ids=lambda model: model.name)
 def test_evaluation(model, monkeypatch):
-  config = config_of(model)
-  programs = evaluation_programs(config, monkeypatch)
+  programs = evaluation_programs(experiment_of(model), monkeypatch)
   assert [options['compiler_options'] for options in programs.options.values()] == [{}, {}]
   network = programs.texts['window_logits']
   assert network.count('stablehlo.convolution') == decode_convolutions(model.depth)
@@ -214,12 +224,12 @@ def test_attention_through_cudnn_reaches_training_and_evaluation(monkeypatch):
   for name, answer in {'check_cudnn_version': 91000, 'check_compute_capability': True}.items():
     monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, answer=answer: answer)
   model = next(model for model in MODELS.values() if model.crop == (769, 769))
-  config = config_of(model)
-  config.model.depth, config.model.width = 14, 16
-  config.model.attention = 'cudnn'
-  program, _ = training_program(config)
+  experiment = experiment_of(model, attention='cudnn')
+  network = NonLocalNetConfig.from_depth(14, num_classes=19, width=16, align_corners=True)
+  experiment = dataclasses.replace(experiment, network=network)
+  program, _ = training_program(experiment)
   calls = ['fmhaSoftmax', 'fmhaSoftmaxBackward']
   assert sorted(re.findall(r'@__cudnn\$(\w+)\(', program)) == calls
   assert not re.search(r'(9409|9410)x(9409|9410)', program)
-  network = evaluation_programs(config, monkeypatch).texts['window_logits']
+  network = evaluation_programs(experiment, monkeypatch).texts['window_logits']
   assert re.findall(r'@__cudnn\$(\w+)\(', network) == calls[:1]

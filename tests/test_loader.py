@@ -13,10 +13,9 @@ from nonlocal_jax.errors import UserError
 from tests.image_trees import CLASSES, write_sample, write_tree
 
 TRAINING = {
+  'augment': transforms.AugmentConfig(scale=(60, 40), crop=(32, 24)),
   'batch_size': 4,
   'seed': 3,
-  'scale': (60, 40),
-  'crop_size': (32, 24),
 }
 
 
@@ -96,8 +95,10 @@ def test_seed_and_transforms_matter(prepared):
     for seed in range(3)
   ]
   assert len(set(map(tuple, indices))) == 3
-  plain = {'ratio_range': None, 'flip_prob': 0.0, 'photometric': False, 'cat_max_ratio': 1.0}
-  arguments = {**TRAINING, **plain, 'scale': None, 'crop_size': (50, 50)}
+  plain = transforms.AugmentConfig(
+    crop=(50, 50), ratio_range=None, cat_max_ratio=1.0, flip_probability=0.0, photometric=False
+  )
+  arguments = {**TRAINING, 'augment': plain}
   lookup = transforms.label_lookup(ignore_labels=(1,))
   batch = next(loader.train_batches(prepared['train'], **arguments, label_lookup=lookup))
   for index, (h, w), image, label in zip(

@@ -16,7 +16,7 @@ from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.models.heads import dropout_channels
 from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.training.optimizer import poly_schedule, sgd
-from nonlocal_jax.training.train_step import TrainState, make_train_step
+from nonlocal_jax.training.train_step import StepConfig, TrainState, make_train_step
 from nonlocal_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
 from tests import peer
 
@@ -119,9 +119,7 @@ def test_training_steps_equal_the_original_in_float64(rng):
     tx = sgd(schedule, momentum=0.9, weight_decay=5e-4)
     state = TrainState.create(variables, tx, seed=0)
     train_step = jax.jit(
-      make_train_step(
-        config, Execution.for_platform(), tx, auxiliary_weight=0.4, compute_dtype=jnp.float64
-      )
+      make_train_step(config, Execution.for_platform(), tx, StepConfig(dtype='float64'))
     )
     losses = peer.train(
       model,

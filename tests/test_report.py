@@ -1,5 +1,6 @@
 """What an evaluation writes: metrics.json as a whole or not at all, null for what is undefined."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -13,6 +14,7 @@ import pytest
 from nonlocal_jax.data.datasets import PUBLISHED, custom_dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import (
+  ReportFacts,
   peak_memory_gib,
   published_line,
   write_report,
@@ -23,12 +25,14 @@ DATASET = custom_dataset(classes=['sky', 'tree', 'lake', 'sand'], name='park')
 CONFUSION = np.array([[5, 3, 1, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 CONFIG = {'name': 'park_r50', 'train': {'crop': (64, 64), 'steps': 4}, 'published': None}
 PROTOCOL = EvalProtocol(scale=(2048, 512), window_crop=(9, 8), window_stride=(5, 5))
-FACTS = {'images': 7, 'seconds': 12.34567, 'protocol': PROTOCOL, 'config': CONFIG}
+FACTS = ReportFacts(images=7, protocol=PROTOCOL, config=CONFIG)
+SECONDS = 12.34567
 
 
 def written(workdir: Path, confusion=CONFUSION, dataset=DATASET, **facts) -> dict:
   """The report as read back; NaN and Infinity, which are not JSON, are refused."""
-  write_report(workdir, confusion, dataset, **{**FACTS, **facts})
+  facts = dataclasses.replace(FACTS, **facts)
+  write_report(workdir, confusion, dataset, facts, seconds=SECONDS)
   assert [path.name for path in workdir.iterdir()] == ['metrics.json']
 
   def refuse(constant: str):
@@ -55,7 +59,7 @@ def test_scores_in_percent_and_null_where_undefined(tmp_path):
 
 
 def test_more_scores(tmp_path):
-  metrics = written(tmp_path, more=True)
+  metrics = written(tmp_path, more_scores=True)
   assert metrics['mDice'] == pytest.approx(100 * (10 / 14 + 4 / 7 + 0) / 3, abs=1e-4)
   assert metrics['mFscore'] == pytest.approx(100 * (10 / 14 + 4 / 7) / 2, abs=1e-4)
   assert metrics['classes']['lake'] == {
@@ -151,8 +155,9 @@ def test_infinite_and_undefined_values_of_the_config_are_null(tmp_path):
 
 def test_what_cannot_be_serialised_leaves_the_old_report(tmp_path):
   old = written(tmp_path)
+  facts = dataclasses.replace(FACTS, config={'name': 'x', 'y': object()})
   with pytest.raises(TypeError):
-    write_report(tmp_path, CONFUSION, DATASET, **{**FACTS, 'config': {'name': 'x', 'y': object()}})
+    write_report(tmp_path, CONFUSION, DATASET, facts, seconds=SECONDS)
   assert [path.name for path in tmp_path.iterdir()] == ['metrics.json']
   assert json.loads((tmp_path / 'metrics.json').read_text()) == old
 
@@ -171,7 +176,7 @@ def test_a_write_that_fails_leaves_the_old_report(tmp_path, monkeypatch, method)
   with pytest.raises(
     UserError, match=r'metrics\.json cannot be written: No space left on device\.'
   ):
-    write_report(tmp_path, CONFUSION, DATASET, **FACTS)
+    write_report(tmp_path, CONFUSION, DATASET, FACTS, seconds=SECONDS)
   assert [path.name for path in tmp_path.iterdir()] == ['metrics.json']
   assert json.loads((tmp_path / 'metrics.json').read_text()) == old
 
@@ -179,7 +184,7 @@ def test_a_write_that_fails_leaves_the_old_report(tmp_path, monkeypatch, method)
 def test_a_workdir_that_is_a_file_is_an_error(tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(UserError, match=r'file/metrics\.json cannot be written'):
-    write_report(tmp_path / 'file', CONFUSION, DATASET, **FACTS)
+    write_report(tmp_path / 'file', CONFUSION, DATASET, FACTS, seconds=SECONDS)
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 import main
-from nonlocal_jax.cli import train
 from nonlocal_jax.data.loader import TrainIterator
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UserError
+from nonlocal_jax.experiment import Experiment
 from nonlocal_jax.runtime.compilation import use_compilation_cache
 from nonlocal_jax.training import loop
-from nonlocal_jax.training.loop import train_and_evaluate
 from nonlocal_jax.weights.arrays import to_arrays
 from nonlocal_jax.weights.loading import read_weights
+from tests.conftest import train_and_evaluate
 
 ROOT = Path(main.__file__).parent
 
@@ -114,7 +114,7 @@ def test_a_signal_gives_an_exit_status_of_its_own(program, monkeypatch, capsys):
   def stop(*unused, **options):
     raise RunStopped('stopped by SIGTERM after step 3')
 
-  monkeypatch.setattr(train, 'train_and_evaluate', stop)
+  monkeypatch.setattr(Experiment, 'train', stop)
   assert program(f'--config={ROOT}/configs/demo.py') == (STOPPED_STATUS, '')
   assert STOPPED_STATUS not in (0, 1, 130, 143)
   assert capsys.readouterr().err == 'stopped by SIGTERM after step 3\n'

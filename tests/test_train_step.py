@@ -12,15 +12,19 @@ import pytest
 from flax import nnx
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.experiment import network_of
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.layers import BatchNorm
 from nonlocal_jax.models.nonlocal_net import state_shapes
-from nonlocal_jax.recipes import base_config
 from nonlocal_jax.runtime.parallel import data_mesh, over_batch, replicated, shard_batch
-from nonlocal_jax.training.optimizer import sgd
-from nonlocal_jax.training.recipe import lower_step, optimizer_of
-from nonlocal_jax.training.train_step import TrainState, make_train_step
+from nonlocal_jax.training.loss import LossConfig
+from nonlocal_jax.training.optimizer import OptimizerConfig, sgd
+from nonlocal_jax.training.train_step import (
+  BatchShape,
+  StepConfig,
+  TrainState,
+  lower_train_step,
+  make_train_step,
+)
 from nonlocal_jax.weights.arrays import to_arrays
 
 CONFIG = NonLocalNetConfig.from_depth(14, width=4, num_classes=3, zero_init=False)
@@ -47,10 +51,10 @@ def variables():
   )
 
 
-def take_step(variables, batch, *, devices=1, dtype=jnp.float64, dropout=0.0, steps=1, **options):
+def take_step(variables, batch, *, devices=1, dtype='float64', dropout=0.0, steps=1, **options):
   """Metrics, gradients and running statistics after SGD with rate 1, whose update is the gradient.
 
-  Options are those of `Execution` and `make_train_step`.
+  Options are those of `Execution`, `StepConfig` and `LossConfig`.
   """
   chosen = {key: options.pop(key) for key in ('batch_norm', 'rematerialize') if key in options}
   if chosen.get('batch_norm') == 'per_device':
@@ -58,17 +62,17 @@ def take_step(variables, batch, *, devices=1, dtype=jnp.float64, dropout=0.0, st
   config = dataclasses.replace(CONFIG, dropout=dropout)
   execution = Execution.for_platform(**chosen)
   tx = optax.sgd(1.0)
-  step = make_train_step(
-    config, execution, tx, auxiliary_weight=0.4, compute_dtype=dtype, **options
-  )
+  names = {field.name for field in dataclasses.fields(LossConfig)}
+  loss = LossConfig(**{name: options.pop(name) for name in names & options.keys()})
+  step = make_train_step(config, execution, tx, StepConfig(loss=loss, dtype=dtype, **options))
   mesh = data_mesh(jax.devices()[:devices])
   jitted = jax.jit(
     step, in_shardings=(replicated(mesh), over_batch(mesh)), out_shardings=replicated(mesh)
   )
-  with jax.enable_x64(dtype == jnp.float64):
-    if dtype != jnp.float64:
+  with jax.enable_x64(dtype == 'float64'):
+    if dtype != 'float64':
       variables = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
-    keep_ema = options.get('ema_decay') is not None
+    keep_ema = 'ema_decay' in options
     state = TrainState.create(variables, tx, seed=0, keep_ema=keep_ema)
     state = jax.device_put(state, replicated(mesh))
     states = [state]
@@ -176,14 +180,13 @@ def test_batch_norm_per_device_exchanges_nothing(groups, exchanges):
 
 
 def test_a_batch_norm_needs_one_collective_each_way():
-  """Where the step is traced under its mesh, as `lower_step` does."""
-  config = base_config()
-  config.data.num_classes, config.model.depth, config.model.width = 3, 14, 4
-  config.train.batch_size, config.train.crop = 8, (40, 48)
-  mesh, (_, tx), shapes = data_mesh(), optimizer_of(config), state_shapes(network_of(config))
-  state = jax.eval_shape(functools.partial(TrainState.create, tx=tx, seed=0), shapes)
-  program = lower_step(config, state, tx, mesh).compile().as_text()
-  norms = sum(name.endswith('.mean') for name in to_arrays(shapes))
+  _, tx = OptimizerConfig().make(steps=10)
+  batch, mesh = BatchShape(8, (40, 48)), data_mesh()
+  lowered = lower_train_step(
+    CONFIG, Execution.for_platform(), tx, StepConfig(), batch=batch, mesh=mesh
+  )
+  program = lowered.compile().as_text()
+  norms = sum(name.endswith('.mean') for name in to_arrays(state_shapes(CONFIG)))
   assert norms == 24
   collectives = re.findall(r' (all-\w+|reduce-scatter|collective-permute)(?:-start)?\(', program)
   assert collectives.count('all-gather') <= norms
@@ -206,7 +209,7 @@ def test_moving_average_of_the_weights(variables, batch):
 
 def test_bfloat16_computes_near_float64_and_keeps_float32_weights(variables, batch):
   expected = take_step(variables, batch)
-  found = take_step(variables, batch, dtype=jnp.bfloat16)
+  found = take_step(variables, batch, dtype='bfloat16')
   assert_allclose(found[0]['loss'], expected[0]['loss'], rtol=2e-2)
   assert {array.dtype for array in jax.tree.leaves(found[2][1].variables)} == {np.dtype('float32')}
   assert found[0]['loss'].dtype == np.float32
@@ -222,9 +225,7 @@ def test_bfloat16_reaches_convolutions_but_neither_statistics_nor_softmax(batch)
   """Read off the program before it is compiled."""
   tx = sgd(lambda step: jnp.asarray(0.1), momentum=0.9, weight_decay=5e-4)
   state = jax.eval_shape(functools.partial(TrainState.create, tx=tx, seed=0), state_shapes(CONFIG))
-  step = make_train_step(
-    CONFIG, Execution.for_platform(), tx, auxiliary_weight=0.4, compute_dtype=jnp.bfloat16
-  )
+  step = make_train_step(CONFIG, Execution.for_platform(), tx, StepConfig(dtype='bfloat16'))
   operations = list(_equations(jax.make_jaxpr(step)(state, batch).jaxpr))
 
   def dtypes(name):

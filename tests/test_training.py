@@ -16,18 +16,17 @@ from numpy.testing import assert_allclose
 
 import nonlocal_jax
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.experiment import dataset_of, protocol_of
+from nonlocal_jax.experiment import Experiment
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.training.log import summary_table
-from nonlocal_jax.training.loop import train_and_evaluate
 from nonlocal_jax.training.run_files import write_run_files
 from nonlocal_jax.weights.arrays import to_arrays
 from nonlocal_jax.weights.checkpoints import read_description
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.state_dict import to_state_dict
-from tests.conftest import run_two_processes
+from tests.conftest import run_two_processes, train_and_evaluate
 
 
 def read_log(workdir: Path) -> list[dict]:
@@ -78,10 +77,11 @@ def test_a_run_keeps_how_it_was_tested(training_config, tmp_path):
   config = training_config.copy_and_resolve_references()
   config.eval.protocol, config.eval.multi_scale_flip = 'v1', True
   config.eval.window_crop = config.eval.window_stride = (64, 64)
-  write_run_files(config, tmp_path, dataset_of(config))
+  experiment = Experiment.from_config(config)
+  write_run_files(tmp_path, experiment.values, experiment.description())
   for directory in (tmp_path, tmp_path / 'best'):
     protocol = read_description(directory).protocol
-    assert protocol == protocol_of(config)
+    assert protocol == experiment.protocol
     assert (protocol.version, protocol.pad_windows, protocol.flip) == ('v1', False, True)
 
 

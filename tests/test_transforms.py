@@ -224,7 +224,8 @@ def test_train_sample_is_the_training_pipeline():
   crop_size = (96, 120)
   for seed in CASES:
     image, label, rng = draw_sample(seed)
-    ours = transforms.train_sample(rng, image, label, scale=(220, 130), crop_size=crop_size)
+    augment = transforms.AugmentConfig(scale=(220, 130), crop=crop_size)
+    ours = transforms.train_sample(rng, image, label, augment)
     with peer_draws(seed):
       theirs = peer_sample(image, label)
       for step in (
@@ -249,17 +250,10 @@ def test_train_sample_is_the_training_pipeline():
 
 def test_train_sample_with_everything_off_only_pads():
   image, label, rng = draw_sample(1, largest=60)
-  sample = transforms.train_sample(
-    rng,
-    image,
-    label,
-    scale=None,
-    crop_size=(60, 60),
-    ratio_range=None,
-    cat_max_ratio=1.0,
-    flip_prob=0.0,
-    photometric=False,
+  augment = transforms.AugmentConfig(
+    crop=(60, 60), ratio_range=None, cat_max_ratio=1.0, flip_probability=0.0, photometric=False
   )
+  sample = transforms.train_sample(rng, image, label, augment)
   h, w = label.shape
   assert sample['size'].tolist() == [h, w]
   np.testing.assert_array_equal(sample['image'][:h, :w], image)

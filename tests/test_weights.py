@@ -217,10 +217,10 @@ def test_damaged_weights(tmp_path, loaded, damage):
 
 
 def test_config_differences():
-  assert config_differences('{"a": {"b": 1, "c": [2]}}', '{"a": {"b": 3, "c": [2]}, "d": 4}') == [
-    'a.b was 1, now 3',
-    'd was None, now 4',
-  ]
+  """A field that the saved config does not have yet is at its default there."""
+  saved, current = {'a': {'b': 1, 'c': [2]}}, {'a': {'b': 3, 'c': (2,)}, 'd': 4}
+  assert config_differences(saved, current, {'a': {'b': 0}, 'd': 4}) == ['a.b was 1, now 3']
+  assert config_differences(saved, current, {'d': 5})[1:] == ['d was 5, now 4']
 
 
 def test_the_package_needs_neither_torch_nor_tensorflow():

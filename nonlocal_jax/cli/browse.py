@@ -16,7 +16,7 @@ from nonlocal_jax.cli.program import Parser
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.recipes import check_values, config_names
+from nonlocal_jax.recipes import config_names
 from nonlocal_jax.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -38,17 +38,17 @@ def main(arguments: Sequence[str]) -> None:
   if options.count < 1:
     raise UserError(f'--count is {options.count}; it must be at least 1.')
   config = read_config([*([f'--config={options.config}'] if options.config else []), *rest])
-  check_values(config)
 
   from nonlocal_jax.evaluation.pictures import write_samples
-  from nonlocal_jax.experiment import dataset_of, open_splits, train_batches_of
+  from nonlocal_jax.experiment import Experiment
 
-  dataset = dataset_of(config)
+  experiment = Experiment.from_config(config)
+  dataset = experiment.dataset
   out = options.out
   out.mkdir(parents=True, exist_ok=True)
-  split = open_splits(config, dataset, out, ['train'])['train']
+  split = experiment.open_splits(out, ['train'])['train']
 
-  batches = train_batches_of(config, split, dataset)
+  batches = experiment.train_batches(split)
   samples = (
     (str(split[index]['id']), image[:h, :w], label[:h, :w])
     for batch in batches

@@ -22,6 +22,6 @@ def main(arguments: Sequence[str]) -> None:
   if options.checkpoint is None:
     raise UserError('eval needs --checkpoint: a .pth file, a converted directory or a workdir.')
 
-  from nonlocal_jax.evaluation.evaluate import evaluate_checkpoint
+  from nonlocal_jax.experiment import Experiment
 
-  evaluate_checkpoint(config, options.checkpoint, options.workdir)
+  Experiment.from_config(config).evaluate(options.checkpoint, options.workdir)

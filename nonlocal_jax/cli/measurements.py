@@ -32,7 +32,7 @@ from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE, state_shapes
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import custom_config
-from nonlocal_jax.runtime.parallel import data_mesh, platform_of, replicated, shard_batch
+from nonlocal_jax.runtime.parallel import platform_of, shard_batch
 from nonlocal_jax.weights.description import ModelDescription
 
 Figures = dict[str, Any]
@@ -149,22 +149,16 @@ def measure_training(
     `seconds` of a later step, the median; `compile_seconds` of tracing, lowering and compiling it;
     `start_seconds` from the start of the process to the end of the first step.
   """
-  from nonlocal_jax.experiment import network_of
-  from nonlocal_jax.training.recipe import compile_step, optimizer_of
-  from nonlocal_jax.training.train_step import TrainState
+  from nonlocal_jax.experiment import Experiment
+  from nonlocal_jax.training.train_step import initial_state
 
   config = _config(classes=classes, width=width, depth=depth)
   config.train.batch_size, config.train.crop, config.train.dtype = batch, tuple(size), dtype
-  mesh = data_mesh(jax.local_devices()[:1])
-  _, tx = optimizer_of(config)
-
-  def initial_state() -> TrainState:
-    model = NonLocalNet(network_of(config), rngs=nnx.Rngs(config.seed))
-    return TrainState.create(nnx.state(model), tx, seed=config.seed)
-
-  state = jax.jit(initial_state, out_shardings=replicated(mesh))()
+  experiment = Experiment.from_config(config, jax.local_devices()[:1])
+  mesh, (_, tx) = experiment.mesh, experiment.optimizer.make(experiment.schedule.steps)
+  state = initial_state(experiment.network, tx, seed=0, keep_ema=False, mesh=mesh)
   compiling = time.perf_counter()
-  train_step = compile_step(config, state, tx, mesh)
+  train_step = experiment.lower_train_step().compile()
   compile_seconds = time.perf_counter() - compiling
   rng = np.random.default_rng(0)
   stop = shard_batch({'flag': np.zeros(1, np.bool)}, mesh)['flag']
@@ -271,15 +265,15 @@ def measure_pipeline(
   Returns:
     `seconds` of a batch, `batch` its images, `crop` their size.
   """
-  from nonlocal_jax.experiment import dataset_of, open_splits, train_batches_of
+  from nonlocal_jax.experiment import Experiment
 
   config = _config(classes=num_classes)
   config.data.source_dir, config.data.ignore_labels = data, tuple(ignore_labels)
   with tempfile.TemporaryDirectory() as folder:
     config.data.data_dir = folder
-    dataset = dataset_of(config)
-    split = open_splits(config, dataset, Path(folder), ['train'])['train']
-    stream = train_batches_of(config, split, dataset)
+    experiment = Experiment.from_config(config)
+    split = experiment.open_splits(Path(folder), ['train'])['train']
+    stream = experiment.train_batches(split)
     next(stream)
     seconds = seconds_of(lambda: [next(stream) for _ in range(batches)]) / batches
     stream.close()

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str]) -> None:
   options = parser.parse(arguments)
 
   from nonlocal_jax.data.preparation import prepare
-  from nonlocal_jax.experiment import report_split
+  from nonlocal_jax.data.prepared import report_split
 
   description = read_description(options.source) if options.dataset == 'custom' else {}
   named = bool({'num_classes', 'classes', 'label_map'} & description.keys())

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from nonlocal_jax.cli.config import config_text, read_config
 from nonlocal_jax.cli.program import Parser, print_and_exit
-from nonlocal_jax.recipes import base_config, check_values, config_names
+from nonlocal_jax.recipes import base_config, config_names
 from nonlocal_jax.runtime.parallel import join_processes
 
 
@@ -70,14 +70,13 @@ def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace,
     arguments: The command line.
 
   Returns:
-    The options, with `workdir` a path, and the config, checked.
+    The options, with `workdir` a path, and the config.
 
   Raises:
     UserError: If an option, a field or a value is wrong.
   """
   options, rest = parser.parse_with_config(arguments)
   config = read_config([f'--config={options.config}', *rest])
-  check_values(config)
   if options.print_config:
     print_and_exit(config_text(config))
   if options.distributed:

@@ -24,13 +24,10 @@ def main(arguments: Sequence[str]) -> None:
   )
   options, config = parse(parser, arguments)
 
-  from nonlocal_jax.training.loop import train_and_evaluate
+  from nonlocal_jax.experiment import Experiment
 
-  train_and_evaluate(
-    config,
-    options.workdir,
-    checkpoint=options.checkpoint,
-    new_classifier=options.new_classifier,
+  Experiment.from_config(config).train(
+    options.workdir, checkpoint=options.checkpoint, new_classifier=options.new_classifier
   )
   if is_first_process():
     print(f'Results are in {options.workdir}.')

@@ -86,15 +86,10 @@ class TrainIterator(grain.DatasetIterator):
 
 def train_batches(
   source: Source,
+  augment: transforms.AugmentConfig,
   *,
   batch_size: int,
   seed: int,
-  scale: tuple[int, int] | None,
-  crop_size: tuple[int, int],
-  ratio_range: tuple[float, float] | None = (0.5, 2.0),
-  cat_max_ratio: float = 0.75,
-  flip_prob: float = 0.5,
-  photometric: bool = True,
   label_lookup: np.ndarray | None = None,
   process_index: int = 0,
   process_count: int = 1,
@@ -109,14 +104,9 @@ def train_batches(
 
   Args:
     source: Encoded samples, at least one.
+    augment: How samples are augmented.
     batch_size: Samples in a global batch, over all processes.
     seed: 0 .. 2**32 - 1.
-    scale: See `transforms.train_sample`, as for all up to `photometric`.
-    crop_size: (crop_h, crop_w).
-    ratio_range: Smallest and largest ratio of scaling.
-    cat_max_ratio: Share of one class from which on a crop is drawn again.
-    flip_prob: Probability of a horizontal flip.
-    photometric: Whether to distort colours.
     label_lookup: See `transforms.label_lookup`; None where label files hold class indices.
     process_index: This process.
     process_count: How many processes share each batch.
@@ -138,17 +128,7 @@ def train_batches(
 
   def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
     image, label = _decode(source[index], label_lookup)
-    sample = transforms.train_sample(
-      rng,
-      image,
-      label,
-      scale=scale,
-      crop_size=crop_size,
-      ratio_range=ratio_range,
-      cat_max_ratio=cat_max_ratio,
-      flip_prob=flip_prob,
-      photometric=photometric,
-    )
+    sample = transforms.train_sample(rng, image, label, augment)
     return {**sample, 'index': np.int32(index)}
 
   batches = (

@@ -6,6 +6,7 @@ of SBD as PNG files of classes). TensorFlow is not needed.
 
 import functools
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import tensorflow_datasets as tfds
 from nonlocal_jax.data.datasets import Dataset, Split
 from nonlocal_jax.data.label_values import LabelValue, check_label_values, usual_mistakes
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.parallel import is_first_process
 
 # Of the TFDS builder, and so of the directories.
 NAME = 'nonlocal_jax'
@@ -163,3 +165,24 @@ def _damaged(name: str, directory: str | os.PathLike[str], reason: object) -> Us
     f'The prepared copy of {name} in {directory} is damaged ({reason}): delete that directory, and '
     'it will be prepared anew.'
   )
+
+
+def report_split(split: PreparedSplit, dataset: Dataset) -> None:
+  """Says on stderr what a prepared split is, and what is odd about it (the first process).
+
+  Args:
+    split: The split.
+    dataset: What it is taken to be.
+
+  Raises:
+    UserError: If a label value is no class and not ignored.
+  """
+  odd = check_split(split, dataset)
+  if not is_first_process():
+    return
+  print(
+    f'{split.name}: {len(split):,} images, from {split.source}, prepared in {split.directory}',
+    file=sys.stderr,
+  )
+  for sentence in odd:
+    print(f'warning: {sentence}', file=sys.stderr)

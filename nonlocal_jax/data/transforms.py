@@ -7,6 +7,7 @@ Resizing and colour conversion are OpenCV's, with whose fixed-point arithmetic t
 were trained. Samples travel as uint8; the device normalises them.
 """
 
+import dataclasses
 import io
 from collections.abc import Sequence
 
@@ -17,17 +18,30 @@ from PIL import Image
 IGNORE = 255
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+  """How training samples are augmented.
+
+  Attributes:
+    crop: (height, width) of the result, in pixels.
+    scale: (width, height) of the box that the image is scaled into at ratio 1, see `rescaled_size`;
+      None for the image's own size.
+    ratio_range: Range of the random factor of `scale`, drawn uniformly; None for no random scaling.
+    cat_max_ratio: Share of one class from which on a crop is drawn again, see `random_crop`.
+    flip_probability: Of a horizontal flip.
+    photometric: Whether to distort brightness, contrast, saturation and hue.
+  """
+
+  crop: tuple[int, int]
+  scale: tuple[int, int] | None = None
+  ratio_range: tuple[float, float] | None = (0.5, 2.0)
+  cat_max_ratio: float = 0.75
+  flip_probability: float = 0.5
+  photometric: bool = True
+
+
 def train_sample(
-  rng: np.random.Generator,
-  image: np.ndarray,
-  label: np.ndarray,
-  *,
-  scale: tuple[int, int] | None,
-  crop_size: tuple[int, int],
-  ratio_range: tuple[float, float] | None = (0.5, 2.0),
-  cat_max_ratio: float = 0.75,
-  flip_prob: float = 0.5,
-  photometric: bool = True,
+  rng: np.random.Generator, image: np.ndarray, label: np.ndarray, augment: AugmentConfig
 ) -> dict[str, np.ndarray]:
   """Augments one training sample: scale, crop, flip, photometric distortion, pad.
 
@@ -38,27 +52,22 @@ def train_sample(
     rng: Source of all randomness.
     image: (h, w, 3) uint8.
     label: (h, w) uint8, 255 = ignored.
-    scale: Box that the image is scaled into at ratio 1, see `rescaled_size`; None for its size.
-    crop_size: (crop_h, crop_w) in pixels.
-    ratio_range: What the box is multiplied by, drawn uniformly; None for no random scaling.
-    cat_max_ratio: Share of one class from which on a crop is drawn again, see `random_crop`.
-    flip_prob: Probability of a horizontal flip.
-    photometric: Whether to distort brightness, contrast, saturation and hue.
+    augment: The options.
 
   Returns:
     `image` (crop_h, crop_w, 3) uint8 and `label` (crop_h, crop_w) uint8, padded at the bottom and
     right with 0 and 255, and `size` (2,) int32, the (h, w) before padding.
   """
-  box = image.shape[:2] if scale is None else scale
-  if ratio_range is not None:
-    box = random_scale(rng, box, ratio_range)
+  box = image.shape[:2] if augment.scale is None else augment.scale
+  if augment.ratio_range is not None:
+    box = random_scale(rng, box, augment.ratio_range)
   image, label = resize(image, box), resize_label(label, box)
-  image, label = random_crop(rng, image, label, crop_size, cat_max_ratio)
-  image, label = random_flip(rng, image, label, flip_prob)
-  if photometric:
+  image, label = random_crop(rng, image, label, augment.crop, augment.cat_max_ratio)
+  image, label = random_flip(rng, image, label, augment.flip_probability)
+  if augment.photometric:
     image = photometric_distortion(rng, image)
   size = np.array(image.shape[:2], np.int32)
-  image, label = pad(image, label, crop_size)
+  image, label = pad(image, label, augment.crop)
   return {'image': image, 'label': label, 'size': size}
 
 

@@ -20,7 +20,7 @@ from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.ops.confusion import confusion_matrix
 from nonlocal_jax.runtime.compilation import compiler_options
-from nonlocal_jax.runtime.parallel import platform_of, replicated, shard_batch
+from nonlocal_jax.runtime.parallel import platform_of_mesh, replicated, shard_batch
 from nonlocal_jax.runtime.progress import progress_bar
 
 _EXAMPLES = 4
@@ -90,7 +90,7 @@ class Evaluator:
       most_shapes: See `buckets.shapes_for`.
     """
     self._predictor = predictor
-    options = compiler_options(platform_of(list(predictor.mesh.devices.flat)))
+    options = compiler_options(platform_of_mesh(predictor.mesh))
     self._fold = jax.jit(
       functools.partial(fold_batch_norms, predictor.graphdef),
       out_shardings=replicated(predictor.mesh),

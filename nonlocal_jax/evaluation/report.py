@@ -1,5 +1,6 @@
 """What an evaluation leaves behind: `metrics.json`, with all that its numbers depend on."""
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -27,20 +28,34 @@ _DEPENDENCIES = ('jax', 'jaxlib', 'flax', 'numpy', 'opencv-python-headless')
 _LIST_OF_NUMBERS = re.compile(r'\[\n([\s\d.,eE+-]*)\]')  # strings in JSON have no line breaks
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportFacts:
+  """What the scores of an evaluation depend on.
+
+  Attributes:
+    config: The whole config: 'name' and whatever else JSON can hold.
+    protocol: How images were tested.
+    images: How many images.
+    checkpoint: File or directory of the weights; None after training.
+    sha256: Of the file that the weights are from, in hex digits; None if there was none.
+    step: Training steps that the weights have seen; None if they are not of a training run.
+    published: mIoU in percent that was published of these weights, tested so; None if there is
+      none.
+    more_scores: Whether to report Dice, Fscore, Precision and Recall, too.
+  """
+
+  config: Mapping[str, Any]
+  protocol: EvalProtocol
+  images: int
+  checkpoint: str | None = None
+  sha256: str | None = None
+  step: int | None = None
+  published: float | None = None
+  more_scores: bool = False
+
+
 def write_report(
-  workdir: Path,
-  confusion: np.ndarray,
-  dataset: Dataset,
-  *,
-  images: int,
-  seconds: float,
-  protocol: EvalProtocol,
-  config: Mapping[str, Any],
-  checkpoint: str | None = None,
-  sha256: str | None = None,
-  step: int | None = None,
-  published: float | None = None,
-  more: bool = False,
+  workdir: Path, confusion: np.ndarray, dataset: Dataset, facts: ReportFacts, *, seconds: float
 ) -> None:
   """Writes `metrics.json`: scores in percent, null where undefined, and where they come from.
 
@@ -49,20 +64,13 @@ def write_report(
       stays as it is.
     confusion: (classes, classes) integers, rows by label, columns by prediction.
     dataset: What was evaluated on.
-    images: How many images.
+    facts: What the scores depend on.
     seconds: How long it took.
-    protocol: How images were tested.
-    config: The whole config: 'name' and whatever else JSON can hold.
-    checkpoint: File or directory of the weights; None after training.
-    sha256: Of the file that the weights are from, in hex digits; None if there was none.
-    step: Training steps that the weights have seen; None if they are not of a training run.
-    published: mIoU in percent that was published of these weights, tested so; None if there is
-      none.
-    more: Whether to add Dice, Fscore, Precision and Recall.
 
   Raises:
     UserError: If the file cannot be written.
   """
+  more, published = facts.more_scores, facts.published
   found = scores(confusion)
   summary = {name: round(value, 4) for name, value in found.summary(more=more).items()}
   columns = found.by_class(more=more)
@@ -73,22 +81,22 @@ def write_report(
     for name, *values in zip(distinct_names(dataset.classes), *columns.values(), strict=True)
   }
   report = {
-    'config': config['name'],
-    'checkpoint': checkpoint,
-    'sha256': sha256,
-    'step': step,
+    'config': facts.config['name'],
+    'checkpoint': facts.checkpoint,
+    'sha256': facts.sha256,
+    'step': facts.step,
     'dataset': dataset.name,
-    'images': images,
+    'images': facts.images,
     **summary,
     'published': None if published is None else _compare(summary['mIoU'], published, dataset.name),
-    'protocol': protocol.to_dict(),
+    'protocol': facts.protocol.to_dict(),
     'classes': classes,
     'undefined': undefined_reasons(confusion, dataset.classes, more=more),
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'seconds': round(seconds, 3),
     'peak_memory_gib': peak_memory_gib(),
     'versions': _versions(),
-    'config_values': config,
+    'config_values': facts.config,
     'confusion': confusion.tolist(),  # rows by label, columns by prediction
   }
   write_whole(workdir / METRICS, _as_json(report))

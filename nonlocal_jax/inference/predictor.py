@@ -20,13 +20,14 @@ from jax.sharding import Mesh
 from nonlocal_jax.inference.buckets import PaddedShape, ViewShape
 from nonlocal_jax.inference.views import View, axis_matrix, feature_size, views_of
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.ops.blocks import map_blocks
 from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.protocol import EvalProtocol, Size
 from nonlocal_jax.runtime.compilation import compiler_options
 from nonlocal_jax.runtime.parallel import (
   data_mesh,
   is_shared_by_processes,
-  platform_of,
+  platform_of_mesh,
   shard_batch,
 )
 
@@ -71,7 +72,7 @@ class Predictor:
       )
     self.protocol = protocol
     self.mesh = mesh or data_mesh(jax.local_devices()[:1])
-    platform = platform_of(list(self.mesh.devices.flat))
+    platform = platform_of_mesh(self.mesh)
     execution = execution or Execution.for_platform(platform)
     graphdef = self.graphdef = nnx.graphdef(NonLocalNet.abstract(config, execution))
 
@@ -253,20 +254,13 @@ def _most_likely(
   averages: bool,
   scores_at_once: int,
 ) -> jax.Array:
-  """The class of each pixel of the results, (n, at least result_h, at least result_w) uint8."""
+  """The class of each pixel of the results, (n, result_h, at least result_w) uint8."""
   # Each (n, h, flips, w, c).
   mosaics = [_mosaic(view, counts) for view, counts in zip(views, windows, strict=True)]
   n, _, flips, _, num_classes = mosaics[0].shape
   column_blocks, columns = views[0].bands.shape[2:4]
-  result_h = views[0].rows.shape[1]
   scores_of_row = n * flips * column_blocks * columns * num_classes
-  block = min(max(scores_at_once // scores_of_row, 1), result_h)
-  num_blocks = -(-result_h // block)
   highest = jax.lax.Precision.HIGHEST
-
-  def in_blocks(rows: jax.Array) -> jax.Array:
-    padded = jnp.pad(rows, ((0, 0), (0, num_blocks * block - result_h), (0, 0)))
-    return jnp.moveaxis(padded.reshape(n, num_blocks, block, -1), 1, 0)
 
   def neighbours(scores: jax.Array, view: _LogitsOfView) -> jax.Array:
     """Of (n, h, flips, w, c), what each block is made of: (n, flips, blocks, h, width, c)."""
@@ -284,10 +278,10 @@ def _most_likely(
       scores = jnp.einsum('nfbpw,nfbowc->nfbocp', view.bands, scores, precision=highest)
       totals.append((jax.nn.softmax(scores, axis=-2) if averages else scores).sum(axis=1))
     labels = jnp.moveaxis(_first_of_largest(sum(totals[1:], start=totals[0]), axis=-2), 1, 2)
-    return labels.reshape(n, block, column_blocks * columns)
+    return labels.reshape(*labels.shape[:2], column_blocks * columns)
 
-  blocks = jax.lax.map(classes_of_rows, tuple(in_blocks(view.rows) for view in views))
-  return jnp.moveaxis(blocks, 0, 1).reshape(n, num_blocks * block, -1)
+  rows_of_views = tuple(view.rows for view in views)
+  return map_blocks(classes_of_rows, rows_of_views, max(scores_at_once // scores_of_row, 1))
 
 
 def _first_of_largest(scores: jax.Array, *, axis: int) -> jax.Array:

@@ -242,7 +242,7 @@ class PretrainedModel:
     """
     # JAX refuses compiler options of a program inside another, such as the caller's own `jax.jit`.
     run = self._traced_logits if isinstance(images, jax.core.Tracer) else self._logits
-    return run(self._state, images)
+    return run(self._state, jnp.asarray(images))
 
   def with_protocol(self, protocol: EvalProtocol) -> 'PretrainedModel':
     """The same network, tested by another protocol.

@@ -12,9 +12,9 @@ from nonlocal_jax.models.layers import KAIMING_FAN_OUT, LayerFactory
 from nonlocal_jax.ops.attention import (
   Attention,
   cudnn_attention,
-  over_query_blocks,
   softmax_attention,
 )
+from nonlocal_jax.ops.blocks import map_blocks
 from nonlocal_jax.ops.flash_attention import flash_attention
 from nonlocal_jax.ops.masking import valid_mask
 
@@ -190,7 +190,7 @@ class NonLocalBlock(nnx.Module):
       def from_concatenation(part: jax.Array) -> jax.Array:
         return jax.nn.relu(part + key_part) / num_keys @ values
 
-      return over_query_blocks(from_concatenation, query_part, block)
+      return map_blocks(from_concatenation, query_part, block, recompute=True)
     scale = channels**-0.5 if self.mode == 'embedded_gaussian' and self.use_scale else 1.0
     if execution.attention == 'flash':
       return flash_attention(queries, keys, values, scale=scale, key_mask=present)

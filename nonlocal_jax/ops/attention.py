@@ -2,13 +2,14 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.ops.blocks import map_blocks
 
 Attention = Literal['blocks', 'cudnn', 'flash']
 
@@ -43,7 +44,7 @@ def softmax_attention(
     values: (n, k, e) floats.
     scale: Factor of the scores.
     present: (n, k) bool, keys that count, the first one in any case; None for all.
-    query_block: Most queries at a time, see `over_query_blocks`.
+    query_block: Most queries at a time, see `blocks.map_blocks`.
     key_block: Most keys at a time; blocks are made equal, the last one padded.
 
   Returns:
@@ -104,7 +105,7 @@ def softmax_attention(
     return (sums.weighted / sums.weights).astype(values.dtype)
 
   function = with_all_keys if num_blocks == 1 else with_blocks_of_keys
-  return over_query_blocks(function, queries, query_block)
+  return map_blocks(function, queries, query_block, recompute=True)
 
 
 class _Sums(NamedTuple):
@@ -113,32 +114,6 @@ class _Sums(NamedTuple):
   largest: jax.Array  # (n, q, 1), the largest score
   weights: jax.Array  # (n, q, 1)
   weighted: jax.Array  # (n, q, e), values times weights
-
-
-def over_query_blocks(function: Callable[[Any], jax.Array], queries: Any, block: int) -> jax.Array:
-  """Applies `function` to the queries block by block, and so again in the backward pass.
-
-  Args:
-    function: Maps (n, b, d) to (n, b, e), each query by itself.
-    queries: (n, q, d), or a tree of such arrays that `function` takes together.
-    block: Most queries at a time; blocks are made equal, the last one padded with zero queries.
-
-  Returns:
-    (n, q, e).
-  """
-  n, count = jax.tree.leaves(queries)[0].shape[:2]
-  num_blocks = -(-count // block)
-  if num_blocks == 1:
-    return function(queries)
-  size = -(-count // num_blocks)
-
-  def in_blocks(x: jax.Array) -> jax.Array:
-    padded = jnp.pad(x, ((0, 0), (0, num_blocks * size - count), (0, 0)))
-    return jnp.moveaxis(padded.reshape(n, num_blocks, size, -1), 1, 0)
-
-  # (blocks, n, size, e)
-  results = jax.lax.map(jax.checkpoint(function), jax.tree.map(in_blocks, queries))
-  return jnp.moveaxis(results, 0, 1).reshape(n, num_blocks * size, -1)[:, :count]
 
 
 def cudnn_attention(
@@ -279,25 +254,32 @@ def check_attention(attention: Attention, channels: int, device: jax.Device) -> 
   """Checks that a device can compute attention so.
 
   Args:
-    attention: The value of `config.model.attention`.
+    attention: See `NonLocalBlock`.
     channels: Inner channels of the non-local block.
     device: One of those that compute.
 
   Raises:
     UserError: If it cannot.
   """
-  if attention != 'cudnn':
+  if attention == 'blocks':
     return
   most = _most_cudnn_channels(device)
   if not most:
     raise UserError(
-      'config.model.attention is cudnn, which needs an NVIDIA GPU, and this program runs on '
+      f'attention is {attention}, which needs an NVIDIA GPU, and this program runs on '
       f'{device.device_kind}; leave it at blocks.'
     )
+  if attention == 'flash':
+    if channels & (channels - 1) or channels < 16:
+      raise UserError(
+        'attention is flash, which takes a power of two of at least 16 inner channels, and the '
+        f'non-local block has {channels}; leave it at blocks, or change the width.'
+      )
+    return
   capability = device.compute_capability
   if channels > most or channels % 8:
     raise UserError(
-      f'config.model.attention is cudnn, which on {device.device_kind} (compute capability '
+      f'attention is cudnn, which on {device.device_kind} (compute capability '
       f'{capability}) takes a multiple of 8 inner channels up to {most}, and the non-local block '
-      f'has {channels}; leave it at blocks, or set config.model.width.'
+      f'has {channels}; leave it at blocks, or change the width.'
     )

@@ -50,6 +50,11 @@ def platform_of(devices: Sequence[jax.Device] | None = None) -> Platform:
   return cast(Platform, {'cuda': 'gpu', 'rocm': 'gpu'}.get(platform, platform))
 
 
+def platform_of_mesh(mesh: Mesh) -> Platform:
+  """The platform of the devices of a mesh."""
+  return platform_of(list(mesh.devices.flat))
+
+
 def data_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh of one axis 'data' over `devices`, by default all."""
   devices = jax.devices() if devices is None else devices

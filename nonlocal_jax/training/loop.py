@@ -1,109 +1,175 @@
-"""Training from a config: one linear function from the data to the last evaluation."""
+"""A training run: one linear function from the first state to the last evaluation."""
 
+import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from nonlocal_jax.data.datasets import Dataset
+from nonlocal_jax.data.loader import TrainIterator
 from nonlocal_jax.data.prepared import PreparedSplit
+from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import RunStopped, UserError
-from nonlocal_jax.evaluation.evaluate import (
-  evaluator_for,
-  picture_of,
-  show_evaluation,
-  write_evaluation,
-)
-from nonlocal_jax.evaluation.evaluator import Evaluation
-from nonlocal_jax.experiment import dataset_of, network_of, open_splits, train_batches_of
-from nonlocal_jax.models import NonLocalNet
+from nonlocal_jax.evaluation.evaluate import picture_of
+from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
+from nonlocal_jax.models import Execution, NonLocalNetConfig
 from nonlocal_jax.runtime.files import write_whole
-from nonlocal_jax.runtime.parallel import (
-  data_mesh,
-  is_first_process,
-  replicated,
-  shard_batch,
-)
+from nonlocal_jax.runtime.parallel import is_first_process, replicated, shard_batch
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.runtime.signals import StopRequest
 from nonlocal_jax.training.checkpointing import restore, save, with_weights
-from nonlocal_jax.training.initial_weights import read_initial_weights
+from nonlocal_jax.training.initial_weights import InitialWeights
 from nonlocal_jax.training.log import CURVES, LOG, TrainingLog, summary_table, write_curves
+from nonlocal_jax.training.optimizer import OptimizerConfig
 from nonlocal_jax.training.parameter_tables import PARAMETERS, all_parameters, parameters_by_module
-from nonlocal_jax.training.recipe import (
-  check_recipe,
-  compile_step,
-  optimizer_of,
-  say_start,
+from nonlocal_jax.training.run_files import BEST
+from nonlocal_jax.training.train_step import (
+  BatchShape,
+  Metrics,
+  StepConfig,
+  initial_state,
+  lower_train_step,
 )
-from nonlocal_jax.training.run_files import BEST, check_same_run, write_run_files
-from nonlocal_jax.training.train_step import Metrics, TrainState
-from nonlocal_jax.weights.run_checkpoints import RunCheckpoints, has_checkpoint
+from nonlocal_jax.weights.run_checkpoints import RunCheckpoints
 
 _BATCH = ('image', 'label', 'size')
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+  """How long a run is, and what happens when.
+
+  Attributes:
+    steps: Length of the training.
+    batch_size: Images of a step, over all devices.
+    seed: Of initial values, of the order of the images, of augmentation and of dropout.
+    log_every: Steps between lines of the log.
+    eval_every: Steps between evaluations; the last step is evaluated in any case.
+    checkpoint_every: Steps between checkpoints; evaluated steps are saved in any case.
+    keep: Checkpoints kept, the newest.
+  """
+
+  steps: int
+  batch_size: int
+  seed: int = 0
+  log_every: int = 50
+  eval_every: int = 2000
+  checkpoint_every: int = 2000
+  keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+  """What a run is made of.
+
+  Attributes:
+    name: What it is called.
+    network: The network.
+    execution: How it is computed.
+    augment: How samples are augmented.
+    step: What a step computes.
+    optimizer: The optimizer.
+    schedule: How long, and what happens when.
+    dataset: Names and colors of the classes.
+    split: The training images.
+    batches: The stream of batches of this process, at its start.
+    evaluator: Evaluates the weights; its devices are those that train.
+    report: Called with the last evaluation.
+    mesh: The devices.
+  """
+
+  name: str
+  network: NonLocalNetConfig
+  execution: Execution
+  augment: AugmentConfig
+  step: StepConfig
+  optimizer: OptimizerConfig
+  schedule: ScheduleConfig
+  dataset: Dataset
+  split: PreparedSplit
+  batches: TrainIterator
+  evaluator: Evaluator
+  report: Callable[[Evaluation], None]
+  mesh: Mesh
+
+  def start_lines(self, source: str, parameters: int, step_gib: float) -> str:
+    """What a run starts from, on what it runs, what it needs and what it does, in a few lines.
+
+    Args:
+      source: Where the weights are from.
+      parameters: How many there are.
+      step_gib: Memory of a step on each device, in GiB.
+    """
+    schedule, optimizer, augment, step = self.schedule, self.optimizer, self.augment, self.step
+    parts = f', in {step.accumulate} parts one after the other' if step.accumulate > 1 else ''
+    poly = f'poly {optimizer.power} ({optimizer.schedule})'
+    return (
+      f'{self.name}: {source}\n'
+      f'{self.mesh.size} device(s) ({self.mesh.devices.flat[0].device_kind}) of '
+      f'{jax.process_count()} process(es), mesh {dict(self.mesh.shape)}; batch '
+      f'{schedule.batch_size}, {schedule.batch_size // self.mesh.size} on each device{parts}\n'
+      f'{parameters:,} parameters; a training step needs {step_gib:.2f} GiB on each device\n'
+      f'{schedule.steps:,} steps of SGD: learning rate {optimizer.learning_rate} to '
+      f'{optimizer.min_learning_rate}, {poly}, heads x {optimizer.head_multiplier}, momentum '
+      f'{optimizer.momentum}, weight decay {optimizer.weight_decay}'
+      f'{"" if optimizer.decay_norm_and_bias else " (kernels only)"}\n'
+      f'crop {augment.crop} of images scaled into {augment.scale} times {augment.ratio_range}; '
+      f'auxiliary loss x {step.loss.auxiliary_weight}; {self.execution.batch_norm} batch '
+      f'normalisation; {step.dtype}; {self._extras()}'
+    )
+
+  def _extras(self) -> str:
+    """The options that are not the published recipe's, of those that are on."""
+    loss, execution = self.step.loss, self.execution
+    extras = {
+      'mean over labelled pixels': loss.avg_non_ignore,
+      'class weights': loss.class_weights,
+      f'OHEM below {loss.ohem and loss.ohem.thresh}': loss.ohem,
+      f'average of weights with decay {self.step.ema_decay}': self.step.ema_decay,
+      'rematerialised blocks': execution.rematerialize,
+      f'{execution.attention} attention': execution.attention != 'blocks',
+      'no non-local block': not self.network.non_local,
+    }
+    return ', '.join(name for name, on in extras.items() if on) or 'no further options'
+
+
 def train_and_evaluate(
-  config: ConfigDict,
+  run: TrainingRun,
   workdir: Path,
   *,
-  checkpoint: Path | None = None,
-  new_classifier: bool = False,
+  initial: InitialWeights | None,
+  ignored_checkpoint: Path | None = None,
 ) -> Evaluation:
-  """Trains as a config says, from where `workdir` stands; evaluates at intervals and at the end.
-
-  A run goes on from the newest checkpoint in `workdir`; a new one starts from `checkpoint`, or from
-  `config.init_backbone`, or from scratch.
+  """Trains from where `workdir` stands; evaluates at intervals and at the end.
 
   Args:
-    config: See `nonlocal_jax/recipes.py`.
-    workdir: Gets checkpoints, the weights with the best mIoU in `best`, `config.json`,
-      `model.json`, `log.jsonl`, TensorBoard events, `curves.png`, `metrics.json` and
-      `predictions.png`. Of several processes all must see it.
-    checkpoint: Weights of a whole network: a .pth file, a converted directory or a workdir.
-    new_classifier: Whether the classifiers of both heads are left out of `checkpoint`.
+    run: The run.
+    workdir: Gets checkpoints, the weights with the best mIoU in `best`, `log.jsonl`, TensorBoard
+      events and `curves.png`. Of several processes all must see it.
+    initial: The weights that a new run starts from; None to go on from the newest checkpoint in
+      `workdir`.
+    ignored_checkpoint: Weights that were given but are not read, as the run goes on; for a line of
+      output.
 
   Returns:
     The last evaluation.
 
   Raises:
-    UserError: If config or data are not as they should be, `workdir` holds another run, the loss is
-      not finite, or checkpoints cannot be written.
+    UserError: If the loss is not finite, or checkpoints cannot be written or read.
     RunStopped: If SIGTERM or SIGINT came, once the state is saved.
   """
-  mesh = data_mesh()
-  check_recipe(config, mesh)
-  dataset = dataset_of(config)
-  check_same_run(config, workdir, dataset)
-  initial = None
-  if not has_checkpoint(workdir):
-    initial = read_initial_weights(
-      config, dataset, checkpoint=checkpoint, new_classifier=new_classifier
-    )
-  splits = open_splits(config, dataset, workdir, ['train', 'val'])
-  batches = train_batches_of(config, splits['train'], dataset)
-  if is_first_process():
-    write_run_files(config, workdir, dataset)
-
-  schedule, tx = optimizer_of(config)
-  network = network_of(config)
-
-  def initial_state() -> TrainState:
-    model = NonLocalNet(network, rngs=nnx.Rngs(config.seed))
-    return TrainState.create(
-      nnx.state(model), tx, seed=config.seed, keep_ema=config.train.ema_decay > 0
-    )
-
-  state = jax.jit(initial_state, out_shardings=replicated(mesh))()
-  evaluate = evaluator_for(config, splits['val'], dataset, mesh)
+  mesh, batches, split, plan = run.mesh, run.batches, run.split, run.schedule
+  learning_rate, tx = run.optimizer.make(plan.steps)
+  state = initial_state(run.network, tx, seed=plan.seed, keep_ema=run.step.ema_decay > 0, mesh=mesh)
 
   with (
-    RunCheckpoints(workdir, keep=config.checkpoint.keep) as checkpoints,
+    RunCheckpoints(workdir, keep=plan.keep) as checkpoints,
     RunCheckpoints(workdir / BEST, keep=1) as best_weights,
   ):
     if initial is not None:
@@ -113,39 +179,42 @@ def train_and_evaluate(
     else:
       state = restore(checkpoints, state, batches)
       source = f'goes on at step {int(state.step):,} of {workdir}'
-      if checkpoint is not None:
-        source += f'; {checkpoint} is not read again'
-    start, steps = int(state.step), config.train.steps
+      if ignored_checkpoint is not None:
+        source += f'; {ignored_checkpoint} is not read again'
+    start, steps = int(state.step), plan.steps
     best_weights.delete_after(start)
     batches.start_prefetch()
     if is_first_process():
       print('Compiling the training step', file=sys.stderr)
-    train_step = compile_step(config, state, tx, mesh)
+    batch_shape = BatchShape(plan.batch_size, run.augment.crop)
+    train_step = lower_train_step(
+      run.network, run.execution, tx, run.step, batch=batch_shape, mesh=mesh
+    ).compile()
     if is_first_process():
       size = sum(array.size for array in jax.tree.leaves(state.params))
-      say_start(config, source, mesh, size, train_step)
+      print(run.start_lines(source, size, _gibibytes(train_step)), flush=True)
       write_whole(workdir / PARAMETERS, all_parameters(state.params) + '\n')
       print(parameters_by_module(state.params), flush=True)
 
     with (
-      TrainingLog(workdir, batch_size=config.train.batch_size, start=start) as log,
+      TrainingLog(workdir, batch_size=plan.batch_size, start=start) as log,
       progress_bar(steps, 'Training', unit='step', initial=start) as bar,
       StopRequest() as stop,
     ):
 
       def evaluate_and_log(step: int) -> Evaluation:
-        evaluation = evaluate(evaluate.prepared(state.variables))
+        evaluation = run.evaluator(run.evaluator.prepared(state.variables))
         summary = evaluation.scores.summary()
         if log.would_be_best(summary):  # saved before it is logged, and so never missed
           best_weights.save(step, model=state.variables)
           best_weights.wait()
-        log.write_evaluation(step, summary, picture_of(evaluation, dataset))
+        log.write_evaluation(step, summary, picture_of(evaluation, run.dataset))
         if is_first_process():
           scores = '  '.join(f'{name} {value:.2f}' for name, value in summary.items())
           bar.write(f'step {step}: {scores}', file=sys.stderr)
         return evaluation
 
-      def leave(step: int) -> None:
+      def leave(step: int) -> NoReturn:
         save(checkpoints, state, batches)
         checkpoints.wait()
         raise RunStopped(
@@ -154,7 +223,7 @@ def train_and_evaluate(
         )
 
       evaluation = None
-      if start == steps or (_is_due(start, config.eval.every, steps) and not log.has(start)):
+      if start == steps or (_is_due(start, plan.eval_every, steps) and not log.has(start)):
         evaluation = evaluate_and_log(start)  # stopped before it came to that
       in_flight: list[_Step] = []
       for step in range(start + 1, steps + 1):
@@ -165,7 +234,7 @@ def train_and_evaluate(
           # The signal may have ended the processes that make batches.
           if not stop.received or jax.process_count() > 1:
             raise
-          _finish(in_flight, splits['train'], but=0)
+          _finish(in_flight, split, but=0)
           leave(step - 1)
         state, metrics = train_step(
           state,
@@ -174,16 +243,17 @@ def train_and_evaluate(
         )
         in_flight.append(_Step(step, metrics, batch['index']))
         bar.update()
-        evaluates = _is_due(step, config.eval.every, steps)
-        saves = evaluates or _is_due(step, config.checkpoint.every, steps)
-        logs = saves or step % config.train.log_every == 0
+        evaluates = _is_due(step, plan.eval_every, steps)
+        saves = evaluates or _is_due(step, plan.checkpoint_every, steps)
+        logs = saves or step % plan.log_every == 0
         # The step before is looked at while this one runs; this one, too, where it is needed.
-        stops = _finish(in_flight, splits['train'], but=0 if logs else 1)
+        stops = _finish(in_flight, split, but=0 if logs else 1)
         if stops:
-          _finish(in_flight, splits['train'], but=0)
+          _finish(in_flight, split, but=0)
         if logs:
           values = {name: float(value) for name, value in metrics.items() if name != 'stop'}
-          bar.set_postfix(log.write(step, values, lr=float(schedule(step - 1))), refresh=False)
+          rate = float(np.asarray(learning_rate(step - 1)))
+          bar.set_postfix(log.write(step, values, lr=rate), refresh=False)
         if saves:  # before the evaluation, during which the program may be killed
           save(checkpoints, state, batches)
         if stops:
@@ -191,8 +261,7 @@ def train_and_evaluate(
         if evaluates:
           evaluation = evaluate_and_log(step)
   assert evaluation is not None
-  show_evaluation(evaluation, config, dataset)
-  write_evaluation(workdir, evaluation, config, dataset, images=len(splits['val']), step=steps)
+  run.report(evaluation)
   if is_first_process():
     write_curves(workdir / LOG, workdir / CURVES)
     print(summary_table(log.evaluations))
@@ -225,7 +294,7 @@ def _finish(steps: list[_Step], split: PreparedSplit, *, but: int) -> bool:
       raise UserError(
         f'the loss is {loss} and its update {update} at step {number}, on the images {images}; the '
         'last checkpoint is from before: look at the images and labels, or start with a lower '
-        'config.optimizer.learning_rate in a new --workdir.'
+        'learning rate in a new workdir.'
       )
     stops = stops or bool(metrics['stop'])
   return stops
@@ -239,3 +308,10 @@ def _on_each_device(flag: bool, mesh: Mesh) -> jax.Array:
   """(devices,) bool, a process's flag on each of its devices."""
   count = mesh.local_mesh.size
   return shard_batch({'flag': np.full(count, flag)}, mesh)['flag']
+
+
+def _gibibytes(compiled: jax.stages.Compiled) -> float:
+  """Memory of a compiled program: arguments, results and what lies between."""
+  memory: Any = compiled.memory_analysis()
+  total = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return (total + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 2**30

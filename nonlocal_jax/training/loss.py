@@ -1,15 +1,16 @@
 """Cross-entropy over the pixels of upsampled logits (mmseg `CrossEntropyLoss`)."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from nonlocal_jax.models.config import PixelLoss
+from nonlocal_jax.ops.blocks import map_blocks
 from nonlocal_jax.ops.resize import apply_axis_matrices, bilinear_matrix
 from nonlocal_jax.ops.upsampling import upsample, upsample_transpose_of, upsampling_factor
 
@@ -28,6 +29,25 @@ class Ohem(NamedTuple):
 
   thresh: float | None = 0.7
   min_kept: int = 100_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LossConfig:
+  """What the loss of a training step is.
+
+  Attributes:
+    auxiliary_weight: Factor of the auxiliary head's loss.
+    avg_non_ignore: Whether the mean is over labelled pixels, see `loss_divisor`.
+    class_weights: Weight of each class; None for 1 each.
+    ohem: Which pixels are summed over; None for all.
+    ignore_index: Label of the pixels without a class.
+  """
+
+  auxiliary_weight: float = 0.4
+  avg_non_ignore: bool = False
+  class_weights: tuple[float, ...] | None = None
+  ohem: Ohem | None = None
+  ignore_index: int = 255
 
 
 def loss_divisor(
@@ -105,24 +125,17 @@ def pixel_losses(
     ignore_index: Label of the pixels without a class.
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-  factor = upsampling_factor(logits.shape[1:3], labels.shape[1:], align_corners=align_corners)
+  (_, height, width, _), (_, out_height, out_width) = logits.shape, labels.shape
+  factor = upsampling_factor((height, width), (out_height, out_width), align_corners=align_corners)
   if factor is not None and method == 'reductions':
     return reduced_pixel_losses(logits, labels, factor, align_corners, ignore_index)
-  n, height, width = labels.shape
   rows, columns = (
     bilinear_matrix(before, after, align_corners=align_corners)
-    for before, after in zip(logits.shape[1:3], (height, width), strict=True)
+    for before, after in zip(logits.shape[1:3], labels.shape[1:], strict=True)
   )
-  parts = min(_PARTS, height)
-  size = -(-height // parts)
-  missing = parts * size - height
-  rows = np.pad(rows, ((0, missing), (0, 0))).reshape(parts, size, -1)
-  labels = jnp.pad(labels, ((0, 0), (0, missing), (0, 0)), constant_values=ignore_index)
-  labels = jnp.moveaxis(labels.reshape(n, parts, size, width), 1, 0)
 
-  @jax.checkpoint
-  def of_part(rows_and_labels: tuple[jax.Array, jax.Array]) -> PixelLosses:
-    rows, labels = rows_and_labels
+  def of_rows(rows_and_labels: tuple[jax.Array, jax.Array]) -> PixelLosses:
+    (rows,), labels = rows_and_labels
     upsampled = apply_axis_matrices(logits, rows, columns)
     valid = labels != ignore_index
     targets = jnp.where(valid, labels, 0).astype(jnp.int32)
@@ -130,10 +143,8 @@ def pixel_losses(
     hits = (jnp.argmax(upsampled, axis=-1) == targets) & valid
     return PixelLosses(jnp.where(valid, losses, 0), hits)
 
-  def put_together(x: jax.Array) -> jax.Array:
-    return jnp.moveaxis(x, 0, 1).reshape(n, parts * size, width)[:, :height]
-
-  return jax.tree.map(put_together, jax.lax.map(of_part, (jnp.asarray(rows), labels)))
+  few = -(-labels.shape[1] // _PARTS)
+  return map_blocks(of_rows, (jnp.asarray(rows)[None], labels), few, recompute=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

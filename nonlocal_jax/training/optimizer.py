@@ -1,10 +1,64 @@
 """SGD with momentum, weight decay and the poly schedule: the published recipe and its variants."""
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """SGD with momentum under the poly schedule.
+
+  Attributes:
+    learning_rate: At the first step.
+    min_learning_rate: At the end.
+    power: Exponent of the schedule.
+    schedule: Version of the schedule, see `poly_schedule`.
+    momentum: See `sgd`.
+    weight_decay: See `sgd`.
+    decay_norm_and_bias: See `sgd`.
+    head_multiplier: Factor of `learning_rate` in both heads.
+  """
+
+  learning_rate: float = 0.01
+  min_learning_rate: float = 1e-4
+  power: float = 0.9
+  schedule: Literal['v0', 'v1'] = 'v0'
+  momentum: float = 0.9
+  weight_decay: float = 5e-4
+  decay_norm_and_bias: bool = True
+  head_multiplier: float = 1.0
+
+  def make(self, steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate of the backbone by 0-based step, and the optimizer.
+
+    Args:
+      steps: Length of the training.
+    """
+
+    def schedule(learning_rate: float) -> optax.Schedule:
+      return poly_schedule(
+        learning_rate=learning_rate,
+        min_learning_rate=self.min_learning_rate,
+        power=self.power,
+        steps=steps,
+        version=self.schedule,
+      )
+
+    head_schedule = None
+    if self.head_multiplier != 1:
+      head_schedule = schedule(self.head_multiplier * self.learning_rate)
+    tx = sgd(
+      schedule(self.learning_rate),
+      momentum=self.momentum,
+      weight_decay=self.weight_decay,
+      decay_norm_and_bias=self.decay_norm_and_bias,
+      head_schedule=head_schedule,
+    )
+    return schedule(self.learning_rate), tx
 
 
 def poly_schedule(

@@ -2,19 +2,23 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.protocol import IMAGENET_MEAN, IMAGENET_STD
+from nonlocal_jax.runtime.compilation import compiler_options
+from nonlocal_jax.runtime.parallel import Platform, over_batch, platform_of_mesh, replicated
 from nonlocal_jax.training.loss import (
-  Ohem,
+  LossConfig,
   loss_divisor,
   pixel_accuracy,
   pixel_losses,
@@ -76,21 +80,66 @@ class TrainState:
     )
 
 
+def initial_state(
+  network: NonLocalNetConfig,
+  tx: optax.GradientTransformation,
+  *,
+  seed: int,
+  keep_ema: bool,
+  mesh: Mesh,
+) -> TrainState:
+  """The state of a new run from scratch, on each device of a mesh."""
+
+  def create() -> TrainState:
+    model = NonLocalNet(network, rngs=nnx.Rngs(seed))
+    return TrainState.create(nnx.state(model), tx, seed=seed, keep_ema=keep_ema)
+
+  return jax.jit(create, out_shardings=replicated(mesh))()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+  """What a training step computes.
+
+  Attributes:
+    loss: The loss.
+    dtype: Of activations, 'float32' or 'bfloat16'; parameters, statistics, softmax and loss are
+      float32.
+    precision: Of matrix products, see `jax_default_matmul_precision`.
+    accumulate: Equal parts of the batch that go through the network one after the other, their
+      gradients added. The divisor of the loss is that of the whole batch; batch normalization sees
+      one part at a time.
+    ema_decay: Weight of the old average in `TrainState.ema`; 0 if none is kept.
+    mean: Subtracted from each channel of the images, see `normalize`.
+    std: What each channel is divided by.
+  """
+
+  loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+  dtype: str = 'float32'
+  precision: str = 'default'
+  accumulate: int = 1
+  ema_decay: float = 0.0
+  mean: tuple[float, ...] = IMAGENET_MEAN
+  std: tuple[float, ...] = IMAGENET_STD
+
+
+class BatchShape(NamedTuple):
+  """A global batch of images.
+
+  Attributes:
+    size: Number of images, over all devices.
+    crop: (height, width) of each, in pixels.
+  """
+
+  size: int
+  crop: tuple[int, int]
+
+
 def make_train_step(
   config: NonLocalNetConfig,
   execution: Execution,
   tx: optax.GradientTransformation,
-  *,
-  auxiliary_weight: float,
-  ignore_index: int = 255,
-  avg_non_ignore: bool = False,
-  class_weights: Sequence[float] | None = None,
-  ohem: Ohem | None = None,
-  compute_dtype: jax.typing.DTypeLike = jnp.float32,
-  accumulate: int = 1,
-  ema_decay: float | None = None,
-  mean: Sequence[float] = IMAGENET_MEAN,
-  std: Sequence[float] = IMAGENET_STD,
+  options: StepConfig,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """The pure function of one training step, to be compiled with `jax.jit`.
 
@@ -98,18 +147,7 @@ def make_train_step(
     config: The network.
     execution: How it is computed.
     tx: The optimizer.
-    auxiliary_weight: Factor of the auxiliary head's loss.
-    ignore_index: Label of the pixels without a class.
-    avg_non_ignore: See `loss.loss_divisor`, as for `class_weights`.
-    class_weights: Weight of each class in the loss; None for 1 each.
-    ohem: See `loss.sum_of_losses`.
-    compute_dtype: Of activations; parameters, statistics, softmax and loss are float32.
-    accumulate: Equal parts of the batch that go through the network one after the other, their
-      gradients added. The divisor of the loss is that of the whole batch; batch normalisation sees
-      one part at a time.
-    ema_decay: Weight of the old average in `TrainState.ema`; None if none is kept.
-    mean: See `normalize`.
-    std: See `normalize`.
+    options: What the step computes.
 
   Returns:
     A function of the state and a batch `image` (n, h, w, 3) uint8 RGB, `label` (n, h, w) uint8,
@@ -118,8 +156,10 @@ def make_train_step(
     the change to the parameters), scalars.
   """
   graphdef = nnx.graphdef(NonLocalNet.abstract(config, execution))
+  loss_config, accumulate, dtype = options.loss, options.accumulate, jnp.dtype(options.dtype)
+  ignore_index, class_weights = loss_config.ignore_index, loss_config.class_weights
   total = functools.partial(
-    sum_of_losses, ignore_index=ignore_index, class_weights=class_weights, ohem=ohem
+    sum_of_losses, ignore_index=ignore_index, class_weights=class_weights, ohem=loss_config.ohem
   )
 
   def gradients(
@@ -127,12 +167,12 @@ def make_train_step(
   ) -> tuple[nnx.State, tuple[nnx.State, Metrics]]:
     """Of a part of a batch, its share of the loss of the whole."""
     labels = part['label'].astype(jnp.int32)
-    images = normalize(part['image'], mean=mean, std=std, sizes=part['size'])
-    images = images.astype(compute_dtype)
+    images = normalize(part['image'], mean=options.mean, std=options.std, sizes=part['size'])
+    images = images.astype(dtype)
     divisor = loss_divisor(
       whole['label'],
       ignore_index=ignore_index,
-      avg_non_ignore=avg_non_ignore,
+      avg_non_ignore=loss_config.avg_non_ignore,
       class_weights=class_weights,
     )
     labelled, all_labelled = (jnp.sum(x != ignore_index) for x in (labels, whole['label']))
@@ -151,7 +191,7 @@ def make_train_step(
       )
       loss_decode = total(pixels.losses, labels) / divisor
       loss_auxiliary = total(auxiliary_pixels.losses, labels) / divisor
-      loss = loss_decode + auxiliary_weight * loss_auxiliary
+      loss = loss_decode + loss_config.auxiliary_weight * loss_auxiliary
       accuracy = pixel_accuracy(pixels.hits, labels, ignore_index=ignore_index)
       metrics = {
         'loss': loss,
@@ -179,8 +219,8 @@ def make_train_step(
       return (*jax.tree.map(jnp.add, sums, [grads, metrics]), batch_stats), None
 
     names = ('loss', 'loss_decode', 'loss_auxiliary', 'accuracy')
-    dtype = jnp.promote_types(compute_dtype, jnp.float32)
-    zero_metrics = {name: jnp.zeros((), dtype) for name in names}
+    wide = jnp.promote_types(dtype, jnp.float32)
+    zero_metrics = {name: jnp.zeros((), wide) for name in names}
     start = (jax.tree.map(jnp.zeros_like, state.params), zero_metrics, state.batch_stats)
     (grads, metrics, batch_stats), _ = jax.lax.scan(add, start, (parts, jnp.arange(accumulate)))
     return grads, (batch_stats, metrics)
@@ -194,10 +234,10 @@ def make_train_step(
     else:
       grads, (batch_stats, metrics) = accumulated_gradients(state, batch, dropout_key)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    ema = state.ema
-    if ema_decay is not None:
-      ema = optax.incremental_update(params, ema, step_size=1 - ema_decay)
+    params: Any = optax.apply_updates(state.params, updates)
+    ema: Any = state.ema
+    if options.ema_decay:
+      ema = optax.incremental_update(params, ema, step_size=1 - options.ema_decay)
     next_state = TrainState(
       step=state.step + 1,
       params=params,
@@ -211,7 +251,68 @@ def make_train_step(
   return train_step
 
 
-def _norm(tree: nnx.State) -> jax.Array:
+def lower_train_step(
+  config: NonLocalNetConfig,
+  execution: Execution,
+  tx: optax.GradientTransformation,
+  options: StepConfig,
+  *,
+  batch: BatchShape,
+  mesh: Mesh,
+  platform: Platform | None = None,
+) -> jax.stages.Lowered:
+  """The program of a training step on the devices of a mesh, from shapes only; not yet compiled.
+
+  Args:
+    config: The network.
+    execution: How it is computed.
+    tx: The optimizer.
+    options: What the step computes.
+    batch: Shape of the global batch.
+    mesh: The devices, which may be described ones, see `jax.experimental.topologies`.
+    platform: That the program is for; None for that of `mesh`. A program for another platform can
+      be looked at, but not compiled.
+
+  Returns:
+    A program of the state, whose memory it takes over, the batch (see `make_train_step`) and `stop`
+    (devices,) bool, both split over the mesh. It returns the next state and the metrics, with
+    `stop` whether any of those is true.
+  """
+  step = make_train_step(config, execution, tx, options)
+
+  def train_step(
+    state: TrainState, batch: dict[str, jax.Array], stop: jax.Array
+  ) -> tuple[TrainState, Metrics]:
+    state, metrics = step(state, batch)
+    return state, {**metrics, 'stop': jnp.any(stop)}
+
+  everywhere, over = replicated(mesh), over_batch(mesh)
+  create = functools.partial(TrainState.create, tx=tx, seed=0, keep_ema=options.ema_decay > 0)
+  state = jax.eval_shape(create, state_shapes(config))
+  jitted = jax.jit(
+    train_step,
+    in_shardings=(everywhere, over, over),
+    out_shardings=(everywhere, everywhere),
+    donate_argnums=0,
+    compiler_options=compiler_options(platform or platform_of_mesh(mesh)),
+  )
+  images = batch.size, *batch.crop
+  arrays = {
+    'image': jax.ShapeDtypeStruct((*images, config.in_channels), jnp.uint8),
+    'label': jax.ShapeDtypeStruct(images, jnp.uint8),
+    'size': jax.ShapeDtypeStruct((batch.size, 2), jnp.int32),
+  }
+  # Batch normalization asks for one exchange between the devices of the mesh it is traced under.
+  with (
+    jax.default_matmul_precision(options.precision),
+    jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+  ):
+    traced = jitted.trace(state, arrays, jax.ShapeDtypeStruct((mesh.size,), jnp.bool))
+    names = None if platform is None else ({'gpu': 'cuda'}.get(platform, platform),)
+    return traced.lower(lowering_platforms=names)
+
+
+def _norm(tree: optax.Updates) -> jax.Array:
   """L2 norm; the many small arrays are one, since each takes a GPU two kernels."""
   leaves = jax.tree.leaves(tree)
   small = [leaf.ravel() for leaf in leaves if leaf.ndim < 2]
