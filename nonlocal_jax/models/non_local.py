@@ -35,6 +35,13 @@ class NonLocalBlock(nnx.Module):
   - dot_product: `theta_i . phi_j / keys`;
   - concatenation: `relu(w . [theta_i, phi_j]) / keys`.
 
+  >>> block = NonLocalBlock(8, rngs=nnx.Rngs(0))
+  >>> x = jnp.ones((2, 5, 6, 8))
+  >>> block(x).shape
+  (2, 5, 6, 8)
+  >>> bool((block(x) == x).all())  # starts as the identity
+  True
+
   Queries are processed in blocks, each recomputed in the backward pass, so that memory grows with
   the number of positions, not with its square; with a softmax so are keys.
   """

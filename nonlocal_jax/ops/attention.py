@@ -29,6 +29,11 @@ def softmax_attention(
 ) -> jax.Array:
   """Computes `softmax(scale * queries @ keys.T) @ values` in blocks of queries and keys.
 
+  >>> x = jax.random.normal(jax.random.key(0), (1, 6, 4))
+  >>> y = softmax_attention(x, x, x, scale=0.5, query_block=2, key_block=4)
+  >>> bool(jnp.allclose(y, jax.nn.softmax(0.5 * x @ x.mT) @ x, atol=1e-5))
+  True
+
   The softmax is online: it keeps a running maximum of the scores and rescales its partial sums
   when the maximum grows (https://arxiv.org/abs/2112.05682, section 2). The backward pass recomputes
   the scores block by block.
