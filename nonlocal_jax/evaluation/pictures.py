@@ -1,4 +1,4 @@
-"""Pictures of predictions beside the truth, for people."""
+"""Draws label maps beside and over their images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 def colourise(
   label: np.ndarray, palette: Sequence[tuple[int, int, int]], *, ignore_index: int = 255
 ) -> np.ndarray:
-  """Paints each class in its colour; ignored pixels are black.
+  """Maps each class to its color; ignored pixels are black.
 
   Args:
     label: (h, w) integers in [0, len(palette)) or `ignore_index`.
-    palette: RGB colours in [0, 255].
-    ignore_index: Label of the pixels without a class.
+    palette: The RGB color of each class, in [0, 255].
+    ignore_index: The label of ignored pixels.
 
   Returns:
     (h, w, 3) uint8 RGB.
@@ -37,13 +37,13 @@ def comparison(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> np.ndarray:
-  """Draws a row for each example, and the classes that occur below.
+  """Draws image, truth and prediction of each example, with a legend of the classes.
 
   Args:
-    examples: Image (h, w, 3) uint8 RGB, truth (h', w') and prediction (h', w'), integers, 255 for
-      ignored truth.
-    classes: Name of each class.
-    palette: RGB colour of each class.
+    examples: Image (h, w, 3) uint8 RGB, truth (h', w') and prediction (h', w'), integers; 255 in
+      the truth is ignored.
+    classes: The name of each class.
+    palette: The RGB color of each class.
 
   Returns:
     (h', w', 3) uint8 RGB.
@@ -63,13 +63,13 @@ def write_samples(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> None:
-  """Writes a PNG with a row for each sample: image, label map, and one over the other.
+  """Writes a PNG with image, label map and overlay of each sample, one sample per row.
 
   Args:
     path: The PNG file.
-    samples: Name, image (h, w, 3) uint8 RGB and label map (h, w), integers, 255 for ignored.
-    classes: Name of each class.
-    palette: RGB colour of each class.
+    samples: Name, image (h, w, 3) uint8 RGB and label map (h, w), integers; 255 is ignored.
+    classes: The name of each class.
+    palette: The RGB color of each class.
   """
   rows = []
   for _, image, label in samples:
