@@ -64,7 +64,8 @@ class _Batch(NamedTuple):
 class Evaluator:
   """Evaluates a network on one split, on all devices of all processes.
 
-  Each image counts exactly once, whatever the number of devices and processes. Images are padded to a few shapes, each of which is compiled once.
+  Each image counts exactly once, whatever the number of devices and processes. Images are padded to
+  a few shapes, each of which is compiled once.
   """
 
   def __init__(

@@ -25,10 +25,10 @@ def colourise(
   Returns:
     (h, w, 3) uint8 RGB.
   """
-  colours = np.zeros((256, 3), np.uint8)
-  colours[: len(palette)] = palette
-  colours[ignore_index] = 0
-  return colours[label]
+  colors = np.zeros((256, 3), np.uint8)
+  colors[: len(palette)] = palette
+  colors[ignore_index] = 0
+  return colors[label]
 
 
 def comparison(
@@ -73,8 +73,8 @@ def write_samples(
   """
   rows = []
   for _, image, label in samples:
-    colours = colourise(label, palette)
-    rows.append((image, colours, image // 2 + colours // 2))
+    colors = colourise(label, palette)
+    rows.append((image, colors, image // 2 + colors // 2))
   legend = _legend([label for *_, label in samples], classes, palette)
   names = [name for name, *_ in samples]
   sheet = _sheet(rows, ('image', 'label', 'both'), legend, names)
@@ -88,17 +88,17 @@ def overlay(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> np.ndarray:
-  """Lays the colours of the classes over an image, and a legend beside it.
+  """Blends the colors of the classes into an image and adds a legend on the right.
 
   Args:
     image: (h, w, 3) uint8 RGB.
     label: (h, w) integers in [0, len(classes)).
     classes: Name of each class.
-    palette: RGB colour of each class, in [0, 255].
+    palette: The RGB color of each class, in [0, 255].
 
   Returns:
-    (h', w', 3) uint8 RGB, h' >= h and w' > w: the legend names the classes that occur, the largest
-    first.
+    (h', w', 3) uint8 RGB with h' >= h and w' > w. The legend lists the classes that occur, the most
+    frequent first.
   """
   height, width = label.shape
   text = max(12, min(height, width) // 40)  # pixels
