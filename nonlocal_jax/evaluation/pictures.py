@@ -1,12 +1,15 @@
 """Draws label maps beside and over their images."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from nonlocal_jax.errors import UserError
 
 if TYPE_CHECKING:
   from matplotlib.patches import Patch
@@ -125,7 +128,8 @@ def _legend(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> list['Patch']:
-  from matplotlib.patches import Patch
+  with _plot_extra():
+    from matplotlib.patches import Patch
 
   present = np.unique(np.concatenate([label.ravel() for label in labels])).tolist()
   return [
@@ -141,8 +145,9 @@ def _sheet(
   legend: Sequence['Patch'],
   names: Sequence[str] = (),
 ) -> np.ndarray:
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
+  with _plot_extra():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
   heights = sum(3 * row[0].shape[0] / row[0].shape[1] for row in rows)
   figure = Figure(figsize=(9, 0.8 + heights + 0.22 * -(-len(legend) // 4)), dpi=110)
@@ -161,3 +166,14 @@ def _sheet(
   figure.subplots_adjust(0.01, bottom, 0.99, 1 - 0.3 / figure.get_figheight(), 0.02, 0.02)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+@contextlib.contextmanager
+def _plot_extra() -> Iterator[None]:
+  """Says how to install matplotlib where it is missing."""
+  try:
+    yield
+  except ImportError as error:
+    raise UserError(
+      f'these pictures need matplotlib ({error}); install it with: pip install nonlocal-jax[plot]'
+    ) from error
