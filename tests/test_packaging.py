@@ -85,15 +85,26 @@ def test_version():
 
 
 def test_the_core_imports_without_the_extras():
-  """As in an environment that has the core dependencies alone; loads a converted directory."""
+  """As with the core dependencies alone: load, predict, draw; what needs an extra names it."""
   extras = ['array_record', 'clu', 'grain', 'matplotlib', 'pyarrow', 'tensorboardX']
   extras += ['tensorflow_datasets', 'tensorflow', 'torch']
   program = f"""
 import sys
 sys.modules.update(dict.fromkeys({extras}))  # None: an import of it fails
 import nonlocal_jax
-print(len(nonlocal_jax.load('tests/data/converted_of_2026_11').classes))
+import numpy as np
+model = nonlocal_jax.load('tests/data/converted_of_2026_11')
+label = model.predict(np.zeros((20, 30, 3), np.uint8))
+from nonlocal_jax.cli import convert, predict
+from nonlocal_jax.evaluation import pictures
+options = dict(classes=model.classes, palette=model.palette)
+image = np.zeros((20, 30, 3), np.uint8)
+assert pictures.overlay(image, label, **options).shape[1] > 30
+try:
+  pictures.comparison([(image, label, label)], **options)
+except nonlocal_jax.UserError as error:
+  print(error)
 """
   result = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
-  assert result.stdout == '19\n'
+  assert 'pip install nonlocal-jax[plot]' in result.stdout

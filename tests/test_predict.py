@@ -12,6 +12,7 @@ import nonlocal_jax
 from nonlocal_jax.cli import predict
 from nonlocal_jax.evaluation.pictures import overlay
 from nonlocal_jax.inference.buckets import PaddedShape
+from nonlocal_jax.inference.images import read_image
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.loading import read_weights
@@ -55,7 +56,7 @@ def test_a_folder_becomes_label_maps_and_pictures(folder, peer_checkpoint, scrip
   stems = ['a', 'deep/b', 'ü c']
   assert names == {f'{stem}{end}' for stem in stems for end in ('.png', '_overlay.jpg')}
   for stem, (name, size) in zip(stems, SIZES.items(), strict=True):
-    image = predict.read(folder / name)
+    image = read_image(folder / name)
     label = Image.open(out / f'{stem}.png')
     np.testing.assert_array_equal(np.array(label), model.predict(image))
     colours = np.array(label.convert('RGB'))
@@ -120,7 +121,7 @@ def test_submissions_have_the_servers_label_values(
   arguments = [f'--checkpoint={weights}', f'--out={out}', '--submission', *SCALE]
   assert script(predict, folder / 'a.png', *arguments) == (None, '')
   model = in_box(nonlocal_jax.load(weights))
-  label = model.predict(predict.read(folder / 'a.png'))
+  label = model.predict(read_image(folder / 'a.png'))
   np.testing.assert_array_equal(np.array(Image.open(out / 'a.png')), np.array(values)[label])
   assert [path.name for path in out.iterdir()] == ['a.png']
 

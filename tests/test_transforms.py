@@ -162,7 +162,7 @@ def test_resize():
     image, label, rng = draw_sample(seed)
     box = tuple(rng.integers(30, 400, size=2).tolist())
     theirs = peers.Resize(scale=box, keep_ratio=True)(peer_sample(image, label))
-    assert_same((transforms.resize_image(image, box), transforms.resize_label(label, box)), theirs)
+    assert_same((transforms.resize(image, box), transforms.resize_label(label, box)), theirs)
 
 
 def test_random_scale():
@@ -170,7 +170,7 @@ def test_random_scale():
     image, label, rng = draw_sample(seed)
     scale, ratio_range = ((200, 60), (160, 160), (100, 210))[seed % 3], (0.5, 2.0)
     box = transforms.random_scale(rng, scale, ratio_range)
-    ours = transforms.resize_image(image, box), transforms.resize_label(label, box)
+    ours = transforms.resize(image, box), transforms.resize_label(label, box)
     peer = mmcv_peers.RandomResize(
       scale=scale, ratio_range=ratio_range, resize_type='mmseg.Resize', keep_ratio=True
     )
@@ -281,7 +281,7 @@ def test_normalize_and_padding_on_the_device_are_the_preprocessors():
       inputs = [to_tensor(image[..., ::-1].transpose(2, 0, 1).copy())]
       found = peer({'inputs': inputs, 'data_samples': [sample]}, training=True)['inputs']
       expected.append(found[0].numpy().transpose(1, 2, 0))
-    ours = jax.jit(normalize)(np.stack(images), np.array(sizes, np.int32))
+    ours = jax.jit(normalize)(np.stack(images), sizes=np.array(sizes, np.int32))
     np.testing.assert_array_max_ulp(np.asarray(ours), np.stack(expected), maxulp=1)
 
 

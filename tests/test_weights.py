@@ -17,7 +17,7 @@ import torch
 from flax import nnx
 
 import nonlocal_jax
-from nonlocal_jax.data.transforms import resize_image
+from nonlocal_jax.data.transforms import resize
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.ops.normalization import normalize
@@ -126,7 +126,7 @@ def test_predict_resizes_to_the_test_scale(rng, loaded, peer_model, tmp_path):
   description['protocol']['scale'] = [96, 80]
   (tmp_path / 'converted/model.json').write_text(json.dumps(description))
   image = rng.integers(0, 256, size=(60, 71, 3), dtype=np.uint8)
-  normalized = np.asarray(normalize(resize_image(image, (96, 80))[None]))[0]
+  normalized = np.asarray(normalize(resize(image, (96, 80))[None]))[0]
   assert normalized.shape == (80, 95, 3)
   expected = peer.final_logits(peer_model, normalized, (60, 71)).argmax(-1)
   predicted = nonlocal_jax.load(tmp_path / 'converted').predict(image)
@@ -142,6 +142,21 @@ def test_saved_weights_come_back_bit_by_bit(loaded, tmp_path):
   assert [path.name for path in tmp_path.iterdir()] == ['converted']
   with pytest.raises(UserError, match='converted exists; remove it'):
     loaded.save(tmp_path / 'converted')
+
+
+def test_load_module_is_the_network_of_the_predictor(rng, loaded, peer_checkpoint):
+  module = nonlocal_jax.load_module(peer_checkpoint)
+  assert module.config == loaded.description.config
+  images = jnp.asarray(rng.normal(size=(1, 65, 72, 3)), jnp.float32)
+  # Operations by themselves and in one program round differently.
+  np.testing.assert_allclose(module(images), loaded.logits(images), rtol=0, atol=1e-3)
+  again = nonlocal_jax.PretrainedModel.from_module(module, classes=loaded.classes)
+  assert again.protocol == loaded.protocol
+  image = rng.integers(0, 256, size=(60, 71, 3), dtype=np.uint8)
+  np.testing.assert_array_equal(again.predict(image), loaded.predict(image))
+  module.decode_head.conv_seg.bias[...] += 1e6 * jax.nn.one_hot(3, 19)  # of the module alone
+  assert set(np.asarray(module(images)).argmax(-1).ravel().tolist()) == {3}
+  np.testing.assert_array_equal(again.predict(image), loaded.predict(image))
 
 
 def test_predict_refuses_what_is_no_image(loaded):

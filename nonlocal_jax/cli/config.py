@@ -12,6 +12,8 @@ from ml_collections import ConfigDict, config_flags
 from nonlocal_jax import recipes
 from nonlocal_jax.errors import UsageError, UserError
 
+Config = ConfigDict  # for the annotations of the commands, which do not import ml_collections
+
 # A name such as ade20k_r101 or ade20k_r101:512x512_80k, and not a path.
 _NAME = re.compile(r'(?P<name>[A-Za-z0-9_-]+)(:.*)?')
 

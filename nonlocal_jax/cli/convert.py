@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from flax import nnx
-from ml_collections import ConfigDict
 
+from nonlocal_jax.cli.config import Config
 from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.protocol import EvalProtocol
@@ -181,7 +181,7 @@ def evaluation_command(description: ModelDescription, directory: Path) -> str:
   return f'{program_name()} eval --config={name} --checkpoint={where} {" ".join(flags)}'
 
 
-def _differing(wanted: Mapping[str, Any], config: ConfigDict) -> dict[str, Any]:
+def _differing(wanted: Mapping[str, Any], config: Config) -> dict[str, Any]:
   values = {key: config[key.split('.')[0]][key.split('.')[1]] for key in wanted}
   return {key: value for key, value in wanted.items() if values[key] != value}
 

@@ -21,10 +21,10 @@ from PIL import Image
 import nonlocal_jax
 from nonlocal_jax.cli.program import Parser
 from nonlocal_jax.data.paths import files_below
-from nonlocal_jax.data.transforms import decode_image
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
+from nonlocal_jax.inference.images import read_image
 from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
 from nonlocal_jax.models import Execution
 from nonlocal_jax.runtime.files import whole_file
@@ -94,7 +94,7 @@ def main(arguments: Sequence[str]) -> None:
   with progress_bar(len(images), 'Predicting', unit='img') as bar:
     for name, path in images.items():
       try:
-        image = read(path)
+        image = read_image(path)
       except UserError as error:
         failures.append(str(error))
       else:
@@ -139,20 +139,6 @@ def _images_of(given: str) -> Iterable[tuple[str, Path]]:
   for name in [given] if folder.is_file() else sorted(glob.glob(given, recursive=True)):
     if Path(name).is_file():
       yield Path(name).stem, Path(name)
-
-
-def read(path: Path) -> np.ndarray:
-  """Reads an image, (h, w, 3) uint8 RGB.
-
-  Raises:
-    UserError: If it cannot be read.
-  """
-  try:
-    return decode_image(path.read_bytes())
-  except OSError as error:
-    raise UserError(f'File {path} cannot be read: {error.strerror}.') from error
-  except ValueError as error:
-    raise UserError(f'File {path} is {error}.') from error
 
 
 def submission_values(model: PretrainedModel) -> np.ndarray:

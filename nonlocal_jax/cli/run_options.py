@@ -4,9 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
-
-from nonlocal_jax.cli.config import config_text, read_config
+from nonlocal_jax.cli.config import Config, config_text, read_config
 from nonlocal_jax.cli.program import Parser, print_and_exit
 from nonlocal_jax.recipes import base_config, config_names
 from nonlocal_jax.runtime.parallel import join_processes
@@ -62,7 +60,7 @@ def make_parser(command: str, description: str | None) -> Parser:
   return parser
 
 
-def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
+def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
   """Parses options and config; prints the config and exits if asked to; joins the processes.
 
   Args:

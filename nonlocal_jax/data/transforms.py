@@ -61,7 +61,7 @@ def train_sample(
   box = image.shape[:2] if augment.scale is None else augment.scale
   if augment.ratio_range is not None:
     box = random_scale(rng, box, augment.ratio_range)
-  image, label = resize_image(image, box), resize_label(label, box)
+  image, label = resize(image, box), resize_label(label, box)
   image, label = random_crop(rng, image, label, augment.crop, augment.cat_max_ratio)
   image, label = random_flip(rng, image, label, augment.flip_probability)
   if augment.photometric:
@@ -159,30 +159,40 @@ def rescaled_size(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int
   return int(h * factor + 0.5), int(w * factor + 0.5)
 
 
-def resize_image(image: np.ndarray, box: tuple[int, int]) -> np.ndarray:
-  """Scales an image into a box, bilinearly (mmcv `imrescale`).
+def resize(image: np.ndarray, scale: tuple[int, int], *, keep_ratio: bool = True) -> np.ndarray:
+  """Resizes an image bilinearly, as the published models were trained (mmcv `Resize`).
+
+  >>> image = np.zeros((300, 400, 3), np.uint8)
+  >>> resize(image, (2048, 512)).shape
+  (512, 683, 3)
+  >>> resize(image, (2048, 512), keep_ratio=False).shape
+  (512, 2048, 3)
 
   Args:
-    image: (h, w, 3) uint8.
-    box: See `rescaled_size`.
+    image: (h, w, c) uint8.
+    scale: (width, height) in pixels.
+    keep_ratio: Whether the aspect ratio is kept and `scale` is a box that the image is fitted into,
+      long side to long side, see `rescaled_size`.
 
   Returns:
-    (h', w', 3) uint8.
+    (h', w', c) uint8.
   """
-  return resize_to(image, rescaled_size(image.shape[:2], box))
+  size = rescaled_size(image.shape[:2], scale) if keep_ratio else (scale[1], scale[0])
+  return resize_to(image, size)
 
 
 def resize_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """Resizes an image, bilinearly (mmcv `imresize`).
 
   Args:
-    image: (h, w, 3) uint8.
+    image: (h, w, c) uint8.
     size: (h', w').
 
   Returns:
-    (h', w', 3) uint8.
+    (h', w', c) uint8.
   """
-  return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+  resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+  return resized.reshape(*size, image.shape[-1])  # OpenCV drops the axis of a single channel
 
 
 def resize_label(label: np.ndarray, box: tuple[int, int]) -> np.ndarray:

@@ -1,12 +1,15 @@
-"""Pictures of predictions beside the truth, for people."""
+"""Draws label maps beside and over their images."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from nonlocal_jax.errors import UserError
 
 if TYPE_CHECKING:
   from matplotlib.patches import Patch
@@ -15,20 +18,20 @@ if TYPE_CHECKING:
 def colourise(
   label: np.ndarray, palette: Sequence[tuple[int, int, int]], *, ignore_index: int = 255
 ) -> np.ndarray:
-  """Paints each class in its colour; ignored pixels are black.
+  """Maps each class to its color; ignored pixels are black.
 
   Args:
     label: (h, w) integers in [0, len(palette)) or `ignore_index`.
-    palette: RGB colours in [0, 255].
-    ignore_index: Label of the pixels without a class.
+    palette: The RGB color of each class, in [0, 255].
+    ignore_index: The label of ignored pixels.
 
   Returns:
     (h, w, 3) uint8 RGB.
   """
-  colours = np.zeros((256, 3), np.uint8)
-  colours[: len(palette)] = palette
-  colours[ignore_index] = 0
-  return colours[label]
+  colors = np.zeros((256, 3), np.uint8)
+  colors[: len(palette)] = palette
+  colors[ignore_index] = 0
+  return colors[label]
 
 
 def comparison(
@@ -37,13 +40,13 @@ def comparison(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> np.ndarray:
-  """Draws a row for each example, and the classes that occur below.
+  """Draws image, truth and prediction of each example, with a legend of the classes.
 
   Args:
-    examples: Image (h, w, 3) uint8 RGB, truth (h', w') and prediction (h', w'), integers, 255 for
-      ignored truth.
-    classes: Name of each class.
-    palette: RGB colour of each class.
+    examples: Image (h, w, 3) uint8 RGB, truth (h', w') and prediction (h', w'), integers; 255 in
+      the truth is ignored.
+    classes: The name of each class.
+    palette: The RGB color of each class.
 
   Returns:
     (h', w', 3) uint8 RGB.
@@ -63,18 +66,18 @@ def write_samples(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> None:
-  """Writes a PNG with a row for each sample: image, label map, and one over the other.
+  """Writes a PNG with image, label map and overlay of each sample, one sample per row.
 
   Args:
     path: The PNG file.
-    samples: Name, image (h, w, 3) uint8 RGB and label map (h, w), integers, 255 for ignored.
-    classes: Name of each class.
-    palette: RGB colour of each class.
+    samples: Name, image (h, w, 3) uint8 RGB and label map (h, w), integers; 255 is ignored.
+    classes: The name of each class.
+    palette: The RGB color of each class.
   """
   rows = []
   for _, image, label in samples:
-    colours = colourise(label, palette)
-    rows.append((image, colours, image // 2 + colours // 2))
+    colors = colourise(label, palette)
+    rows.append((image, colors, image // 2 + colors // 2))
   legend = _legend([label for *_, label in samples], classes, palette)
   names = [name for name, *_ in samples]
   sheet = _sheet(rows, ('image', 'label', 'both'), legend, names)
@@ -88,17 +91,17 @@ def overlay(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> np.ndarray:
-  """Lays the colours of the classes over an image, and a legend beside it.
+  """Blends the colors of the classes into an image and adds a legend on the right.
 
   Args:
     image: (h, w, 3) uint8 RGB.
     label: (h, w) integers in [0, len(classes)).
     classes: Name of each class.
-    palette: RGB colour of each class, in [0, 255].
+    palette: The RGB color of each class, in [0, 255].
 
   Returns:
-    (h', w', 3) uint8 RGB, h' >= h and w' > w: the legend names the classes that occur, the largest
-    first.
+    (h', w', 3) uint8 RGB with h' >= h and w' > w. The legend lists the classes that occur, the most
+    frequent first.
   """
   height, width = label.shape
   text = max(12, min(height, width) // 40)  # pixels
@@ -125,7 +128,8 @@ def _legend(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> list['Patch']:
-  from matplotlib.patches import Patch
+  with _plot_extra():
+    from matplotlib.patches import Patch
 
   present = np.unique(np.concatenate([label.ravel() for label in labels])).tolist()
   return [
@@ -141,8 +145,9 @@ def _sheet(
   legend: Sequence['Patch'],
   names: Sequence[str] = (),
 ) -> np.ndarray:
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from matplotlib.figure import Figure
+  with _plot_extra():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
   heights = sum(3 * row[0].shape[0] / row[0].shape[1] for row in rows)
   figure = Figure(figsize=(9, 0.8 + heights + 0.22 * -(-len(legend) // 4)), dpi=110)
@@ -161,3 +166,14 @@ def _sheet(
   figure.subplots_adjust(0.01, bottom, 0.99, 1 - 0.3 / figure.get_figheight(), 0.02, 0.02)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+@contextlib.contextmanager
+def _plot_extra() -> Iterator[None]:
+  """Says how to install matplotlib where it is missing."""
+  try:
+    yield
+  except ImportError as error:
+    raise UserError(
+      f'these pictures need matplotlib ({error}); install it with: pip install nonlocal-jax[plot]'
+    ) from error

@@ -1,18 +1,21 @@
-"""Trained networks in Python: `model = nonlocal_jax.load(PATH)`, `model.predict(image)`."""
+"""Trained networks in Python: `load` to predict, `load_module` to train on or to build with."""
 
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.data.transforms import resize_to
 from nonlocal_jax.inference.buckets import PaddedShape
+from nonlocal_jax.inference.images import ImageLike, as_array
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models import Execution, NonLocalNet
@@ -33,7 +36,13 @@ def load(
   execution: Execution | None = None,
   precision: Precision = 'highest',
 ) -> 'PretrainedModel':
-  """Loads a trained network; depth, width and classes are read off the weights.
+  """Loads a trained network to predict with.
+
+  >>> model = load('tests/data/converted_of_2026_11')
+  >>> model.classes[:3]
+  ('road', 'sidewalk', 'building')
+  >>> model.predict(np.zeros((64, 96, 3), np.uint8)).shape
+  (64, 96)
 
   Args:
     path: A .pth file of mmsegmentation, a converted directory, or the workdir of a training run
@@ -53,6 +62,34 @@ def load(
   """
   weights = read_weights(Path(path), align_corners=align_corners)
   return PretrainedModel(*weights, execution=execution, precision=precision)
+
+
+def load_module(
+  path: str | os.PathLike[str],
+  *,
+  align_corners: bool | None = None,
+  execution: Execution | None = None,
+) -> NonLocalNet:
+  """Loads a trained network as an `nnx.Module`, to fine-tune it or to use its parts.
+
+  >>> module = load_module('tests/data/converted_of_2026_11')
+  >>> module.backbone(jnp.zeros((1, 64, 96, 3)))[1].shape  # features of the last stage
+  (1, 8, 12, 64)
+
+  Args:
+    path: See `load`.
+    align_corners: See `load`.
+    execution: How the network is computed; None for what is fastest on JAX's default backend.
+
+  Returns:
+    The network with its weights on the default device.
+
+  Raises:
+    UserError: If there are no weights of a NonLocalNet.
+  """
+  description, state = read_weights(Path(path), align_corners=align_corners)
+  graphdef = nnx.graphdef(NonLocalNet.abstract(description.config, execution))
+  return nnx.merge(graphdef, jax.device_put(state, jax.local_devices()[0]))
 
 
 class PretrainedModel:
@@ -97,6 +134,47 @@ class PretrainedModel:
     self._traced_logits = logits
     self._logits = jax.jit(logits, compiler_options=compiler_options(platform))
 
+  @classmethod
+  def from_module(
+    cls,
+    module: NonLocalNet,
+    *,
+    classes: Sequence[str] = (),
+    palette: Sequence[tuple[int, int, int]] = (),
+    protocol: EvalProtocol | None = None,
+    precision: Precision = 'highest',
+  ) -> 'PretrainedModel':
+    """A predictor of a network that was trained or changed in Python, which `save` can write.
+
+    Args:
+      module: The network; its weights are copied.
+      classes: Name of each class; none for 'class 0', 'class 1', ...
+      palette: RGB colour of each class, in [0, 255]; none for distinct colours.
+      protocol: How images are tested; None for whole images at their own size.
+      precision: See `load`.
+
+    Raises:
+      UserError: If there are not as many names or colours as classes.
+      ValueError: If `precision` is unknown.
+    """
+    config = module.config
+    dataset = custom_dataset(config.num_classes, classes=classes, palette=palette)
+    description = ModelDescription(
+      config=config,
+      protocol=protocol or EvalProtocol(align_corners=config.align_corners),
+      dataset=dataset.name,
+      classes=dataset.classes,
+      palette=dataset.palette,
+      source='a module in Python',
+      sha256=None,
+      num_batches_tracked={},
+    )
+    state = jax.tree.map(jnp.copy, nnx.state(module, (nnx.Param, nnx.BatchStat)))
+    execution = module.execution
+    if execution.batch_norm == 'folded':
+      raise ValueError('module has folded batch norms; give one as it was loaded or trained')
+    return cls(description, state, execution=execution, precision=precision)
+
   @property
   def classes(self) -> tuple[str, ...]:
     """Name of each class."""
@@ -112,26 +190,43 @@ class PretrainedModel:
     """How images are tested."""
     return self.description.protocol
 
-  def predict(self, image: np.ndarray, *, multi_scale_flip: bool | None = None) -> np.ndarray:
+  @overload
+  def predict(self, image: ImageLike, *, multi_scale_flip: bool | None = None) -> np.ndarray: ...
+
+  @overload
+  def predict(
+    self, image: Sequence[ImageLike], *, multi_scale_flip: bool | None = None
+  ) -> list[np.ndarray]: ...
+
+  def predict(
+    self, image: ImageLike | Sequence[ImageLike], *, multi_scale_flip: bool | None = None
+  ) -> np.ndarray | list[np.ndarray]:
     """Predicts the class of each pixel by the model's `protocol`.
 
     Args:
-      image: (h, w, 3) uint8 RGB.
+      image: A path, a PIL image or an array (h, w, 3) uint8 RGB, or a list of them. Files and PIL
+        images are turned by their EXIF orientation. Arrays have the network's number of channels.
       multi_scale_flip: Whether to average over six sizes, each mirrored as well: better, and some
         17 times the work. None for what the protocol says.
 
     Returns:
-      (h, w) int32 in [0, classes).
+      (h, w) int32 in [0, classes); for a list a list of them.
 
     Raises:
-      ValueError: If `image` is of another shape or dtype.
+      UserError: If a file cannot be read.
+      ValueError: If an image has another shape, dtype or mode.
+      TypeError: If it is none of these.
     """
-    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8:
-      raise ValueError(f'image is {image.shape} {image.dtype}, expected (h, w, 3) uint8 RGB')
-    size = image.shape[:2]
+    if isinstance(image, list | tuple):
+      return [self._predict(each, multi_scale_flip) for each in image]
+    return self._predict(cast(ImageLike, image), multi_scale_flip)
+
+  def _predict(self, image: ImageLike, multi_scale_flip: bool | None) -> np.ndarray:
+    array = as_array(image, channels=self.description.config.in_channels)
+    size = array.shape[:2]
     predictor = self._predictor_of(multi_scale_flip)
     protocol = predictor.protocol
-    views = [resize_to(image, view.size) for view in views_of(protocol, size)]
+    views = [resize_to(array, view.size) for view in views_of(protocol, size)]
     shape = PaddedShape.from_image(size, protocol).with_room(networks=protocol.window_crop is None)
     labels = predictor(self._state, shape, [views], [size])
     return np.asarray(labels)[0, : size[0], : size[1]].astype(np.int32)
@@ -140,7 +235,7 @@ class PretrainedModel:
     """Logits of whole images at their own size.
 
     Args:
-      images: (n, h, w, 3) float32, normalised RGB (see `nonlocal_jax.models.normalize`).
+      images: (n, h, w, in_channels) float32, normalized (see `nonlocal_jax.normalize`).
 
     Returns:
       (n, h, w, classes) float32.

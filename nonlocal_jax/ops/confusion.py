@@ -9,6 +9,10 @@ def confusion_matrix(
 ) -> jax.Array:
   """Counts pixels by label and predicted class.
 
+  >>> labels, predictions = jnp.array([0, 0, 1, 255]), jnp.array([0, 1, 1, 0])
+  >>> confusion_matrix(predictions, labels, num_classes=2).tolist()
+  [[1, 1], [0, 1]]
+
   Args:
     predictions: Integers in [0, num_classes), any shape.
     labels: Integers in [0, num_classes) or `ignore_index`, the same shape; at most 2**31 - 1

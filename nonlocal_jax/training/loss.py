@@ -104,6 +104,13 @@ def pixel_losses(
 ) -> PixelLosses:
   """Cross-entropy of each pixel, of logits upsampled to the size of the labels.
 
+  >>> labels = jnp.array([[[0, 1], [255, 1]]])
+  >>> losses, hits = pixel_losses(jnp.zeros((1, 1, 1, 2)), labels)
+  >>> losses.round(3).tolist()
+  [[[0.6930000185966492, 0.6930000185966492], [0.0, 0.6930000185966492]]]
+  >>> hits.tolist()
+  [[[True, False], [False, False]]]
+
   Upsampled logits are the largest array of a training step where there are many classes, and are
   computed again in the backward pass. In 'row_blocks' they are held for a part of the rows only.
   With 'reductions' they are not held at all where every logit becomes a whole number of pixels, as

@@ -69,7 +69,13 @@ def poly_schedule(
   steps: int,
   version: Literal['v0', 'v1'],
 ) -> optax.Schedule:
-  """`min + (lr - min) * (1 - t / last) ** power`.
+  """Polynomial decay: `min + (lr - min) * (1 - t / last) ** power`.
+
+  >>> schedule = poly_schedule(
+  ...   learning_rate=1.0, min_learning_rate=0.0, power=1.0, steps=4, version='v0'
+  ... )
+  >>> [float(schedule(step)) for step in range(5)]
+  [1.0, 0.75, 0.5, 0.25, 0.0]
 
   Args:
     learning_rate: Value at step 0.

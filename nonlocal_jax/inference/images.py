@@ -1,0 +1,76 @@
+"""Images as they come: files, PIL images and arrays, all as uint8 RGB arrays."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from nonlocal_jax.data.transforms import decode_image
+from nonlocal_jax.errors import UserError
+
+ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
+
+_SIXTEEN_BITS = ('I;16', 'I;16L', 'I;16B', 'I;16N')
+_UNBOUNDED = ('I', 'F')  # modes of PIL without a largest value
+
+
+def as_array(image: ImageLike, *, channels: int = 3) -> np.ndarray:
+  """Reads or converts an image.
+
+  Args:
+    image: The path of an image file, a PIL image, or an array (h, w, channels) uint8.
+    channels: Channels that the image must have; files and PIL images have 3.
+
+  Returns:
+    (h, w, channels) uint8, of files and PIL images RGB with EXIF orientation applied.
+
+  Raises:
+    UserError: If a file cannot be read.
+    ValueError: If the image has another number of channels, dtype or mode.
+    TypeError: If it is none of these.
+  """
+  if isinstance(image, str | os.PathLike):
+    array = read_image(Path(image))
+  elif isinstance(image, Image.Image):
+    array = _from_pil(image)
+  elif isinstance(image, np.ndarray):
+    array = image
+  else:
+    raise TypeError(
+      f'image is a {type(image).__name__}, expected a path, a PIL image or a NumPy array; convert '
+      'it with np.asarray'
+    )
+  if array.ndim != 3 or array.shape[-1] != channels or array.dtype != np.uint8 or not array.size:
+    kind = 'uint8 RGB' if channels == 3 else 'uint8'
+    raise ValueError(
+      f'image is {array.shape} {array.dtype}, expected (h, w, {channels}) {kind}; convert it first'
+    )
+  return array
+
+
+def read_image(path: Path) -> np.ndarray:
+  """Reads an image file, EXIF orientation applied.
+
+  Returns:
+    (h, w, 3) uint8 RGB.
+
+  Raises:
+    UserError: If it cannot be read.
+  """
+  try:
+    return decode_image(path.read_bytes())
+  except OSError as error:
+    raise UserError(f'File {path} cannot be read: {error.strerror}.') from error
+  except ValueError as error:
+    raise UserError(f'File {path} is {error}.') from error
+
+
+def _from_pil(image: Image.Image) -> np.ndarray:
+  """Converts a PIL image as `read_image` does a file: no alpha, 16 bits shifted to 8."""
+  if image.mode in _UNBOUNDED:
+    raise ValueError(f"image has mode {image.mode!r}; convert it to 'RGB' first")
+  image = ImageOps.exif_transpose(image)
+  if image.mode in _SIXTEEN_BITS:
+    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  return np.asarray(image.convert('RGB'))
