@@ -89,8 +89,12 @@ def test_a_sample_by_itself_is_the_same(rng):
 def test_for_cuda_it_is_one_kernel_and_no_scores_are_held():
   shape = jax.ShapeDtypeStruct((1, 4096, 256), jnp.float32)
   function = functools.partial(flash_attention, scale=0.0625)
-  traced = jax.jit(function).trace(shape, shape, shape)
-  program = traced.lower(lowering_platforms=('cuda',)).as_text()
+  # Since JAX 0.12 it has to know the GPU.
+  gpu = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', num_cores=132, platform='gpu')
+  mesh = jax.sharding.AbstractMesh((1,), ('data',), abstract_device=gpu)
+  with jax.sharding.use_abstract_mesh(mesh):
+    traced = jax.jit(function).trace(shape, shape, shape)
+    program = traced.lower(lowering_platforms=('cuda',)).as_text()
   assert len(re.findall(r'custom_call @__gpu\$xla\.gpu\.triton', program)) == 1
   assert '4096x4096' not in program
   assert 'stablehlo.reduce_precision' in program  # XLA would drop a conversion and back
