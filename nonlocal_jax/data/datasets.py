@@ -1,4 +1,4 @@
-"""What each dataset is: its classes, their colours, and how its label values are read."""
+"""Descriptions of datasets: classes, colours, and how label values are read."""
 
 import colorsys
 import dataclasses
@@ -95,7 +95,7 @@ def custom_dataset(
   label_map: Sequence[int] = (),
   layout: Literal['cityscapes', 'ade20k', 'voc12aug', 'custom'] = 'custom',
 ) -> Dataset:
-  """Describes a dataset of one's own, or another set of classes for a published one.
+  """Describes a custom dataset, or another set of classes for a published one.
 
   Args:
     num_classes: Number of classes; None for that of the names, or else what the label map leads to.
@@ -147,7 +147,7 @@ def custom_dataset(
 
 
 def merge_classes(dataset: Dataset, label_map: Sequence[int]) -> Dataset:
-  """Takes some classes of a dataset, in another order or several as one.
+  """Selects, reorders or merges classes of a dataset.
 
   Args:
     dataset: The dataset.
@@ -178,7 +178,7 @@ def merge_classes(dataset: Dataset, label_map: Sequence[int]) -> Dataset:
 
 
 def read_description(source_dir: str | PathLike[str]) -> dict[str, Any]:
-  """Reads `dataset.json`, which may lie beside the images of a custom dataset.
+  """Reads the optional `dataset.json` beside the images of a custom dataset.
 
   Args:
     source_dir: The folder of the dataset.
@@ -237,7 +237,7 @@ _FIELDS = {
 
 
 def distinct_colours(count: int) -> tuple[Colour, ...]:
-  """Makes up to 255 different colours: hues in golden-ratio steps, in four shades by turns.
+  """Returns up to 255 distinct colours: hues in golden-ratio steps, cycling through four shades.
 
   Args:
     count: How many.

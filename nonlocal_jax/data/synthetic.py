@@ -1,4 +1,4 @@
-"""The demo set: the class of a shape is decided by a disc beyond the backbone's sight."""
+"""The demo set: a disc outside the backbone's receptive field decides the class of a shape."""
 
 import shutil
 from pathlib import Path
@@ -34,11 +34,11 @@ IMAGE_SIZE = 192
 _DISC_COLOURS = ((220, 40, 40), (40, 190, 60), (50, 80, 230))
 _DISC_RADIUS = 22
 _SHAPE_RADIUS = 20
-# The backbone with one block per stage and the head's convolutions see 63 pixels to each side of a
-# feature; bilinear upsampling reaches one feature further.
+# The receptive field of backbone (one block per stage) and head convolutions extends 63 pixels to
+# each side of a feature; bilinear upsampling adds one feature.
 _SIGHT = 76
 _SHAPES = 5
-_TRIALS = 100  # places at which shapes are tried
+_TRIALS = 100  # positions tried for a shape
 
 
 def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
