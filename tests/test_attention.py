@@ -69,13 +69,13 @@ def test_attention_and_gradients_equal_pytorch(
     np.asarray(jnp.asarray(rng.normal(size=shape) * factor, dtype), np.float64)
     for shape, factor in zip(shapes, (size, 1 / size, size, size), strict=True)
   ]
-  present = np.ones((2, num_keys), bool)
+  key_mask = np.ones((2, num_keys), bool)
   if masked:
-    present = rng.random((2, num_keys)) < 0.6
+    key_mask = rng.random((2, num_keys)) < 0.6
 
   def ours(*inputs):
-    mask = jnp.asarray(present) if masked else None
-    return cudnn_attention(*inputs, scale=0.4, present=mask)
+    mask = jnp.asarray(key_mask) if masked else None
+    return cudnn_attention(*inputs, scale=0.4, key_mask=mask)
 
   y, pull = jax.vjp(ours, *(jnp.asarray(array, dtype) for array in arrays[:3]))
   assert y.dtype == dtype
@@ -83,7 +83,7 @@ def test_attention_and_gradients_equal_pytorch(
 
   inputs = [torch.as_tensor(array).requires_grad_() for array in arrays[:3]]
   expected = torch.nn.functional.scaled_dot_product_attention(
-    *inputs, attn_mask=torch.as_tensor(present)[:, None], scale=0.4
+    *inputs, attn_mask=torch.as_tensor(key_mask)[:, None], scale=0.4
   )
   expected.backward(torch.as_tensor(arrays[3]))
   for our, their in zip(found, [expected.detach(), *(x.grad for x in inputs)], strict=True):

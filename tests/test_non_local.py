@@ -91,22 +91,22 @@ def test_attention_and_gradients_in_blocks_equal_pytorch(rng, query_block, key_b
   shapes = [(2, 24, 4), (2, 20, 4), (2, 20, 3), (2, 24, 3)]
   arrays = [rng.normal(size=shape) for shape in shapes]
   arrays[0] *= np.where(rng.random((2, 24, 1)) < 0.5, 1, 1000)
-  present = np.ones((2, 20), bool)
+  key_mask = np.ones((2, 20), bool)
   if masked:
-    present = rng.random((2, 20)) < 0.6
-    present[:, 0], present[0, 5:] = True, False  # whole blocks are absent
+    key_mask = rng.random((2, 20)) < 0.6
+    key_mask[:, 0], key_mask[0, 5:] = True, False  # whole blocks are masked
   with jax.enable_x64():
 
     def ours(*inputs):
-      mask = jnp.asarray(present) if masked else None
+      mask = jnp.asarray(key_mask) if masked else None
       blocks = {'query_block': query_block, 'key_block': key_block}
-      return softmax_attention(*inputs, scale=0.4, present=mask, **blocks)
+      return softmax_attention(*inputs, scale=0.4, key_mask=mask, **blocks)
 
     y, pull = jax.vjp(ours, *map(jnp.asarray, arrays[:3]))
     found = [y, *pull(jnp.asarray(arrays[3]))]
   inputs = [torch.as_tensor(array).requires_grad_() for array in arrays[:3]]
   expected = torch.nn.functional.scaled_dot_product_attention(
-    *inputs, attn_mask=torch.as_tensor(present)[:, None], scale=0.4
+    *inputs, attn_mask=torch.as_tensor(key_mask)[:, None], scale=0.4
   )
   expected.backward(torch.as_tensor(arrays[3]))
   for our, their in zip(found, [expected.detach(), *(x.grad for x in inputs)], strict=True):

@@ -1,1 +1,1 @@
-"""Evaluation: the evaluator, scores, reports and pictures."""
+"""Evaluation of a network on a dataset: the evaluator, metrics, reports and pictures."""

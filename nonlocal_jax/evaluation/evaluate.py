@@ -1,4 +1,4 @@
-"""What an evaluation prints and writes, and the published score beside it."""
+"""Prints and writes the results of an evaluation, and looks up the published score."""
 
 from pathlib import Path
 
@@ -19,11 +19,13 @@ PICTURE = 'predictions.png'
 
 
 def show_evaluation(evaluation: Evaluation, dataset: Dataset, *, more: bool = False) -> None:
-  """Prints the scores of each class and their means, and why some have none (first process).
+  """Prints the scores of each class and their means, and explains undefined ones.
+
+  Only the first process prints.
 
   Args:
-    evaluation: What was found.
-    dataset: Names of the classes.
+    evaluation: The results.
+    dataset: The dataset, which names the classes.
     more: Whether to add Dice, Fscore, Precision and Recall.
   """
   if not is_first_process():
@@ -37,12 +39,14 @@ def show_evaluation(evaluation: Evaluation, dataset: Dataset, *, more: bool = Fa
 def write_evaluation(
   workdir: Path, evaluation: Evaluation, dataset: Dataset, facts: ReportFacts
 ) -> None:
-  """Writes `metrics.json` (see `report.write_report`) and `predictions.png`, on the first process.
+  """Writes `metrics.json` (see `report.write_report`) and `predictions.png`.
+
+  Only the first process writes.
 
   Args:
-    workdir: Where to; made if it is not there.
-    evaluation: What was found.
-    dataset: Names and colours of the classes.
+    workdir: The output directory, created if it does not exist.
+    evaluation: The results.
+    dataset: The dataset, which names the classes and gives their colors.
     facts: What the scores depend on.
   """
   if not is_first_process():
@@ -53,23 +57,23 @@ def write_evaluation(
 
 
 def picture_of(evaluation: Evaluation, dataset: Dataset) -> np.ndarray:
-  """The examples of an evaluation as (h, w, 3) uint8 RGB, see `pictures.comparison`."""
+  """Draws the examples of an evaluation, (h, w, 3) uint8 RGB; see `pictures.comparison`."""
   return comparison(evaluation.examples, classes=dataset.classes, palette=dataset.palette)
 
 
 def comparable_miou(
   released: ReleasedModel, dataset: Dataset, protocol: EvalProtocol, *, images: int
 ) -> float | None:
-  """The published mIoU of a released model, if it was measured in the same way; else says why not.
+  """Returns the published mIoU of a released model if it is comparable, else prints why it is not.
 
   Args:
-    released: The model.
-    dataset: What is tested on.
-    protocol: How images are tested.
-    images: How many images are tested.
+    released: The released model.
+    dataset: The dataset of this evaluation.
+    protocol: The protocol of this evaluation.
+    images: The number of images in this evaluation.
 
   Returns:
-    In percent, None if it is not comparable.
+    The mIoU in percent, or None if it is not comparable.
   """
   published = released.miou_ms_flip if protocol.averages else released.miou
   if published is None:
@@ -88,6 +92,7 @@ def comparable_miou(
 def _differences(
   released: ReleasedModel, dataset: Dataset, protocol: EvalProtocol, images: int
 ) -> list[str]:
+  """Lists what the published test did otherwise."""
   original, theirs, differences = PUBLISHED[released.dataset], released.protocol, []
   labels = (dataset.name, dataset.label_map, dataset.ignore_labels)
   if labels != (original.name, original.label_map, original.ignore_labels):

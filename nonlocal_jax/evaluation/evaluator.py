@@ -1,4 +1,4 @@
-"""Evaluation of a network on a split: images in, scores out."""
+"""Evaluates a network on a dataset split."""
 
 import dataclasses
 import functools
@@ -29,14 +29,14 @@ T = TypeVar('T')
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """What an evaluation found.
+  """The results of an evaluation.
 
   Attributes:
     confusion: (classes, classes) int64, rows by label, columns by prediction.
-    scores: The scores read off it.
-    examples: Image, truth and prediction of a few images, evenly spread over this process's part of
-      the split.
-    seconds: How long it took.
+    scores: The scores computed from `confusion`.
+    examples: Image, label and prediction of a few images, evenly spaced over the split; those that
+      this process evaluated.
+    seconds: The duration of the evaluation.
   """
 
   confusion: np.ndarray
@@ -49,9 +49,9 @@ class _Batch(NamedTuple):
   """A batch that is being evaluated.
 
   Attributes:
-    indices: Its images, of all processes.
+    indices: The indices of its images in the split, over all processes.
     samples: The samples of this process.
-    predictions: (n, h, w) uint8 of all processes, see `Predictor`.
+    predictions: (n, h, w) uint8, over all processes; see `Predictor`.
     confusion: (classes, classes) int32, summed over all processes.
   """
 
@@ -64,8 +64,8 @@ class _Batch(NamedTuple):
 class Evaluator:
   """Evaluates a network on one split, on all devices of all processes.
 
-  Each image is counted once, whatever their number. Images of any size share a few shapes, each of
-  which is compiled once.
+  Each image counts exactly once, whatever the number of devices and processes. Images are padded to
+  a few shapes, each of which is compiled once.
   """
 
   def __init__(
@@ -81,13 +81,13 @@ class Evaluator:
     """Plans the evaluation.
 
     Args:
-      predictor: How to predict, and on which devices; its network's `Execution.batch_norm` is
+      predictor: Predicts on the devices of its mesh; its network's `Execution.batch_norm` must be
         'folded'.
       split: The prepared images and labels.
-      num_classes: Number of classes.
-      label_lookup: See `transforms.label_lookup`.
-      batch_size: Images at once, over all devices and processes.
-      most_shapes: See `buckets.shapes_for`.
+      num_classes: The number of classes.
+      label_lookup: Maps label values to classes, see `transforms.label_lookup`.
+      batch_size: The number of images per batch, over all devices and processes.
+      most_shapes: The largest number of padded shapes, see `buckets.shapes_for`.
     """
     self._predictor = predictor
     options = compiler_options(platform_of_mesh(predictor.mesh))
@@ -96,7 +96,7 @@ class Evaluator:
       out_shardings=replicated(predictor.mesh),
       compiler_options=options,
     )
-    # Replicated: each process reads the sum over all images.
+    # Replicated, so that each process can read the sum over all images.
     self._count = jax.jit(
       functools.partial(confusion_matrix, num_classes=num_classes, ignore_index=IGNORE),
       out_shardings=replicated(predictor.mesh),
@@ -114,17 +114,20 @@ class Evaluator:
     self._local_batch_size = batch_size // jax.process_count()
 
   def prepared(self, state: nnx.State) -> nnx.State:
-    """What is evaluated of parameters and running statistics: folded, and on all devices.
+    """Folds batch normalization into the convolutions and replicates the result over the devices.
 
-    Apart from the evaluation, so that what it is made of need not be kept meanwhile.
+    This is a separate step so that the caller can free `state` before the evaluation.
 
     Args:
-      state: On the devices or on the host.
+      state: Parameters and running statistics, on the devices or on the host.
+
+    Returns:
+      The weights that `__call__` takes.
     """
     return self._fold(state)
 
   def __call__(self, weights: nnx.State) -> Evaluation:
-    """Evaluates `prepared` weights on the whole split, with a progress bar."""
+    """Evaluates the weights that `prepared` returned on the whole split."""
     started = time.perf_counter()
     examples = np.linspace(0, len(self._split) - 1, _EXAMPLES, dtype=int).tolist()
     confusion = np.zeros((self._num_classes, self._num_classes), np.int64)
@@ -147,7 +150,7 @@ class Evaluator:
     return Evaluation(confusion, scores(confusion), in_order, seconds)
 
   def _evaluated(self, weights: nnx.State) -> Iterator[_Batch]:
-    """Predicts and counts batch after batch; the devices may not be done yet."""
+    """Yields the batches; their arrays may still be computing."""
     first = jax.process_index() * self._local_batch_size
     loaded = eval_batches(
       self._split,
@@ -171,6 +174,7 @@ class Evaluator:
 
 
 def _by_shape(shapes: Iterable[PaddedShape]) -> dict[PaddedShape, list[int]]:
+  """Groups the indices of images by padded shape."""
   indices: dict[PaddedShape, list[int]] = {}
   for index, shape in enumerate(shapes):
     indices.setdefault(shape, []).append(index)
@@ -178,7 +182,7 @@ def _by_shape(shapes: Iterable[PaddedShape]) -> dict[PaddedShape, list[int]]:
 
 
 def _one_behind(items: Iterable[T]) -> Iterator[T]:
-  """Hands on each item when the next is under way, so that devices and loading do not wait."""
+  """Yields each item after requesting the next, so that loading overlaps with computing."""
   before = []
   for item in items:
     yield from before
@@ -187,6 +191,6 @@ def _one_behind(items: Iterable[T]) -> Iterator[T]:
 
 
 def _local_rows(array: jax.Array) -> np.ndarray:
-  """This process's part of an array that is split along its first axis."""
+  """Returns this process's part of an array that is sharded along its first axis."""
   shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
   return np.concatenate([shard.data for shard in shards])

@@ -1,4 +1,4 @@
-"""The scores read off a confusion matrix (mmseg `IoUMetric`)."""
+"""Computes segmentation metrics from a confusion matrix, as mmseg's `IoUMetric` does."""
 
 import collections
 import dataclasses
@@ -9,18 +9,16 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-  """Scores in [0, 1]; NaN where 0 / 0.
+  """Segmentation metrics in [0, 1], NaN where undefined.
+
+  For a class with I correct, L labelled and P predicted pixels.
 
   Attributes:
-    iou: (num_classes,) float64: intersection over union; NaN for a class neither labelled nor
-      predicted.
-    accuracy: (num_classes,) float64: share of a class's pixels that are found; NaN for a class not
-      labelled.
-    dice: (num_classes,) float64: twice the intersection over the sum of labelled and predicted
-      pixels; NaN for a class neither labelled nor predicted.
-    precision: (num_classes,) float64: share of the pixels predicted as a class that are of it; NaN
-      for a class not predicted.
-    all_accuracy: Share of all labelled pixels that are right (aAcc).
+    iou: (num_classes,) float64: I / (L + P - I); NaN for a class neither labelled nor predicted.
+    accuracy: (num_classes,) float64: I / L; NaN for a class not labelled.
+    dice: (num_classes,) float64: 2 I / (L + P); NaN for a class neither labelled nor predicted.
+    precision: (num_classes,) float64: I / P; NaN for a class not predicted.
+    all_accuracy: The share of labelled pixels whose prediction is correct (aAcc).
   """
 
   iou: np.ndarray
@@ -31,34 +29,36 @@ class Scores:
 
   @property
   def recall(self) -> np.ndarray:
-    """`accuracy` by the name that it has beside `precision`."""
+    """Returns `accuracy`, under the name that goes with `precision`."""
     return self.accuracy
 
   @property
   def f_score(self) -> np.ndarray:
-    """Harmonic mean of precision and recall, (num_classes,) float64.
+    """Returns the harmonic mean of precision and recall, (num_classes,) float64.
 
-    It is NaN where one of them is, or both are 0: other than `dice`, for every class of which no
-    pixel is right.
+    It is NaN for every class without a correct pixel, where `dice` can be 0.
     """
     with np.errstate(invalid='ignore'):
       return 2 * self.precision * self.recall / (self.precision + self.recall)
 
   @property
   def mean_iou(self) -> float:
-    """Mean over the classes whose IoU is defined (mIoU)."""
+    """Returns the mean IoU over the classes for which it is defined (mIoU)."""
     return _mean_of_defined(self.iou)
 
   @property
   def mean_accuracy(self) -> float:
-    """Mean over the classes whose accuracy is defined (mAcc)."""
+    """Returns the mean accuracy over the classes for which it is defined (mAcc)."""
     return _mean_of_defined(self.accuracy)
 
   def by_class(self, *, more: bool = False) -> dict[str, np.ndarray]:
-    """IoU and Acc of each class; with `more`, Dice, Fscore, Precision and Recall too.
+    """Returns the metrics of each class, by name.
+
+    Args:
+      more: Whether to add Dice, Fscore, Precision and Recall to IoU and Acc.
 
     Returns:
-      (num_classes,) float64 in [0, 1] or NaN, by name.
+      (num_classes,) float64 in [0, 1] or NaN for each metric.
     """
     found = {'IoU': self.iou, 'Acc': self.accuracy}
     if more:
@@ -71,9 +71,12 @@ class Scores:
     return found
 
   def summary(self, *, more: bool = False) -> dict[str, float]:
-    """aAcc, mIoU and mAcc in percent; with `more`, mDice, mFscore, mPrecision and mRecall too.
+    """Returns aAcc and the mean of each metric over the classes, in percent.
 
-    The means are over the classes whose score is defined, NaN if there is none.
+    A mean leaves out classes for which the metric is undefined; it is NaN if all are.
+
+    Args:
+      more: See `by_class`.
     """
     means = {
       f'm{name}': 100 * _mean_of_defined(values)
@@ -82,10 +85,10 @@ class Scores:
     return {'aAcc': 100 * self.all_accuracy, **means}
 
   def table(self, classes: Sequence[str], *, more: bool = False) -> str:
-    """A table in percent, a line for each class and one for the means.
+    """Returns a text table in percent, with a line for each class and one for the means.
 
     Args:
-      classes: Name of each class.
+      classes: The name of each class.
       more: See `by_class`.
     """
     names = distinct_names(classes)
@@ -100,7 +103,7 @@ class Scores:
 
 
 def scores(confusion: np.ndarray) -> Scores:
-  """Scores of a confusion matrix.
+  """Computes the scores of a confusion matrix.
 
   Args:
     confusion: (c, c) integers, rows by label, columns by prediction.
@@ -119,16 +122,17 @@ def scores(confusion: np.ndarray) -> Scores:
 def undefined_reasons(
   confusion: np.ndarray, classes: Sequence[str], *, more: bool = False
 ) -> dict[str, str]:
-  """Says of each class with an undefined (NaN) score why it is so, and what that does to the means.
+  """Explains the undefined scores of each class and their effect on the means.
 
   Args:
     confusion: (c, c) integers, rows by label, columns by prediction.
-    classes: Name of each class.
-    more: Whether to look at all scores; else at IoU and Acc.
+    classes: The name of each class.
+    more: See `Scores.by_class`.
 
   Returns:
-    A sentence for each such class by its `distinct_names`, e.g. 'Absent from the labels, predicted
-    in 3 pixels: Acc is undefined and left out of mAcc; IoU is 0 and counts in mIoU.'
+    A sentence for each class with an undefined score, by its `distinct_names`, such as 'Absent from
+    the labels, predicted in 3 pixels: Acc is undefined and left out of mAcc; IoU is 0 and counts in
+    mIoU.'
   """
   _, labelled, predicted = _areas(confusion)
   columns = scores(confusion).by_class(more=more)
@@ -147,7 +151,7 @@ def undefined_reasons(
 
 
 def distinct_names(classes: Sequence[str]) -> list[str]:
-  """The names of classes; where several share one, each with its index behind: 'tree (4)'."""
+  """Returns the class names, with the index appended where several share one: 'tree (4)'."""
   names = list(classes)
   while shared := {name for name, count in collections.Counter(names).items() if count > 1}:
     names = [f'{name} ({index})' if name in shared else name for index, name in enumerate(names)]
@@ -155,7 +159,7 @@ def distinct_names(classes: Sequence[str]) -> list[str]:
 
 
 def _areas(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Pixels of each class that are right, labelled, and predicted; (c,) int64 each."""
+  """Returns the correct, labelled and predicted pixels of each class, (c,) int64."""
   confusion = confusion.astype(np.int64)
   return np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
 
@@ -171,7 +175,7 @@ def _table_line(name: str, width: int, cells: Iterable[str], widths: Iterable[in
 
 
 def _why_undefined(labelled: int, predicted: int) -> str:
-  """Of a class that has no pixel right."""
+  """Explains why a class without a correct pixel has undefined scores."""
   if labelled and predicted:
     return f'Labelled in {labelled} and predicted in {predicted} pixels, none of them the same'
   if labelled:
@@ -182,7 +186,7 @@ def _why_undefined(labelled: int, predicted: int) -> str:
 
 
 def _each(names: Sequence[str], value: str, effect: str) -> str:
-  """E.g. 'IoU and Acc are undefined and left out of mIoU and mAcc'."""
+  """Returns e.g. 'IoU and Acc are undefined and left out of mIoU and mAcc'."""
   verb = 'is' if len(names) == 1 else 'are'
   return f'{_listed(names)} {verb} {value} and {effect} {_listed([f"m{name}" for name in names])}'
 

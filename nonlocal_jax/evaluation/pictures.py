@@ -1,4 +1,4 @@
-"""Pictures of predictions beside the truth, for people."""
+"""Draws label maps beside and over their images."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 def colourise(
   label: np.ndarray, palette: Sequence[tuple[int, int, int]], *, ignore_index: int = 255
 ) -> np.ndarray:
-  """Paints each class in its colour; ignored pixels are black.
+  """Maps each class to its color; ignored pixels are black.
 
   Args:
     label: (h, w) integers in [0, len(palette)) or `ignore_index`.
-    palette: RGB colours in [0, 255].
-    ignore_index: Label of the pixels without a class.
+    palette: The RGB color of each class, in [0, 255].
+    ignore_index: The label of ignored pixels.
 
   Returns:
     (h, w, 3) uint8 RGB.
   """
-  colours = np.zeros((256, 3), np.uint8)
-  colours[: len(palette)] = palette
-  colours[ignore_index] = 0
-  return colours[label]
+  colors = np.zeros((256, 3), np.uint8)
+  colors[: len(palette)] = palette
+  colors[ignore_index] = 0
+  return colors[label]
 
 
 def comparison(
@@ -40,13 +40,13 @@ def comparison(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> np.ndarray:
-  """Draws a row for each example, and the classes that occur below.
+  """Draws image, truth and prediction of each example, with a legend of the classes.
 
   Args:
-    examples: Image (h, w, 3) uint8 RGB, truth (h', w') and prediction (h', w'), integers, 255 for
-      ignored truth.
-    classes: Name of each class.
-    palette: RGB colour of each class.
+    examples: Image (h, w, 3) uint8 RGB, truth (h', w') and prediction (h', w'), integers; 255 in
+      the truth is ignored.
+    classes: The name of each class.
+    palette: The RGB color of each class.
 
   Returns:
     (h', w', 3) uint8 RGB.
@@ -66,18 +66,18 @@ def write_samples(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> None:
-  """Writes a PNG with a row for each sample: image, label map, and one over the other.
+  """Writes a PNG with image, label map and overlay of each sample, one sample per row.
 
   Args:
     path: The PNG file.
-    samples: Name, image (h, w, 3) uint8 RGB and label map (h, w), integers, 255 for ignored.
-    classes: Name of each class.
-    palette: RGB colour of each class.
+    samples: Name, image (h, w, 3) uint8 RGB and label map (h, w), integers; 255 is ignored.
+    classes: The name of each class.
+    palette: The RGB color of each class.
   """
   rows = []
   for _, image, label in samples:
-    colours = colourise(label, palette)
-    rows.append((image, colours, image // 2 + colours // 2))
+    colors = colourise(label, palette)
+    rows.append((image, colors, image // 2 + colors // 2))
   legend = _legend([label for *_, label in samples], classes, palette)
   names = [name for name, *_ in samples]
   sheet = _sheet(rows, ('image', 'label', 'both'), legend, names)
@@ -91,17 +91,17 @@ def overlay(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> np.ndarray:
-  """Lays the colours of the classes over an image, and a legend beside it.
+  """Blends the colors of the classes into an image and adds a legend on the right.
 
   Args:
     image: (h, w, 3) uint8 RGB.
     label: (h, w) integers in [0, len(classes)).
     classes: Name of each class.
-    palette: RGB colour of each class, in [0, 255].
+    palette: The RGB color of each class, in [0, 255].
 
   Returns:
-    (h', w', 3) uint8 RGB, h' >= h and w' > w: the legend names the classes that occur, the largest
-    first.
+    (h', w', 3) uint8 RGB with h' >= h and w' > w. The legend lists the classes that occur, the most
+    frequent first.
   """
   height, width = label.shape
   text = max(12, min(height, width) // 40)  # pixels

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: `metrics.json`, with all that its numbers depend on."""
+"""Writes `metrics.json`: the scores of an evaluation and everything they depend on."""
 
 import dataclasses
 import datetime
@@ -21,8 +21,8 @@ from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.files import write_whole
 
 METRICS = 'metrics.json'
-# How far, in percent points, a released checkpoint may be from its published mIoU; mmsegmentation's
-# own retests of Cityscapes models are up to 0.1 away.
+# Largest difference in percentage points from the published mIoU; mmsegmentation's own retests of
+# Cityscapes models differ by up to 0.1.
 _TOLERANCES = {'ade20k': 0.02, 'voc12aug': 0.02, 'cityscapes': 0.1}
 _DEPENDENCIES = ('jax', 'jaxlib', 'flax', 'numpy', 'opencv-python-headless')
 _LIST_OF_NUMBERS = re.compile(r'\[\n([\s\d.,eE+-]*)\]')  # strings in JSON have no line breaks
@@ -33,15 +33,15 @@ class ReportFacts:
   """What the scores of an evaluation depend on.
 
   Attributes:
-    config: The whole config: 'name' and whatever else JSON can hold.
+    config: The whole config, JSON-serializable, with its 'name'.
     protocol: How images were tested.
-    images: How many images.
-    checkpoint: File or directory of the weights; None after training.
-    sha256: Of the file that the weights are from, in hex digits; None if there was none.
-    step: Training steps that the weights have seen; None if they are not of a training run.
-    published: mIoU in percent that was published of these weights, tested so; None if there is
+    images: The number of images.
+    checkpoint: The file or directory of the weights; None after training.
+    sha256: The hex digest of the .pth file that the weights came from; None if there was none.
+    step: The training step of the weights; None if they are not from a training run.
+    published: The published mIoU of these weights under this protocol, in percent; None if there is
       none.
-    more_scores: Whether to report Dice, Fscore, Precision and Recall, too.
+    more_scores: Whether to report Dice, Fscore, Precision and Recall as well.
   """
 
   config: Mapping[str, Any]
@@ -57,15 +57,16 @@ class ReportFacts:
 def write_report(
   workdir: Path, confusion: np.ndarray, dataset: Dataset, facts: ReportFacts, *, seconds: float
 ) -> None:
-  """Writes `metrics.json`: scores in percent, null where undefined, and where they come from.
+  """Writes `metrics.json`: scores in percent, null where undefined, and what they depend on.
+
+  An existing report is replaced atomically.
 
   Args:
-    workdir: Where to; made if it is not there. An older report is replaced by a whole new one, or
-      stays as it is.
+    workdir: The output directory, created if it does not exist.
     confusion: (classes, classes) integers, rows by label, columns by prediction.
-    dataset: What was evaluated on.
+    dataset: The dataset that was evaluated.
     facts: What the scores depend on.
-    seconds: How long it took.
+    seconds: The duration of the evaluation.
 
   Raises:
     UserError: If the file cannot be written.
@@ -103,10 +104,10 @@ def write_report(
 
 
 def peak_memory_gib() -> dict[str, float | None]:
-  """The most memory that this process has held so far.
+  """Returns the peak memory of this process so far.
 
   Returns:
-    GiB on the 'host' and on its first 'device', None where the backend does not tell.
+    GiB on the 'host' and on the first 'device'; None if the backend does not report it.
   """
   status = Path('/proc/self/status')
   if status.exists():
@@ -122,17 +123,15 @@ def peak_memory_gib() -> dict[str, float | None]:
 
 
 def published_line(measured: float, published: float, dataset_name: str) -> str:
-  """One line on a measured mIoU beside the published one.
-
-  Both are compared as they are published, with two decimals.
+  """Compares a measured mIoU with the published one, both rounded to two decimals.
 
   Args:
-    measured: In percent.
-    published: In percent.
-    dataset_name: 'cityscapes', 'ade20k' or 'voc12aug'; of other datasets no tolerance is known.
+    measured: The measured mIoU in percent.
+    published: The published mIoU in percent.
+    dataset_name: 'cityscapes', 'ade20k' or 'voc12aug'; other datasets have no tolerance.
 
   Returns:
-    E.g. 'mIoU 40.73, published 40.75, difference -0.02 (within 0.02)'.
+    A line such as 'mIoU 40.73, published 40.75, difference -0.02 (within 0.02)'.
   """
   found = _compare(measured, published, dataset_name)
   line = f'mIoU {measured:.2f}, published {published:.2f}, difference {found["difference"]:+.2f}'
@@ -153,7 +152,7 @@ def _compare(measured: float, published: float, dataset_name: str) -> dict[str, 
 
 
 def _versions() -> dict[str, str | None]:
-  """Of Python and of what the numbers depend on; None for what pip did not install."""
+  """Returns the versions of Python and its packages; None for a package that is not installed."""
   versions: dict[str, str | None] = {'python': platform.python_version()}
   for name in _DEPENDENCIES:
     try:
@@ -164,13 +163,13 @@ def _versions() -> dict[str, str | None]:
 
 
 def _as_json(report: Mapping[str, Any]) -> str:
-  """Indented JSON with lists of numbers, such as rows of a matrix, on one line each."""
+  """Returns indented JSON with each list of numbers, such as a row of a matrix, on one line."""
   text = json.dumps(_defined(report), indent=2, allow_nan=False)
   return _LIST_OF_NUMBERS.sub(lambda match: f'[{" ".join(match[1].split())}]', text) + '\n'
 
 
 def _defined(value: Any) -> Any:
-  """`value` with None for each NaN and infinity in it, which JSON does not have."""
+  """Replaces each NaN and infinity, which JSON does not have, with None."""
   if isinstance(value, Mapping):
     return {key: _defined(item) for key, item in value.items()}
   if isinstance(value, list | tuple):

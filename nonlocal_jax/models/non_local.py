@@ -157,27 +157,27 @@ class NonLocalBlock(nnx.Module):
     queries = _positions(x if self.theta is None else self.theta(x))
     keys = _positions(pool(x if self.phi is None else self.phi(x)))
     values = pool(self.g(x))
-    present = None
+    key_mask = None
     if sizes is not None:
-      present = valid_mask(sizes // 2 if self.sub_sample else sizes, values.shape[1:3])
-      present = present.reshape(len(present), -1)
-    y = self._aggregate(queries, keys, _positions(values), present)
+      key_mask = valid_mask(sizes // 2 if self.sub_sample else sizes, values.shape[1:3])
+      key_mask = key_mask.reshape(len(key_mask), -1)
+    y = self._aggregate(queries, keys, _positions(values), key_mask)
     y = self.conv_out(y.reshape(*x.shape[:-1], y.shape[-1]))
     return x + (y if self.bn is None else self.bn(y, train=train))
 
   def _aggregate(
-    self, queries: jax.Array, keys: jax.Array, values: jax.Array, present: jax.Array | None
+    self, queries: jax.Array, keys: jax.Array, values: jax.Array, key_mask: jax.Array | None
   ) -> jax.Array:
-    """Queries (n, q, d), keys (n, k, d), values (n, k, e), present (n, k) -> (n, q, e)."""
+    """Queries (n, q, d), keys (n, k, d), values (n, k, e), key_mask (n, k) -> (n, q, e)."""
     n, num_keys, channels = keys.shape
     execution = self.execution
     key_block = num_keys
     if execution.key_block and self.mode in _SOFTMAX_MODES:
       key_block = min(num_keys, execution.key_block)
     block = execution.query_block or max(execution.pairwise_weights // (n * key_block), 1)
-    if present is not None:
-      values = jnp.where(present[..., None], values, 0)
-      num_keys = present.sum(axis=1)[:, None, None]
+    if key_mask is not None:
+      values = jnp.where(key_mask[..., None], values, 0)
+      num_keys = key_mask.sum(axis=1)[:, None, None]
     if self.mode == 'dot_product':
       # Associativity: (theta phi^T) g = theta (phi^T g), which needs no pairwise matrix at all.
       return queries @ (jnp.swapaxes(keys, 1, 2) @ values / num_keys)
@@ -193,11 +193,11 @@ class NonLocalBlock(nnx.Module):
       return map_blocks(from_concatenation, query_part, block, recompute=True)
     scale = channels**-0.5 if self.mode == 'embedded_gaussian' and self.use_scale else 1.0
     if execution.attention == 'flash':
-      return flash_attention(queries, keys, values, scale=scale, key_mask=present)
+      return flash_attention(queries, keys, values, scale=scale, key_mask=key_mask)
     if execution.attention == 'cudnn':
-      return cudnn_attention(queries, keys, values, scale=scale, present=present)
+      return cudnn_attention(queries, keys, values, scale=scale, key_mask=key_mask)
     return softmax_attention(
-      queries, keys, values, scale=scale, present=present, query_block=block, key_block=key_block
+      queries, keys, values, scale=scale, key_mask=key_mask, query_block=block, key_block=key_block
     )
 
 

@@ -1,1 +1,1 @@
-"""Arrays in, arrays out: what the network, the loss and the scores are computed with."""
+"""Pure functions on arrays, used by the network, the loss and the metrics."""

@@ -1,4 +1,4 @@
-"""Attention in blocks of queries and keys or through cuDNN, and where the latter can be had."""
+"""Softmax attention, blockwise or by cuDNN, and the choice between implementations."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from nonlocal_jax.ops.blocks import map_blocks
 
 Attention = Literal['blocks', 'cudnn', 'flash']
 
-# Since this compute capability cuDNN takes more channels.
+# From this compute capability on, cuDNN supports 256 channels instead of 128.
 _HOPPER = (9, 0)
 
 
@@ -23,85 +23,86 @@ def softmax_attention(
   values: jax.Array,
   *,
   scale: float,
-  present: jax.Array | None = None,
+  key_mask: jax.Array | None = None,
   query_block: int,
   key_block: int,
 ) -> jax.Array:
-  """`softmax(scale * queries . keys) . values`, a few queries and keys at a time.
+  """Computes `softmax(scale * queries @ keys.T) @ values` in blocks of queries and keys.
 
   >>> x = jax.random.normal(jax.random.key(0), (1, 6, 4))
   >>> y = softmax_attention(x, x, x, scale=0.5, query_block=2, key_block=4)
   >>> bool(jnp.allclose(y, jax.nn.softmax(0.5 * x @ x.mT) @ x, atol=1e-5))
   True
 
-  The largest score so far takes the place of the largest of all, and what was summed is made
-  smaller when it grows (https://arxiv.org/abs/2112.05682, section 2). Scores are computed
-  again in the backward pass, in blocks as well.
+  The softmax is online: it keeps a running maximum of the scores and rescales its partial sums
+  when the maximum grows (https://arxiv.org/abs/2112.05682, section 2). The backward pass recomputes
+  the scores block by block.
 
   Args:
     queries: (n, q, d) floats.
     keys: (n, k, d) floats.
     values: (n, k, e) floats.
     scale: Factor of the scores.
-    present: (n, k) bool, keys that count, the first one in any case; None for all.
-    query_block: Most queries at a time, see `blocks.map_blocks`.
-    key_block: Most keys at a time; blocks are made equal, the last one padded.
+    key_mask: (n, k) bool, False for keys to ignore; the first key must not be masked. None to
+      attend to all keys.
+    query_block: Maximum number of queries per block, see `blocks.map_blocks`.
+    key_block: Maximum number of keys per block. Blocks have equal sizes; the last one is padded.
 
   Returns:
-    (n, q, e) of the dtype of `values`.
+    (n, q, e), the dtype of `values`.
   """
   n, num_keys, _ = keys.shape
   num_blocks = -(-num_keys // key_block)
   size = -(-num_keys // num_blocks)
   padding = num_blocks * size - num_keys
   if padding:
-    if present is None:
-      present = jnp.ones((n, num_keys), bool)
-    present = jnp.pad(present, ((0, 0), (0, padding)))
+    if key_mask is None:
+      key_mask = jnp.ones((n, num_keys), bool)
+    key_mask = jnp.pad(key_mask, ((0, 0), (0, padding)))
     keys, values = (jnp.pad(x, ((0, 0), (0, padding), (0, 0))) for x in (keys, values))
 
   def in_blocks(x: jax.Array) -> jax.Array:
     return jnp.moveaxis(x.reshape(n, num_blocks, size, *x.shape[2:]), 1, 0)
 
   transposed_keys = jnp.swapaxes(in_blocks(keys), 2, 3)
-  blocks = transposed_keys, in_blocks(values), None if present is None else in_blocks(present)
-  wide = jnp.promote_types(keys.dtype, jnp.float32)
+  blocks = transposed_keys, in_blocks(values), None if key_mask is None else in_blocks(key_mask)
+  acc_dtype = jnp.promote_types(keys.dtype, jnp.float32)
 
   def scores_of(
-    queries: jax.Array, transposed_keys: jax.Array, present: jax.Array | None
+    queries: jax.Array, transposed_keys: jax.Array, key_mask: jax.Array | None
   ) -> jax.Array:
-    scores = jnp.matmul(queries * scale, transposed_keys, preferred_element_type=wide)
-    return scores if present is None else jnp.where(present[:, None], scores, -jnp.inf)
+    scores = jnp.matmul(queries * scale, transposed_keys, preferred_element_type=acc_dtype)
+    return scores if key_mask is None else jnp.where(key_mask[:, None], scores, -jnp.inf)
 
   def with_all_keys(queries: jax.Array) -> jax.Array:
-    transposed_keys, values, present = jax.tree.map(lambda x: x[0], blocks)
-    weights = jax.nn.softmax(scores_of(queries, transposed_keys, present), axis=-1)
+    transposed_keys, values, key_mask = jax.tree.map(lambda x: x[0], blocks)
+    weights = jax.nn.softmax(scores_of(queries, transposed_keys, key_mask), axis=-1)
     return weights.astype(values.dtype) @ values
 
   def with_blocks_of_keys(queries: jax.Array) -> jax.Array:
     def add_block(sums: _Sums, block: tuple[jax.Array, jax.Array, jax.Array | None]) -> _Sums:
-      transposed_keys, values, present = block
-      scores = scores_of(queries, transposed_keys, present)
-      # What is subtracted from all scores makes no difference, and so has no gradient.
-      largest = jnp.maximum(sums.largest, scores.max(axis=-1, keepdims=True))
-      largest = jax.lax.stop_gradient(largest)
-      weights = jnp.exp(scores - largest)
-      smaller = jnp.exp(sums.largest - largest)
-      weighted = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=wide)
+      transposed_keys, values, key_mask = block
+      scores = scores_of(queries, transposed_keys, key_mask)
+      # The softmax does not depend on the value that is subtracted: it needs no gradient.
+      new_max = jnp.maximum(sums.running_max, scores.max(axis=-1, keepdims=True))
+      new_max = jax.lax.stop_gradient(new_max)
+      weights = jnp.exp(scores - new_max)
+      rescale = jnp.exp(sums.running_max - new_max)
+      weighted = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=acc_dtype)
       return _Sums(
-        largest,
-        sums.weights * smaller + weights.sum(axis=-1, keepdims=True),
-        sums.weighted * smaller + weighted,
+        new_max,
+        sums.weights * rescale + weights.sum(axis=-1, keepdims=True),
+        sums.weighted * rescale + weighted,
       )
 
     column = (n, queries.shape[1], 1)
     sums = _Sums(
-      jnp.full(column, -jnp.inf, wide),
-      jnp.zeros(column, wide),
-      jnp.zeros((*column[:2], values.shape[2]), wide),
+      jnp.full(column, -jnp.inf, acc_dtype),
+      jnp.zeros(column, acc_dtype),
+      jnp.zeros((*column[:2], values.shape[2]), acc_dtype),
     )
-    again = jax.checkpoint(add_block)
-    sums, _ = jax.lax.scan(lambda sums, block: (again(sums, block), None), sums, blocks)
+    step = jax.checkpoint(add_block)
+    sums, _ = jax.lax.scan(lambda sums, block: (step(sums, block), None), sums, blocks)
     return (sums.weighted / sums.weights).astype(values.dtype)
 
   function = with_all_keys if num_blocks == 1 else with_blocks_of_keys
@@ -109,11 +110,11 @@ def softmax_attention(
 
 
 class _Sums(NamedTuple):
-  """Sums over keys, of what is `exp(largest)` times as large."""
+  """State of the online softmax; both sums are relative to `exp(running_max)`."""
 
-  largest: jax.Array  # (n, q, 1), the largest score
-  weights: jax.Array  # (n, q, 1)
-  weighted: jax.Array  # (n, q, e), values times weights
+  running_max: jax.Array  # (n, q, 1), largest score so far
+  weights: jax.Array  # (n, q, 1), sum of exp(score - running_max)
+  weighted: jax.Array  # (n, q, e), the same sum with each term times its value
 
 
 def cudnn_attention(
@@ -122,37 +123,37 @@ def cudnn_attention(
   values: jax.Array,
   *,
   scale: float,
-  present: jax.Array | None = None,
+  key_mask: jax.Array | None = None,
 ) -> jax.Array:
-  """`softmax(scale * queries . keys) . values` through cuDNN, forwards and backwards.
+  """Computes `softmax(scale * queries @ keys.T) @ values` with cuDNN's fused attention.
 
-  cuDNN takes 16-bit floats. float32 operands are scaled by powers of two and rounded to float16,
-  which has the 11 bits of TF32, whatever `jax_default_matmul_precision` says; the softmax within is
-  float32. Reverse mode only, as cuDNN's.
+  cuDNN supports 16-bit floats only. float32 operands are scaled by powers of two and rounded to
+  float16, which has the 11-bit significand of TF32, whatever `jax_default_matmul_precision` is. The
+  softmax is float32. Supports reverse-mode differentiation only.
 
   Args:
     queries: (n, q, d) floats.
     keys: (n, k, d) floats.
     values: (n, k, d) floats.
     scale: Factor of the scores.
-    present: (n, k) bool, keys that count, at least one; None for all.
+    key_mask: (n, k) bool, False for keys to ignore; at least one per sample must be True. None to
+      attend to all keys.
 
   Returns:
-    (n, q, d) of the dtype of `values`.
+    (n, q, d), the dtype of `values`.
 
   Raises:
-    RuntimeError: If there is no cuDNN.
-    NotImplementedError: If cuDNN does not take as many channels on this GPU, see
-      `check_attention`.
+    RuntimeError: If cuDNN is not available.
+    NotImplementedError: If cuDNN does not support d channels on this GPU, see `check_attention`.
   """
   num_queries, num_keys = queries.shape[1], keys.shape[1]
   lengths = None
-  if present is not None:
-    # cuDNN can leave out the last keys, and the order of keys does not matter: those that count go
-    # first.
-    order = jnp.argsort(~present, axis=1)[..., None]
+  if key_mask is not None:
+    # cuDNN masks by sequence length only. Attention does not depend on the order of the keys, so
+    # the unmasked ones are moved to the front.
+    order = jnp.argsort(~key_mask, axis=1)[..., None]
     keys, values = (jnp.take_along_axis(x, order, axis=1) for x in (keys, values))
-    lengths = present.sum(axis=1, dtype=jnp.int32)
+    lengths = key_mask.sum(axis=1, dtype=jnp.int32)
   elif num_keys % 2:
     lengths = jnp.full(len(keys), num_keys, jnp.int32)
   queries, keys, values = (_even(x) for x in (queries, keys, values))
@@ -176,7 +177,7 @@ def _cudnn_in_float16(queries, keys, values, lengths, scale) -> jax.Array:
 
 
 def _cudnn_in_float16_forwards(queries, keys, values, lengths, scale):
-  # Queries and keys get the same size, which leaves their products as they are.
+  # Opposite shifts bring queries and keys to the same magnitude and leave their products unchanged.
   q_exponent, k_exponent = _exponent(queries), _exponent(keys)
   shift = (k_exponent - q_exponent) // 2
   v_exponent = _exponent(values)
@@ -192,7 +193,7 @@ def _cudnn_in_float16_forwards(queries, keys, values, lengths, scale):
 def _cudnn_in_float16_backwards(scale, residuals, gradient):
   del scale
   pull, shift, v_exponent = residuals
-  # As large as a sum over all queries allows.
+  # Scaled up as far as a sum over all queries cannot overflow float16.
   headroom = 14 - math.ceil(math.log2(gradient.shape[1]))
   g_shift = headroom - _exponent(gradient)
   of_operands = pull(jnp.ldexp(gradient, g_shift).astype(jnp.float16))
@@ -207,31 +208,31 @@ _cudnn_in_float16.defvjp(_cudnn_in_float16_forwards, _cudnn_in_float16_backwards
 
 
 def _exponent(x: jax.Array) -> jax.Array:
-  """(n, 1, 1) integers: all values of a sample are below 2^exponent."""
+  """Returns (n, 1, 1) integers e such that all values of a sample are below 2^e."""
   _, exponent = jnp.frexp(jnp.abs(x).max(axis=(1, 2), keepdims=True))
   return exponent
 
 
 def _even(x: jax.Array) -> jax.Array:
-  """Adds zeros to an odd number of positions, for which JAX refuses the gradient."""
+  """Pads the positions with zeros to an even number: JAX has no gradient for odd ones."""
   return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0)))
 
 
 def fastest_attention(
   channels: int, devices: Sequence[jax.Device], *, precision: str | None, train: bool
 ) -> Attention:
-  """Chooses how to compute attention without losing accuracy.
+  """Chooses the fastest implementation that is as accurate as `precision` asks for.
 
   Args:
     channels: Inner channels of the non-local block.
     devices: The devices that share a batch.
-    precision: Of matrix products, see `jax_default_matmul_precision`. What is above the default
-      rules out the 11 bits of `cudnn_attention`.
-    train: Whether it is differentiated.
+    precision: Matmul precision, see `jax_default_matmul_precision`. Anything above the default
+      rules out `cudnn_attention`, which rounds to 11 bits.
+    train: Whether gradients are needed.
 
   Returns:
-    'cudnn' where the devices have it, 'flash' for prediction on one NVIDIA GPU of compute
-    capability 9.0, where it has been measured, and otherwise 'blocks'.
+    'cudnn' where the devices support it; 'flash' for prediction on one NVIDIA GPU of compute
+    capability 9.0, the only one it was measured on; otherwise 'blocks'.
   """
   device = devices[0]
   most = _most_cudnn_channels(device)
@@ -244,22 +245,22 @@ def fastest_attention(
 
 
 def _most_cudnn_channels(device: jax.Device) -> int:
-  """Most channels that cuDNN takes on a device; 0 where it is no NVIDIA GPU at hand."""
+  """Returns the maximum number of channels for cuDNN; 0 if the device is not an NVIDIA GPU."""
   if device.platform != 'gpu' or 'cuda' not in device.client.platform_version:
     return 0
   return 256 if tuple(map(int, device.compute_capability.split('.'))) >= _HOPPER else 128
 
 
 def check_attention(attention: Attention, channels: int, device: jax.Device) -> None:
-  """Checks that a device can compute attention so.
+  """Checks that a device supports an attention implementation.
 
   Args:
-    attention: See `NonLocalBlock`.
+    attention: See `Execution.attention`.
     channels: Inner channels of the non-local block.
-    device: One of those that compute.
+    device: A device that the network runs on.
 
   Raises:
-    UserError: If it cannot.
+    UserError: If the device or the number of channels is not supported.
   """
   if attention == 'blocks':
     return

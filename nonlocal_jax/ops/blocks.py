@@ -1,4 +1,4 @@
-"""A function over blocks of an axis, one block at a time, so that less is held at once."""
+"""Applies a function to one block of an axis at a time, to save memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,15 +16,15 @@ def map_blocks(
   Array([[0, 2, 4, 6, 8]], dtype=int32)
 
   Args:
-    function: Takes a tree of arrays (n, b, ...) and returns one, each place of the second axis by
-      itself.
-    arrays: A tree of arrays (n, size, ...), n not necessarily the same for all.
-    block: Largest b. Blocks are made equal, and the last one is padded with zeros.
-    recompute: Whether the backward pass computes each block again, in place of keeping what the
-      forward pass computed inside; nothing is recomputed if there is one block only.
+    function: Maps a pytree of arrays (n, b, ...) to another. Each index of the second axis must be
+      independent of the others.
+    arrays: A pytree of arrays (n, size, ...); n may differ between arrays.
+    block: Maximum block size b. Blocks have equal sizes; the last one is padded with zeros.
+    recompute: Whether the backward pass recomputes each block (`jax.checkpoint`) instead of storing
+      its residuals. A single block is never recomputed.
 
   Returns:
-    A tree of arrays (n, size, ...).
+    A pytree of arrays (n, size, ...).
   """
   size = jax.tree.leaves(arrays)[0].shape[1]
   count = -(-size // block)

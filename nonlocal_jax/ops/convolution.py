@@ -1,11 +1,11 @@
-"""Convolutions that are fast on CPUs and GPUs, forwards and backwards.
+"""Convolutions whose forward and backward passes are fast on CPUs and GPUs.
 
-XLA's convolutions on CPUs are slower than its matrix products, the gradients of kernels above all.
-There a 1x1 convolution is one product, a 3x3 convolution is computed by Winograd's algorithm where
-that saves work, and the gradient of any other kernel is one product for each of its taps.
+On CPUs, XLA's convolutions are slower than its matrix products, most of all for kernel gradients.
+There a 1x1 convolution becomes one matrix product, a 3x3 convolution uses Winograd's algorithm
+where that saves work, and the gradient of any other kernel is one matrix product per tap.
 
-cuDNN computes the gradients of dilated convolutions slowly. On GPUs a dilated convolution is a
-plain one over interleaved sub-images.
+On GPUs, cuDNN computes the gradients of dilated convolutions slowly. There a dilated convolution
+becomes an undilated one over interleaved sub-images.
 """
 
 import functools
@@ -22,7 +22,7 @@ Convolution = Literal['direct', 'matmul', 'sub_images']
 
 
 class _Window(NamedTuple):
-  """What a convolution does along both spatial axes."""
+  """Parameters of a convolution, equal for both spatial axes."""
 
   stride: int
   dilation: int
@@ -30,11 +30,11 @@ class _Window(NamedTuple):
 
 
 def convolution_function(convolution: Convolution) -> Callable[..., jax.Array]:
-  """The function that computes convolutions, for `nnx.Conv(conv_general_dilated=...)`.
+  """Returns a convolution function for `nnx.Conv(conv_general_dilated=...)`.
 
   Args:
-    convolution: 'direct' for `jax.lax.conv_general_dilated`, 'matmul' for `matmul_convolution`,
-      which is fast on CPUs, 'sub_images' for `sub_image_convolution`, which is fast on GPUs.
+    convolution: 'direct' for `jax.lax.conv_general_dilated`, 'matmul' for `matmul_convolution`
+      (fast on CPUs), 'sub_images' for `sub_image_convolution` (fast on GPUs).
 
   Raises:
     ValueError: If `convolution` is unknown.
@@ -60,21 +60,23 @@ def matmul_convolution(
   precision: lax.PrecisionLike = None,
   **others,
 ) -> jax.Array:
-  """A square 2-D convolution as matrix products where these are faster on CPUs.
+  """Computes a square 2-D convolution, with matrix products where they are faster on CPUs.
 
-  `jax.jvp` works for 1x1 convolutions only, `jax.grad` for all.
+  `jax.grad` works for all kernels, `jax.jvp` for 1x1 kernels only.
 
   Args:
     inputs: (n, h, w, in_channels) floats.
     kernel: (edge, edge, in_channels, out_channels), the same dtype.
     window_strides: Step between outputs, the same for both axes.
-    padding: Zeros before and after each axis, all alike.
+    padding: Zeros before and after each axis, all equal.
     rhs_dilation: Step between the taps of the kernel, the same for both axes.
-    precision: Of the products, see `jax.lax.dot_general`.
-    **others: What else `nnx.Conv` passes to `jax.lax.conv_general_dilated`; at its defaults.
+    precision: Matmul precision, see `jax.lax.dot_general`.
+    **others: Further arguments of `jax.lax.conv_general_dilated`, which must have the defaults of
+      `nnx.Conv`.
 
   Returns:
-    (n, (h + 2 padding - dilation (edge - 1) - 1) // stride + 1, the same of w, out_channels).
+    (n, out_h, out_w, out_channels) with
+    `out_h = (h + 2 * padding - dilation * (edge - 1) - 1) // stride + 1`, and out_w likewise.
   """
   window = _square_window(window_strides, padding, rhs_dilation, others)
   if kernel.shape[:2] == (1, 1) and window.padding == 0:
@@ -92,9 +94,9 @@ def sub_image_convolution(
   precision: lax.PrecisionLike = None,
   **others,
 ) -> jax.Array:
-  """A square 2-D convolution; a dilated one of stride 1 is a plain one over interleaved sub-images.
+  """Computes a square 2-D convolution; dilated ones of stride 1 run on interleaved sub-images.
 
-  See `matmul_convolution` for arguments and result. `jax.jvp` works for all.
+  Arguments and result are those of `matmul_convolution`. `jax.jvp` works for all kernels.
   """
   window = _square_window(window_strides, padding, rhs_dilation, others)
   return _convolve_in_sub_images(inputs, kernel, window, precision)
@@ -140,17 +142,18 @@ def _is_high(precision: lax.PrecisionLike) -> bool:
 
 
 def _tf32_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """What TF32 keeps of float32, and the rest."""
+  """Splits float32 into its TF32 part and the remainder."""
   high = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=10)
   return high, x - high
 
 
 def sub_images(x: jax.Array, step: int) -> jax.Array:
-  """The interleaved images that a dilated convolution sees, laid into the batch.
+  """Splits images into the interleaved sub-images of a dilated convolution.
 
   Args:
     x: (n, h, w, c).
-    step: Distance of neighbours in a sub-image; `h` and `w` are padded with zeros to multiples.
+    step: Dilation: distance in `x` between neighbors in a sub-image. `h` and `w` are zero-padded to
+      multiples of it.
 
   Returns:
     (n * step^2, ceil(h / step), ceil(w / step), c).
@@ -162,12 +165,12 @@ def sub_images(x: jax.Array, step: int) -> jax.Array:
 
 
 def from_sub_images(x: jax.Array, step: int, size: Sequence[int]) -> jax.Array:
-  """The inverse of `sub_images`.
+  """Inverts `sub_images`.
 
   Args:
     x: (n * step^2, ceil(h / step), ceil(w / step), c).
-    step: As there.
-    size: (h, w).
+    step: As in `sub_images`.
+    size: (h, w) of the result.
 
   Returns:
     (n, h, w, c).
@@ -210,7 +213,7 @@ def _matmul_gradients(
   inputs: tuple[jax.Array, jax.Array],
   gradient: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """Gradients of input and kernel from that of the output."""
+  """Computes the gradients of input and kernel from the gradient of the output."""
   x, kernel = inputs
   if _suits_winograd(x, kernel, window):
     of_input = winograd.convolve(gradient, kernel, window.dilation, precision, transpose=True)
@@ -234,7 +237,7 @@ def _product(x: jax.Array, matrix: jax.Array, precision: lax.PrecisionLike) -> j
 
 
 def _product_over_positions(x: jax.Array, y: jax.Array, precision: lax.PrecisionLike) -> jax.Array:
-  """(n, h, w, c), (n, h, w, d) -> (c, d), summed over the positions."""
+  """(n, h, w, c), (n, h, w, d) -> (c, d), summed over n, h and w."""
   return lax.dot_general(x, y, (((0, 1, 2), (0, 1, 2)), ((), ())), precision=precision)
 
 
@@ -245,7 +248,7 @@ def _kernel_gradient(
   window: _Window,
   precision: lax.PrecisionLike,
 ) -> jax.Array:
-  """One product for each tap: what it saw, against the gradient of the output."""
+  """Computes the kernel's gradient, one matrix product per tap."""
   pad = (window.padding,) * 2
   x = jnp.pad(x, ((0, 0), pad, pad, (0, 0)))
   spans = [window.stride * (size - 1) + 1 for size in gradient.shape[1:3]]

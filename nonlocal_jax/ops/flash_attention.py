@@ -1,4 +1,4 @@
-"""Softmax attention in one GPU kernel (https://arxiv.org/abs/2307.08691), as exact as float32."""
+"""FlashAttention (https://arxiv.org/abs/2307.08691) as a Pallas kernel with float32 accuracy."""
 
 import functools
 import math
@@ -14,19 +14,19 @@ from jax.experimental.pallas import triton
 from nonlocal_jax.ops.attention import softmax_attention
 
 _MASKED = -1e30  # a score whose weight is zero
-_LARGEST = 8  # float16 operands are below 2^8, so that few of them are subnormal
-_LOW_BITS = 11  # the low part of an operand is 2^-11 of the high part
-_PAIRS_AT_ONCE = 2**24  # of queries and keys, in derivatives
+_LARGEST = 8  # float16 operands are scaled to below 2^8, so that few of them are subnormal
+_LOW_BITS = 11  # the low part of an operand is 2^-11 times the high part
+_PAIRS_AT_ONCE = 2**24  # query-key pairs held at a time when differentiating
 
 
 class Tiles(NamedTuple):
-  """How the kernel works through queries and keys.
+  """Tile sizes and launch parameters of the kernel.
 
   Attributes:
-    queries: Queries of a program.
-    keys: Keys that a program loads at a time.
-    warps: Warps of a program.
-    stages: Loads in flight.
+    queries: Queries per program.
+    keys: Keys per tile.
+    warps: Warps per program.
+    stages: Pipeline stages of the loads.
   """
 
   queries: int
@@ -49,10 +49,10 @@ def flash_attention(
   tiles: Tiles | None = None,
   interpret: bool = False,
 ) -> jax.Array:
-  """`softmax(scale * queries . keys) . values` without a score in memory.
+  """Computes `softmax(scale * queries @ keys.T) @ values` without storing scores in memory.
 
   float32 operands are scaled by powers of two and split into float16 parts, whose products run on
-  tensor cores several times faster than those of TF32. Derivatives of any mode are those of
+  tensor cores several times faster than TF32. Forward- and reverse-mode derivatives are computed by
   `attention.softmax_attention`.
 
   Args:
@@ -60,14 +60,15 @@ def flash_attention(
     keys: (n, k, d), the same dtype.
     values: (n, k, d), the same dtype.
     scale: Factor of the scores.
-    key_mask: (n, k) bool, keys that count, the first one in any case; None for all.
-    parts: float16 parts of a float32 operand: 1 has the 11 bits of TF32, 2 have 22 bits. None for 1
-      at the default `jax_default_matmul_precision`, else 2. 16-bit operands have one part.
-    tiles: Of the kernel; None for the fastest on an H100.
-    interpret: Whether to run the kernel as plain JAX on any device, for tests.
+    key_mask: (n, k) bool, False for keys to ignore; the first key must not be masked. None to
+      attend to all keys.
+    parts: float16 parts per float32 operand: 1 keeps 11 bits like TF32, 2 keep 22 bits. None for 1
+      at the default `jax_default_matmul_precision`, else 2. 16-bit operands always have one part.
+    tiles: Tile sizes of the kernel; None for the fastest on an H100.
+    interpret: Whether to run the kernel in Pallas' interpreter, on any device, for tests.
 
   Returns:
-    (n, q, d) of the dtype of `values`.
+    (n, q, d), the dtype of `values`.
   """
   if queries.dtype.itemsize == 2:
     parts = 1
@@ -134,7 +135,7 @@ def _attention_jvp(scale, parts, tiles, interpret, primals, tangents):
   blocks = functools.partial(
     softmax_attention,
     scale=scale,
-    present=key_mask,
+    key_mask=key_mask,
     query_block=max(_PAIRS_AT_ONCE // (len(keys) * keys.shape[1]), 1),
     key_block=keys.shape[1],
   )
@@ -143,13 +144,16 @@ def _attention_jvp(scale, parts, tiles, interpret, primals, tangents):
 
 
 def _split(x: jax.Array, parts: int) -> tuple[list[jax.Array], jax.Array]:
-  """Parts whose sum, the second 2^-11 as large, is `x` times 2^-exponent; (n,) exponents."""
+  """Splits `x * 2^-exponent` into `parts` float16 parts; returns them and the (n,) exponents.
+
+  The second part is stored multiplied by `2^_LOW_BITS`.
+  """
   if x.dtype.itemsize == 2:
     return [x], jnp.zeros(len(x), jnp.int32)
   _, exponent = jnp.frexp(jnp.abs(x).max(axis=(1, 2)))
   exponent = exponent - _LARGEST
   x = jnp.ldexp(x, -exponent[:, None, None])
-  # XLA drops a conversion to float16 and back, but no `reduce_precision`.
+  # XLA removes a conversion to float16 and back, but keeps `reduce_precision`.
   high = lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
   low = (x - high) * 2**_LOW_BITS
   return [part.astype(jnp.float16) for part in (high, low)[:parts]], exponent
@@ -172,7 +176,7 @@ def _kernel(
   *,
   tile: int,
 ) -> None:
-  """A tile of queries, (queries, channels), over all keys, (keys, channels), in parts."""
+  """Attends from a tile of queries to all keys; operands are (positions, channels) in parts."""
   q = [part[...] for part in queries]
   score_factor = factor[0]
   weight_factor = 2.0**_LARGEST if len(q) > 1 or q[0].dtype == jnp.float16 else 1.0
@@ -206,7 +210,7 @@ def _kernel(
 def _product(
   a: Sequence[jax.Array], b: Sequence[jax.Array], *, contract: tuple[int, int]
 ) -> jax.Array:
-  """The product of operands in parts, without that of both low parts."""
+  """Multiplies operands given in parts; omits the product of the two low parts."""
   dot: Callable[[jax.Array, jax.Array], jax.Array] = functools.partial(
     lax.dot_general,
     dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),

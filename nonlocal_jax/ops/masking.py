@@ -20,19 +20,19 @@ def valid_mask(sizes: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def mask_padding(x: jax.Array, sizes: jax.Array | None) -> jax.Array:
-  """Zeroes the padding, so that a convolution reads it like the zeros beyond a border.
+  """Sets the padding to zero, so that convolutions treat it like their own zero padding.
 
   Args:
     x: (n, h, w, c).
-    sizes: See `valid_mask`; None if nothing is padded.
+    sizes: See `valid_mask`; None for no padding.
 
   Returns:
-    The same shape and dtype.
+    (n, h, w, c), the dtype of `x`.
   """
   _, height, width, _ = x.shape
   return x if sizes is None else jnp.where(valid_mask(sizes, (height, width))[..., None], x, 0)
 
 
 def strided_sizes(sizes: jax.Array | None, stride: int) -> jax.Array | None:
-  """Image sizes after a strided layer, `ceil(sizes / stride)`; None stays None."""
+  """Returns the image sizes after a strided layer, `ceil(sizes / stride)`; None for None."""
   return sizes if sizes is None else (sizes + (stride - 1)) // stride

@@ -1,4 +1,4 @@
-"""Bilinear resizing as one matrix product per axis."""
+"""Bilinear resizing with one matrix product per axis."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +8,10 @@ import numpy as np
 def bilinear_taps(
   in_size: int, out_size: int, *, align_corners: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Computes which two input samples each output sample interpolates, and their weights.
+  """Computes the two input samples that each output sample interpolates, and their weights.
 
-  Source coordinates are computed in float32, as in `torch.nn.functional.interpolate`: half-pixel
-  centres clamped at 0, or aligned corners.
+  Source coordinates are float32, as in `torch.nn.functional.interpolate`: half-pixel centers
+  clamped at 0, or aligned corners.
 
   Args:
     in_size: Length of the input axis.
@@ -56,7 +56,7 @@ def bilinear_matrix(in_size: int, out_size: int, *, align_corners: bool) -> np.n
 def apply_axis_matrices(x: jax.Array, rows: np.ndarray, columns: np.ndarray) -> jax.Array:
   """Multiplies the rows of `x` by one matrix and its columns by another.
 
-  Dense products, unlike a gather and its scatter, are deterministic in both directions.
+  Unlike gather and scatter, dense products are deterministic in the forward and backward pass.
 
   Args:
     x: (n, h, w, c) float32.

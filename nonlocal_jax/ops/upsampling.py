@@ -1,4 +1,4 @@
-"""Bilinear upsampling by an integer factor, as weighted sums of neighbours that XLA fuses."""
+"""Bilinear upsampling by an integer factor, as weighted sums of neighbors that XLA fuses."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import numpy as np
 def upsampling_factor(
   size: tuple[int, int], out_size: tuple[int, int], *, align_corners: bool
 ) -> int | None:
-  """Returns the integer factor by which both axes grow, if the interpolation weights repeat.
+  """Returns the integer upsampling factor of both axes, if the interpolation weights repeat.
 
   Args:
     size: (h, w) of the input.
@@ -20,7 +20,7 @@ def upsampling_factor(
     align_corners: See `upsample`.
 
   Returns:
-    A power of two, for which the weights are exact in float32; None for other sizes.
+    A power of two, so that the weights are exact in float32; None for other sizes.
   """
   corner = 1 if align_corners else 0
   if min(size) <= corner:
@@ -57,12 +57,12 @@ def upsample_transpose_of(
 ) -> jax.Array:
   """Applies the transpose of `upsample` to a function of the upsampled features.
 
-  Neither the upsampled features nor the function's values are materialized as a whole: each column
-  of pixels is accumulated as soon as it is computed.
+  Neither the upsampled features nor the function's values are materialized as a whole: pixel
+  columns are computed and accumulated one by one.
 
   Args:
-    function: Maps a column j in [0, factor) and the upsampled features at that column of each
-      feature, (n, h, factor, w, c), to an array of the same shape, zero outside the image.
+    function: Takes a column j in [0, factor) and the upsampled features of pixel column j of each
+      feature, (n, h, factor, w, c). Returns an array of that shape, zero outside the image.
     x: (n, h, w, c) floats.
     factor: See `upsample`.
     align_corners: See `upsample`.
@@ -72,21 +72,21 @@ def upsample_transpose_of(
   """
   weights = _tap_weights(factor, align_corners=align_corners)
   rows = _axis_upsampled(x, weights.astype(x.dtype), axis=1)  # (n, h, factor, w, c)
-  taps = _neighbours(rows, axis=3)
+  taps = _neighbors(rows, axis=3)
   sums = [jnp.zeros_like(rows)] * 3
   for column in range(factor):
     weight = weights[column].tolist()
     of_column = function(column, _weighted_sum(taps, weight))
     sums = [total + of_column * w if w else total for total, w in zip(sums, weight, strict=True)]
-  gathered = _to_neighbours(sums, axis=3)
+  gathered = _to_neighbors(sums, axis=3)
   of_rows = [
     _weighted_sum([gathered[:, :, row] for row in range(factor)], weight)
     for weight in weights.T.tolist()
   ]
-  return _to_neighbours(of_rows, axis=1)
+  return _to_neighbors(of_rows, axis=1)
 
 
-def _neighbours(x: jax.Array, *, axis: int) -> list[jax.Array]:
+def _neighbors(x: jax.Array, *, axis: int) -> list[jax.Array]:
   """Returns each feature's predecessor, itself and its successor, with edges repeated."""
   padding = [(0, 0)] * x.ndim
   padding[axis] = (1, 1)
@@ -96,8 +96,8 @@ def _neighbours(x: jax.Array, *, axis: int) -> list[jax.Array]:
   ]
 
 
-def _to_neighbours(sums: Sequence[jax.Array], *, axis: int) -> jax.Array:
-  """The transpose of `_neighbours`."""
+def _to_neighbors(sums: Sequence[jax.Array], *, axis: int) -> jax.Array:
+  """Applies the transpose of `_neighbors`."""
   before, own, after = sums
   size = own.shape[axis]
   take = functools.partial(jax.lax.slice_in_dim, axis=axis)
@@ -120,14 +120,14 @@ def _axis_upsampled(x: jax.Array, weights: np.ndarray, *, axis: int) -> jax.Arra
   shape[axis + 1] = len(weights)
   terms = (
     jnp.expand_dims(tap, axis + 1) * weight.reshape(shape)
-    for tap, weight in zip(_neighbours(x, axis=axis), weights.T, strict=True)
+    for tap, weight in zip(_neighbors(x, axis=axis), weights.T, strict=True)
     if weight.any()
   )
   return cast(jax.Array, sum(terms))
 
 
 def _tap_weights(factor: int, *, align_corners: bool) -> np.ndarray:
-  """(factor, 3) weights of predecessor, feature and successor, for each pixel of a feature."""
+  """Returns (factor, 3) weights of predecessor, feature and successor for each pixel."""
   pixels = np.arange(factor)
   offset = pixels / factor if align_corners else (pixels + 0.5) / factor - 0.5
   before, after = np.maximum(-offset, 0), np.maximum(offset, 0)

@@ -2,10 +2,10 @@
 
 F(4x4, 3x3) computes a tile of 4x4 outputs with 36 multiplications per channel pair instead of 144.
 They form 36 matrix products, (tiles, c) by (c, d), one for each element of a transformed tile. In
-float32 the rounding error is about 1e-5 of the outputs' standard deviation.
+float32 the rounding error is about 1e-5 times the standard deviation of the outputs.
 
-A dilated convolution is a plain one on each of the `dilation`^2 interleaved grids of the input.
-Transformed kernels are four times and transformed inputs two times as large as the originals, so
+A dilated convolution is an undilated one on each of the `dilation`^2 interleaved grids of the
+input. Transformed kernels are four times and transformed inputs twice as large as the originals, so
 channels are processed in chunks.
 """
 
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-TILE = 4  # edge of a tile of outputs
-_PLACES = TILE + 2  # edge of the inputs that it depends on
+TILE = 4  # edge of an output tile
+_PLACES = TILE + 2  # edge of the input tile it depends on
 
 # The one-dimensional transforms of 6 inputs, 3 taps and 6 products (section 4.3 of the paper).
 _INPUT = np.array(
@@ -37,13 +37,13 @@ _OUTPUT = np.array(
 )
 
 _CHANNELS_AT_ONCE = 512
-# Below these, the transforms cost more than the products save (measured on CPUs).
+# Below these sizes the transforms cost more than the products save (measured on CPUs).
 _FEWEST_CHANNELS = 64
 _FEWEST_POSITIONS = 512
 
 
 def saves_work(x_shape: Sequence[int], kernel_shape: Sequence[int], dilation: int) -> bool:
-  """Returns whether Winograd is faster: enough work, and tiles that cover the input well.
+  """Returns whether Winograd is faster: the input is large enough and fills its tiles.
 
   Args:
     x_shape: (n, h, w, in_channels).
@@ -67,14 +67,14 @@ def convolve(
   *,
   transpose: bool = False,
 ) -> jax.Array:
-  """Computes a convolution of stride 1, padded with `dilation` zeros on each side.
+  """Computes a convolution of stride 1 with `dilation` zeros of padding on each side.
 
   Args:
     x: (n, h, w, in_channels) floats.
     kernel: (3, 3, in_channels, out_channels), the same dtype; (3, 3, out_channels, in_channels) in
       the transpose.
     dilation: Step between the taps.
-    precision: Of the products.
+    precision: Matmul precision.
     transpose: Whether to apply the transposed convolution, which maps the gradient of the output to
       that of the input.
 
@@ -105,13 +105,13 @@ def convolve(
 def kernel_gradient(
   x: jax.Array, gradient: jax.Array, dilation: int, precision: lax.PrecisionLike = None
 ) -> jax.Array:
-  """Computes the gradient of the kernel of `convolve`, by the transposes of its transforms.
+  """Computes the kernel gradient of `convolve`, with the transposes of its transforms.
 
   Args:
     x: (n, h, w, in_channels), the input of the convolution.
     gradient: (n, h, w, out_channels), the gradient of its output.
     dilation: Step between the taps.
-    precision: Of the products.
+    precision: Matmul precision.
 
   Returns:
     (3, 3, in_channels, out_channels).
@@ -139,7 +139,7 @@ Part = Callable[[jax.Array, int], jax.Array]  # takes a chunk of an array along 
 
 
 def _parts(channels: int) -> int:
-  """The number of equal chunks that the channels are processed in."""
+  """Returns the number of equal chunks that the channels are processed in."""
   few = -(-channels // _CHANNELS_AT_ONCE)
   return next((n for n in range(few, 4 * few) if channels % n == 0), 1)
 
@@ -177,7 +177,7 @@ def _concatenated(function: Callable[[Part], jax.Array], channels: int, *, axis:
 
 
 def _tile_counts(shape: Sequence[int], dilation: int) -> tuple[int, int]:
-  """The number of tiles along both axes of an interleaved grid."""
+  """Returns the number of tiles along both axes of an interleaved grid."""
   height, width = (-(-size // (TILE * dilation)) for size in shape[1:3])
   return height, width
 
@@ -186,7 +186,7 @@ def _input_tiles(x: jax.Array, dilation: int) -> jax.Array:
   """(n, h, w, c) -> (36, tiles, c), transformed."""
   n, height, width, channels = x.shape
   rows, columns = _tile_counts(x.shape, dilation)
-  # A tile shares its last two inputs with the next one, so one more tile is read in part.
+  # Each tile reads the first two rows and columns of the next one, so one extra tile is padded.
   padding = [
     (dilation, (count + 1) * TILE * dilation - size - dilation)
     for count, size in ((rows, height), (columns, width))
