@@ -477,7 +477,7 @@ def _dataset(config: ConfigDict) -> Dataset:
   """The dataset that a config describes; for a custom one, together with its `dataset.json`.
 
   Raises:
-    UserError: If the name is unknown, or classes, colours and label map do not fit together.
+    UserError: If the name is unknown, or classes, colors and label map do not fit together.
   """
   data = config.data
   given = {key: data[key] for key in _OF_THE_DATASET if data[key]}
@@ -510,7 +510,7 @@ def _dataset(config: ConfigDict) -> Dataset:
   if len(dataset.classes) != len(dataset.palette):
     raise UserError(
       f'Dataset {dataset.name} has {len(dataset.classes)} class names but {len(dataset.palette)} '
-      'colours: give one for each.'
+      'colors: give one for each.'
     )
   return dataset
 

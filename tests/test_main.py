@@ -222,7 +222,7 @@ def test_published_configs_evaluate_as_the_original(
     ),
     (
       [f'--config={ROOT}/configs/voc12aug_r50.py', '--config.data.classes=("a", "b")'],
-      'Dataset voc12aug has 2 class names but 21 colours: give one for each',
+      'Dataset voc12aug has 2 class names but 21 colors: give one for each',
     ),
     (
       [f'--config={ROOT}/configs/voc12aug_r50.py', '--config.data.label_map=(0, 2)'],

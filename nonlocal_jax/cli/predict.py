@@ -4,7 +4,7 @@
 
 WEIGHTS are a .pth file of MMSegmentation, a converted directory or the workdir of a training run;
 an INPUT is an image, a folder, or a pattern such as 'photos/*.jpg'. For photos/a.jpg and for a.jpg
-in a folder there are DIR/a.png, a PNG file of class indices with the classes' colours, and
+in a folder there are DIR/a.png, a PNG file of class indices with the classes' colors, and
 DIR/a_overlay.jpg.
 """
 
@@ -158,7 +158,7 @@ def submission_values(model: PretrainedModel) -> np.ndarray:
 
 
 def with_palette(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
-  """A label map whose file shows the colours of the classes."""
+  """A label map whose file shows the colors of the classes."""
   image = Image.fromarray(label)
   image.putpalette(np.array(palette, np.uint8).ravel().tolist())
   return image

@@ -19,7 +19,7 @@ class ModelDescription:
     protocol: How its images are tested.
     dataset: 'cityscapes', 'ade20k', 'voc12aug', 'demo' or 'custom'.
     classes: Name of each class.
-    palette: RGB colour of each class, in [0, 255].
+    palette: RGB color of each class, in [0, 255].
     source: Where the weights come from: a file, or the training run.
     sha256: The file's sha256 in hex digits, None if there was none.
     num_batches_tracked: PyTorch's counters of training batches, for each part of the network;

@@ -176,7 +176,7 @@ def _check_name(path: Path, sha256: str, released: ReleasedModel | None) -> list
 def _classes(
   count: int, released: ReleasedModel | None, meta: Mapping[str, Any]
 ) -> tuple[str, tuple[str, ...], tuple[tuple[int, int, int], ...]]:
-  """Dataset, names and colours of the classes; `meta` is not trusted."""
+  """Dataset, names and colors of the classes; `meta` is not trusted."""
   if released:
     dataset = PUBLISHED[released.dataset]
     return dataset.name, dataset.classes, dataset.palette
@@ -184,7 +184,7 @@ def _classes(
   names = {'classes': meta.get('CLASSES'), 'palette': meta.get('PALETTE')}  # of 0.x
   if type(later) is dict:
     names |= {key: later[key] for key in names if key in later}
-  classes, palette = _names(names['classes'], count), _colours(names['palette'], count)
+  classes, palette = _names(names['classes'], count), _colors(names['palette'], count)
   known = (dataset for dataset in PUBLISHED.values() if dataset.classes == classes)
   dataset = next(known, custom_dataset(count))
   return dataset.name, classes or dataset.classes, palette or dataset.palette
@@ -197,7 +197,7 @@ def _names(value: Any, count: int) -> tuple[str, ...] | None:
   return tuple(value) if fits else None
 
 
-def _colours(value: Any, count: int) -> tuple[tuple[int, int, int], ...] | None:
+def _colors(value: Any, count: int) -> tuple[tuple[int, int, int], ...] | None:
   if isinstance(value, np.ndarray) and value.shape == (count, 3):
     value = value.tolist()
   if not isinstance(value, list | tuple) or len(value) != count:
