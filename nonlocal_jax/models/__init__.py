@@ -1,4 +1,4 @@
-"""The network: dilated ResNet, non-local and auxiliary heads; the non-local block on its own."""
+"""The network and its parts: dilated ResNet, non-local block, decode and auxiliary heads."""
 
 from nonlocal_jax.models.config import Execution, NonLocalNetConfig
 from nonlocal_jax.models.non_local import NonLocalBlock

@@ -1,4 +1,4 @@
-"""What a network is, saved with its weights, and how it is computed, never saved."""
+"""Configuration of a network: its architecture, and how it is computed."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,32 +15,32 @@ Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
 BatchNormMode = Literal['global', 'per_device', 'frozen', 'folded']
 PixelLoss = Literal['row_blocks', 'reductions']
 
-# Fields that make no difference to a network's predictions.
-_OF_TRAINING = ('dropout', 'zero_init', 'batch_norm_momentum')
+# Fields that do not affect predictions.
+_TRAINING_ONLY = ('dropout', 'zero_init', 'batch_norm_momentum')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NonLocalNetConfig:
-  """What makes a network what it is.
+  """Architecture of a network; saved with its weights.
 
   Attributes:
-    stage_blocks: Bottlenecks in each stage of the backbone.
-    num_classes: Classes of both heads.
-    width: Base channels: stage s has `width * 2**s` planes. 64 in the released models.
-    in_channels: Channels of the input.
+    stage_blocks: Number of bottlenecks in each stage of the backbone.
+    num_classes: Number of classes of both heads.
+    width: Base width: stage s has `width * 2**s` planes. 64 in the released models.
+    in_channels: Number of channels of the input.
     stage_strides: Stride of the first bottleneck of each stage.
     stage_dilations: Dilation of the 3x3 convolutions of each stage.
-    contract_dilation: Whether the first bottleneck of a stage has half the dilation of the others.
+    contract_dilation: Whether the first bottleneck of a stage has half the stage's dilation.
     non_local: Whether the decode head has the non-local block.
     mode: The block's pairwise function, see `NonLocalBlock`.
     use_scale: Whether the embedded Gaussian divides by the square root of the inner channels.
-    reduction: Channels of the block's input per inner channel.
-    align_corners: Whether logits are upsampled corner on corner, as in the released 769x769 models,
-      or with half-pixel centers.
-    dropout: Rate at which channels are dropped before the classifiers, in [0, 1).
-    zero_init: Whether the non-local block starts as the identity.
-    batch_norm_epsilon: Added to variances.
-    batch_norm_momentum: Weight of the old value in the running statistics, as in `nnx.BatchNorm`.
+    reduction: Ratio of the block's input channels to its inner channels.
+    align_corners: Whether logits are upsampled with aligned corners, as in the released 769x769
+      models, or with half-pixel centers.
+    dropout: Dropout rate of the channels before the classifiers, in [0, 1).
+    zero_init: Whether the non-local block is the identity at initialization.
+    batch_norm_epsilon: Constant added to variances.
+    batch_norm_momentum: Decay rate of the running statistics, as in `nnx.BatchNorm`.
   """
 
   stage_blocks: tuple[int, ...]
@@ -62,7 +62,7 @@ class NonLocalNetConfig:
 
   @classmethod
   def from_depth(cls, depth: int, **fields: Any) -> Self:
-    """A config with the blocks per stage of a ResNet of `depth` layers.
+    """Creates the config of a network whose backbone is a ResNet of `depth` layers.
 
     Args:
       depth: 14, 26, 50 or 101.
@@ -77,42 +77,42 @@ class NonLocalNetConfig:
 
   @property
   def depth(self) -> int:
-    """Layers of the backbone, as in its name: three per bottleneck, stem and classifier."""
+    """Number of layers in the name of the backbone: three per bottleneck, stem, classifier."""
     return 3 * sum(self.stage_blocks) + 2
 
   @property
   def output_stride(self) -> int:
-    """Pixels of the input per feature, along each axis."""
-    stride = 4  # of the stem and the pooling
-    for of_stage in self.stage_strides:
-      stride *= of_stage
+    """Stride of the backbone's last features, in input pixels."""
+    stride = 4  # stem and max pooling
+    for stage_stride in self.stage_strides:
+      stride *= stage_stride
     return stride
 
   @property
   def block_channels(self) -> int:
-    """Channels of the non-local block's input."""
+    """Number of input channels of the non-local block."""
     return 8 * self.width
 
   @property
   def inner_channels(self) -> int:
-    """Channels in which the non-local block, if there is one, compares positions; else 0."""
+    """Number of inner channels of the non-local block; 0 without the block."""
     return max(self.block_channels // self.reduction, 1) if self.non_local else 0
 
   def predicts_like(self, other: 'NonLocalNetConfig') -> bool:
-    """Whether the same weights give the same predictions: only what matters in training differs."""
-    fields = {name: getattr(other, name) for name in _OF_TRAINING}
+    """Whether two configs differ only in fields that do not affect predictions."""
+    fields = {name: getattr(other, name) for name in _TRAINING_ONLY}
     return dataclasses.replace(self, **fields) == other
 
   def to_dict(self) -> dict[str, Any]:
-    """The fields as values that JSON can hold."""
+    """Returns the fields as JSON-compatible values."""
     return dataclasses.asdict(self)
 
   @classmethod
   def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-    """Reads what `to_dict` wrote; a field that is missing takes its default.
+    """Creates a config from the result of `to_dict`; missing fields take their defaults.
 
     Raises:
-      TypeError: If there is no such field, or `stage_blocks` or `num_classes` is missing.
+      TypeError: If a field is unknown, or `stage_blocks` or `num_classes` is missing.
     """
     values: dict[str, Any] = {
       name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()
@@ -120,7 +120,7 @@ class NonLocalNetConfig:
     return cls(**values)
 
   def __str__(self) -> str:
-    """E.g. 'R-50, width 64, 19 classes'."""
+    """Returns a summary such as 'R-50, width 64, 19 classes'."""
     without = '' if self.non_local else ', without the non-local block'
     channels = '' if self.in_channels == 3 else f', {self.in_channels} input channels'
     return f'R-{self.depth}, width {self.width}, {self.num_classes} classes{channels}{without}'
@@ -128,29 +128,31 @@ class NonLocalNetConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Execution:
-  """How a network is computed: on which kind of device, and with how much memory.
+  """How a network is computed: the trade-offs between speed and memory on a kind of device.
 
-  Weights know nothing of it; those of a run on GPUs load on a CPU.
+  It is not saved with the weights: weights of a run on GPUs load on a CPU.
 
   Attributes:
-    convolution: How convolutions are computed, see `ops.convolution.convolution_function`.
-    attention: How the embedded Gaussian is computed: in 'blocks' of queries and keys, or in one
-      kernel by 'cudnn' or 'flash', see `ops.attention.cudnn_attention` and
+    convolution: Implementation of convolutions, see `ops.convolution.convolution_function`.
+    attention: Implementation of the embedded Gaussian: in 'blocks' of queries and keys, or as one
+      kernel ('cudnn' or 'flash'), see `ops.attention.cudnn_attention` and
       `ops.flash_attention.flash_attention`.
-    pairwise_weights: Pairwise weights of the non-local block held at a time, over the whole batch.
-    query_block: Queries processed at a time; None for as many as `pairwise_weights` allow.
-    key_block: Most keys processed at a time by a softmax in blocks; None for all.
-    rematerialize: Whether the backward pass recomputes the whole inside of each bottleneck: less
-      memory, a third more time.
-    scan_blocks: Whether the equal bottlenecks of a stage are one `jax.lax.scan`, compiled once.
-    batch_norm: What batch normalization normalizes with in training: statistics of the 'global'
-      batch (SyncBN), of each device's part of it ('per_device'), or the running statistics, which
-      then stay as they are ('frozen'). 'folded' is for prediction only: scales are in the
-      convolutions before, see `folding.fold_batch_norms`.
-    batch_norm_groups: Equal parts of the batch that 'per_device' normalizes separately: the number
-      of devices.
-    pixel_loss: How the loss of upsampled logits is computed, see `training.loss.pixel_losses`.
-    scores_at_once: Class scores at image size that a device holds in prediction.
+    pairwise_weights: Maximum number of pairwise weights of the non-local block in memory, over the
+      whole batch.
+    query_block: Number of queries per block; None for as many as `pairwise_weights` allows.
+    key_block: Maximum number of keys per block of the softmax; None for all keys.
+    rematerialize: Whether the backward pass recomputes all activations inside each bottleneck,
+      which saves memory and takes a third more time.
+    scan_blocks: Whether the identical bottlenecks of a stage run in one `jax.lax.scan`, so that
+      they are compiled once.
+    batch_norm: Statistics that batch normalization uses in training: those of the 'global' batch
+      (SyncBN), those of each device's share of it ('per_device'), or the running statistics, which
+      are not updated ('frozen'). 'folded' is for prediction only: the scales are part of the
+      preceding convolutions, see `folding.fold_batch_norms`.
+    batch_norm_groups: Number of equal parts of the batch that 'per_device' normalizes separately,
+      which is the number of devices.
+    pixel_loss: Implementation of the loss of upsampled logits, see `training.loss.pixel_losses`.
+    scores_at_once: Maximum number of class scores at image size that a device holds in prediction.
   """
 
   convolution: Convolution = 'direct'
@@ -166,7 +168,7 @@ class Execution:
   scores_at_once: int = 2**22
 
   def __post_init__(self):
-    """Checks choices that no type checker has seen.
+    """Checks the literals, which may come from a config at run time.
 
     Raises:
       ValueError: If `attention`, `batch_norm`, `convolution` or `pixel_loss` is unknown.
@@ -184,11 +186,11 @@ class Execution:
 
   @classmethod
   def for_platform(cls, platform: Platform | None = None, **overrides: Any) -> Self:
-    """What is fastest on a platform.
+    """Returns the fastest settings for a platform.
 
     Args:
       platform: 'cpu', 'gpu' or 'tpu'; None for that of JAX's default backend.
-      **overrides: Fields with other values.
+      **overrides: Fields to set to other values.
     """
     platform = platform_of() if platform is None else platform
     return cls(**{**_DEFAULTS[platform], **overrides})
@@ -197,11 +199,11 @@ class Execution:
 _DEFAULTS: Mapping[Platform, Mapping[str, Any]] = {
   'cpu': {
     'convolution': 'matmul',
-    # So few that pairwise weights, a block's keys and scores stay in the cache.
+    # Small enough that pairwise weights, a block's keys and scores stay in the cache.
     'pairwise_weights': 2**21,
     'key_block': 4096,
     'scores_at_once': 2**21,
-    # It also keeps the compiler from merging what is recomputed with what was computed first.
+    # A scan also keeps XLA from merging recomputed values with the original ones (CSE).
     'scan_blocks': True,
   },
   'gpu': {'convolution': 'sub_images', 'pixel_loss': 'reductions', 'scores_at_once': 2**26},

@@ -1,22 +1,22 @@
-"""Batch normalisations as part of the convolutions before them, for networks that only predict."""
+"""Folds batch normalization into the preceding convolutions, for networks that only predict."""
 
 from flax import nnx
 
 
 def fold_batch_norms(graphdef: nnx.GraphDef, state: nnx.State) -> nnx.State:
-  """Moves each batch normalisation into its convolution.
+  """Multiplies the scales of batch normalizations into the kernels before them.
 
-  With running statistics a normalisation is a factor and an offset for each channel. The factors
-  go into the kernels, the offsets are what is left of the normalisations.
+  With running statistics, batch normalization multiplies each channel by a factor and adds an
+  offset. The factors are multiplied into the kernels; the offsets stay as biases. Works under
+  `jax.jit`.
 
   Args:
-    graphdef: Static part of a network, or of any module that holds some of those that tell what is
-      `NORMALIZED` in them: `ConvNorm`, `Bottleneck`, `NonLocalBlock`.
-    state: Its parameters and running statistics.
+    graphdef: Static part of a network, or of any module with submodules that have a `NORMALIZED`
+      attribute: `ConvNorm`, `Bottleneck`, `NonLocalBlock`.
+    state: Parameters and running statistics of the module.
 
   Returns:
-    The same names and shapes, for a network whose `Execution.batch_norm` is 'folded'. May be
-    traced, as by `jax.jit`.
+    A state with the same names and shapes, for a network whose `Execution.batch_norm` is 'folded'.
   """
   model = nnx.merge(graphdef, state, copy=True)
   for _, module in nnx.iter_modules(model):

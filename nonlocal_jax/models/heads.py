@@ -1,4 +1,4 @@
-"""The decode head with the non-local block, the auxiliary head (mmseg `NLHead`, `FCNHead`)."""
+"""Decode head with the non-local block, and auxiliary head (mmseg `NLHead` and `FCNHead`)."""
 
 import functools
 
@@ -13,7 +13,7 @@ from nonlocal_jax.ops.masking import mask_padding
 
 
 class NonLocalHead(nnx.Module):
-  """Convolution, non-local block, convolution, one over [features, result], classifier."""
+  """Decode head: conv, non-local block, conv, conv over [input, result], classifier."""
 
   def __init__(
     self,
@@ -22,12 +22,12 @@ class NonLocalHead(nnx.Module):
     *,
     rngs: nnx.Rngs,
   ):
-    """Makes the head of a network.
+    """Initializes the head.
 
     Args:
-      config: The network; without its non-local block this is mmseg's `FCNHead` with two
-        convolutions.
-      execution: How it is computed; None for what is fastest on JAX's default backend.
+      config: Architecture of the network. Without the non-local block the head is mmseg's
+        `FCNHead` with two convolutions.
+      execution: How the head is computed; None for the fastest on JAX's default backend.
       rngs: Source of the initial values.
     """
     execution = execution or Execution.for_platform()
@@ -63,9 +63,10 @@ class NonLocalHead(nnx.Module):
     rngs: nnx.Rngs | None = None,
     sizes: jax.Array | None = None,
   ) -> jax.Array:
-    """(n, h, w, in_channels) -> (n, h, w, num_classes); in training `rngs` drops channels.
+    """Computes logits: (n, h, w, in_channels) -> (n, h, w, num_classes).
 
-    What lies in the padding that `sizes` tells of (see `masking.valid_mask`) does not matter.
+    `rngs` is for dropout in training. Values in the padding given by `sizes` (see
+    `masking.valid_mask`) do not affect the logits of the images.
     """
     features = mask_padding(features, sizes)
     x = self.convs[0](features, train=train)
@@ -77,7 +78,7 @@ class NonLocalHead(nnx.Module):
 
 
 class AuxiliaryHead(nnx.Module):
-  """One convolution and the classifier, on the features of stage 3; for training only."""
+  """Auxiliary head for training: one convolution and a classifier on the features of stage 3."""
 
   def __init__(
     self,
@@ -86,7 +87,7 @@ class AuxiliaryHead(nnx.Module):
     *,
     rngs: nnx.Rngs,
   ):
-    """Makes the head of a network, see `NonLocalHead`."""
+    """Initializes the head; arguments are those of `NonLocalHead`."""
     layers = LayerFactory.from_config(config, execution or Execution.for_platform())
     in_channels, channels = 16 * config.width, 4 * config.width
     self.convs = nnx.List([layers.conv_norm(in_channels, channels, 3, rngs=rngs)])
@@ -96,19 +97,19 @@ class AuxiliaryHead(nnx.Module):
   def __call__(
     self, features: jax.Array, *, train: bool = False, rngs: nnx.Rngs | None = None
   ) -> jax.Array:
-    """(n, h, w, in_channels) -> (n, h, w, num_classes); in training `rngs` drops channels."""
+    """Computes logits: (n, h, w, in_channels) -> (n, h, w, num_classes)."""
     x = self.convs[0](features, train=train)
     return self.conv_seg(self.dropout(x, deterministic=not train, rngs=rngs))
 
 
 def dropout_channels(rate: float) -> nnx.Dropout:
-  """Drops whole channels of a sample with probability `rate` (torch `Dropout2d`)."""
+  """Returns a dropout layer that drops whole channels of a sample (torch `Dropout2d`)."""
   return nnx.Dropout(rate, broadcast_dims=(1, 2))
 
 
 def classifier(
   channels: int, num_classes: int, *, layers: LayerFactory, rngs: nnx.Rngs
 ) -> nnx.Conv:
-  """The 1x1 convolution from features to logits."""
+  """Returns the 1x1 convolution from features to logits."""
   init = nnx.initializers.normal(0.01)
   return layers.conv(channels, num_classes, 1, use_bias=True, kernel_init=init, rngs=rngs)

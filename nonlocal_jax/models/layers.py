@@ -1,4 +1,4 @@
-"""The layers that the network is made of, with the conventions of the released checkpoints."""
+"""Layers with the padding, initialization and statistics of the released checkpoints."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from nonlocal_jax.models.config import BatchNormMode, Execution, NonLocalNetConfig
 from nonlocal_jax.ops.convolution import Convolution, convolution_function
 
-# Names of what `jax.checkpoint` has to keep so that only what is cheap is computed twice.
+# Names of the residuals that `jax.checkpoint` saves; everything else is cheap to recompute.
 KEPT = ('convolved', 'batch_statistics')
 
 KAIMING_FAN_OUT = nnx.initializers.variance_scaling(2.0, 'fan_out', 'normal')
@@ -30,22 +30,20 @@ def conv(
   convolution: Convolution = 'direct',
   rngs: nnx.Rngs,
 ) -> nnx.Conv:
-  """A square 2-D convolution padded as in the released checkpoints.
+  """Returns a square 2-D convolution with the padding of the released checkpoints.
 
-  The padding is `dilation * (kernel - 1) / 2` zeros on each side: at stride 2 this differs from
-  'SAME'.
-
-  It computes in the dtype of its input, into which it casts its float32 weights.
+  The padding is `dilation * (kernel - 1) / 2` zeros on each side, which differs from 'SAME' at
+  stride 2. The float32 weights are cast to the dtype of the input.
 
   Args:
-    in_channels: Channels of the input.
-    out_channels: Channels of the output.
-    kernel: Edge of the kernel, odd.
+    in_channels: Number of input channels.
+    out_channels: Number of output channels.
+    kernel: Edge length of the kernel, odd.
     stride: Step between outputs, in input pixels.
     dilation: Step between kernel taps, in input pixels.
-    use_bias: Whether to add a bias, initialised with zeros.
-    kernel_init: Initialiser of the (kernel, kernel, in_channels, out_channels) float32 array.
-    convolution: How it is computed, see `ops.convolution.convolution_function`.
+    use_bias: Whether to add a bias, initialized to zero.
+    kernel_init: Initializer of the (kernel, kernel, in_channels, out_channels) float32 kernel.
+    convolution: Implementation, see `ops.convolution.convolution_function`.
     rngs: Source of the initial values.
 
   Returns:
@@ -69,18 +67,18 @@ def conv(
 
 
 def _as_the_input(arrays: Any, **_) -> Any:
-  """Casts all to the dtype of the first; None stays."""
+  """Casts all arrays to the dtype of the first; leaves None as it is."""
   dtype = arrays[0].dtype
   return tuple(array if array is None else array.astype(dtype) for array in arrays)
 
 
 class BatchNorm(nnx.Module):
-  """Batch normalisation over (n, h, w) with PyTorch's running statistics.
+  """Batch normalization over (n, h, w) with the running statistics of PyTorch.
 
-  In training the batch is normalised with its biased variance, and the running variance takes the
-  unbiased one (`n / (n - 1)` larger), as `torch.nn.BatchNorm2d` does and `flax.nnx.BatchNorm` does
-  not. Over a batch that is sharded under `jax.jit` the mean is that of the global batch: SyncBN.
-  Statistics are computed in float32 at least, whatever the dtype of the input.
+  Training normalizes with the biased variance of the batch and updates the running variance with
+  the unbiased one, which is `n / (n - 1)` times as large. `torch.nn.BatchNorm2d` does the same,
+  `flax.nnx.BatchNorm` does not. If the batch is sharded under `jax.jit`, statistics are those of
+  the global batch (SyncBN). They are computed in float32 or wider.
 
   Attributes:
     scale: (channels,) float32.
@@ -88,8 +86,8 @@ class BatchNorm(nnx.Module):
     mean: (channels,) float32, running mean.
     var: (channels,) float32, running unbiased variance.
     mode: See `Execution.batch_norm`.
-    groups: Equal parts of the batch that are normalized separately in training; the running
-      statistics take their mean. With one for each device nothing is exchanged.
+    groups: Number of equal parts of the batch that are normalized separately in training; running
+      statistics are updated with the mean over the parts. One per device avoids communication.
   """
 
   def __init__(
@@ -101,12 +99,12 @@ class BatchNorm(nnx.Module):
     mode: BatchNormMode = 'global',
     groups: int = 1,
   ):
-    """Starts as the identity on normalized data.
+    """Initializes scale and variance to one, bias and mean to zero.
 
     Args:
       channels: Size of the last axis of the input.
-      epsilon: Added to the variance.
-      momentum: Weight of the old value in the running statistics, in [0, 1].
+      epsilon: Constant added to the variance.
+      momentum: Decay rate of the running statistics in [0, 1], as in `nnx.BatchNorm`.
       mode: See the class.
       groups: See the class.
     """
@@ -120,7 +118,7 @@ class BatchNorm(nnx.Module):
     self.groups = groups
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """(n, h, w, channels) -> the same; in training by the batch's statistics, which are kept."""
+    """Normalizes x, (n, h, w, channels); in training also updates the running statistics."""
     if self.mode == 'folded':
       assert not train
       return x + self.bias[...].astype(x.dtype)
@@ -141,10 +139,10 @@ class BatchNorm(nnx.Module):
     return ((wide - mean) * factor + self.bias[...]).reshape(x.shape).astype(x.dtype)
 
   def fold(self) -> jax.Array:
-    """Keeps the offsets as its bias and leaves the factors to the convolution before it.
+    """Sets the bias to the offsets of the normalization and returns its factors.
 
     Returns:
-      (channels,) float32, what the convolution's kernel is to be multiplied with.
+      (channels,) float32, by which the kernel of the preceding convolution must be multiplied.
     """
     factor = jax.lax.rsqrt(self.var[...] + self.epsilon) * self.scale[...]
     self.bias[...] = self.bias[...] - self.mean[...] * factor
@@ -153,15 +151,15 @@ class BatchNorm(nnx.Module):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def batch_statistics(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
-  """Mean and biased variance of each channel, in one pass over `x`.
+  """Computes mean and biased variance of each channel in one pass over `x`.
 
-  Each sample is summed about one of its own values, and what comes of the samples is put together
-  as in Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983: as exact as a
-  second pass, and with one exchange between devices.
+  Each sample is shifted by one of its values, and the statistics of the samples are combined as in
+  Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983. This is as accurate
+  as a second pass and needs only one collective.
 
   Args:
     x: (n, h, w, channels) floats.
-    groups: Equal parts of the batch with statistics of their own.
+    groups: Number of equal parts of the batch, each with its own statistics.
 
   Returns:
     Mean and variance, (groups, channels) each.
@@ -193,14 +191,14 @@ def _batch_statistics_jvp(groups, primals, tangents):
 
 @dataclasses.dataclass(frozen=True)
 class LayerFactory:
-  """Makes the layers of a network, which share these options.
+  """Creates the layers of a network with shared options.
 
   Attributes:
     convolution: See `Execution.convolution`.
-    epsilon: Of batch normalization, see `BatchNorm`.
-    momentum: Of batch normalization.
+    epsilon: See `BatchNorm`.
+    momentum: See `BatchNorm`.
     batch_norm: See `Execution.batch_norm`.
-    groups: Of batch normalization.
+    groups: See `BatchNorm`.
   """
 
   convolution: Convolution
@@ -211,7 +209,7 @@ class LayerFactory:
 
   @classmethod
   def from_config(cls, config: NonLocalNetConfig, execution: Execution) -> Self:
-    """The factory of a network."""
+    """Creates the factory of a network's layers."""
     return cls(
       convolution=execution.convolution,
       epsilon=config.batch_norm_epsilon,
@@ -221,11 +219,11 @@ class LayerFactory:
     )
 
   def conv(self, in_channels: int, out_channels: int, kernel: int, **options) -> nnx.Conv:
-    """See `conv`."""
+    """Returns a convolution, see the function `conv`."""
     return conv(in_channels, out_channels, kernel, convolution=self.convolution, **options)
 
   def norm(self, channels: int) -> BatchNorm:
-    """See `BatchNorm`."""
+    """Returns a batch normalization, see `BatchNorm`."""
     return BatchNorm(
       channels,
       epsilon=self.epsilon,
@@ -235,12 +233,12 @@ class LayerFactory:
     )
 
   def conv_norm(self, in_channels: int, out_channels: int, kernel: int, **options) -> 'ConvNorm':
-    """See `ConvNorm`."""
+    """Returns a convolution with batch normalization, see `ConvNorm`."""
     return ConvNorm(in_channels, out_channels, kernel, layers=self, **options)
 
 
 class ConvNorm(nnx.Module):
-  """Convolution without bias, batch normalization, ReLU if asked for (mmcv `ConvModule`)."""
+  """Convolution without bias, batch normalization and optional ReLU (mmcv `ConvModule`)."""
 
   NORMALIZED = (('conv', 'bn'),)
 
@@ -255,7 +253,7 @@ class ConvNorm(nnx.Module):
     layers: LayerFactory,
     rngs: nnx.Rngs,
   ):
-    """See `conv` for the arguments; `relu` switches the activation."""
+    """Initializes the layers; see `conv` for the arguments. `relu` adds the activation."""
     self.conv = layers.conv(in_channels, out_channels, kernel, stride=stride, rngs=rngs)
     self.bn = layers.norm(out_channels)
     self.relu = relu

@@ -24,13 +24,12 @@ _SMALL_NORMAL = nnx.initializers.normal(0.01)
 
 
 class NonLocalBlock(nnx.Module):
-  """`x + norm(conv_out(y))`, where y is at each position a weighted mean of `g(x)` over all.
+  """Non-local block (mmcv `NonLocal2d`): `x + norm(conv_out(y))` with `y_i = sum_j w_ij g(x_j)`.
 
-  The weights of position i over positions j come from a pairwise function (section 3.2 of the
-  paper; mmcv `NonLocal2d`):
+  The weights `w_ij` come from a pairwise function (section 3.2 of the paper):
 
-  - embedded_gaussian: `softmax_j(theta_i . phi_j / sqrt(d))`, without the root if `use_scale` is
-    off;
+  - embedded_gaussian: `softmax_j(theta_i . phi_j / sqrt(d))`, without the square root if
+    `use_scale` is False;
   - gaussian: `softmax_j(x_i . x_j)`;
   - dot_product: `theta_i . phi_j / keys`;
   - concatenation: `relu(w . [theta_i, phi_j]) / keys`.
@@ -42,8 +41,8 @@ class NonLocalBlock(nnx.Module):
   >>> bool((block(x) == x).all())  # starts as the identity
   True
 
-  Queries are processed in blocks, each recomputed in the backward pass, so that memory grows with
-  the number of positions, not with its square; with a softmax so are keys.
+  Queries are processed in blocks that the backward pass recomputes, so memory grows linearly with
+  the number of positions. The softmax modes also process keys in blocks.
   """
 
   NORMALIZED = (('conv_out', 'bn'),)
@@ -66,28 +65,28 @@ class NonLocalBlock(nnx.Module):
     execution: Execution | None = None,
     rngs: nnx.Rngs,
   ):
-    """Makes the block.
+    """Initializes the block.
 
     Args:
-      channels: Channels of input and output.
+      channels: Number of input and output channels.
       reduction: The inner convolutions have `channels // reduction` channels, at least one.
       mode: The pairwise function.
-      use_scale: Whether the embedded Gaussian divides by the root of the inner channels.
+      use_scale: Whether the embedded Gaussian divides by the square root of the inner channels.
       sub_sample: Whether keys and values are max-pooled 2x2 first, which quarters their number.
-      norm: Whether `conv_out` is followed by batch normalisation (then it has no bias).
-      zero_init: Whether the last normalisation, or without it `conv_out`, starts at zero and so the
-        block as the identity, which a pretrained network keeps working around (section 4.1 of the
-        paper). Training from scratch on little data, the block opens sooner when off.
-      epsilon: Of the batch normalization, see `layers.BatchNorm`.
-      momentum: Of the batch normalization.
-      attention: In place of that of `execution`, as for the following two.
-      query_block: Queries processed at a time.
-      key_block: Most keys processed at a time by a softmax.
-      execution: How it is computed; None for what is fastest on JAX's default backend.
+      norm: Whether batch normalization follows `conv_out`, which then has no bias.
+      zero_init: Whether the scale of the normalization, or without it `conv_out`, is initialized to
+        zero. The block is then the identity at first and does not disturb a pretrained network
+        (section 4.1 of the paper). Turn it off to learn faster from scratch on little data.
+      epsilon: See `layers.BatchNorm`.
+      momentum: See `layers.BatchNorm`.
+      attention: Overrides `execution.attention`.
+      query_block: Overrides `execution.query_block`.
+      key_block: Overrides `execution.key_block`.
+      execution: How the block is computed; None for the fastest on JAX's default backend.
       rngs: Source of the initial values.
 
     Raises:
-      ValueError: If `mode` or `attention` is unknown, or options do not go together.
+      ValueError: If `mode` or `attention` is unknown, or options cannot be combined.
     """
     if mode not in get_args(Mode):
       raise ValueError(f'mode is {mode!r}, expected one of {", ".join(get_args(Mode))}')
@@ -141,17 +140,17 @@ class NonLocalBlock(nnx.Module):
   def __call__(
     self, x: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
   ) -> jax.Array:
-    """Adds to each position what it draws from all others.
+    """Applies the block.
 
     Args:
       x: (n, h, w, channels) floats.
-      train: Whether batch normalisation uses and folds in the batch's statistics.
-      sizes: (n, 2) integers, at least 1, height and width of each image without the padding at its
-        bottom and right (at least 2 with `sub_sample`); positions in the padding then give nothing
-        to the others. None for no padding.
+      train: Whether batch normalization uses the statistics of the batch.
+      sizes: (n, 2) integers, height and width of each image without the padding at its bottom and
+        right, at least 1 (2 with `sub_sample`). Positions in the padding are masked as keys. None
+        for no padding.
 
     Returns:
-      The same shape.
+      (n, h, w, channels), the dtype of `x`.
     """
     pool = (lambda y: nnx.max_pool(y, (2, 2), (2, 2))) if self.sub_sample else (lambda y: y)
     queries = _positions(x if self.theta is None else self.theta(x))
@@ -179,7 +178,7 @@ class NonLocalBlock(nnx.Module):
       values = jnp.where(key_mask[..., None], values, 0)
       num_keys = key_mask.sum(axis=1)[:, None, None]
     if self.mode == 'dot_product':
-      # Associativity: (theta phi^T) g = theta (phi^T g), which needs no pairwise matrix at all.
+      # (theta phi^T) g = theta (phi^T g), which needs no pairwise matrix.
       return queries @ (jnp.swapaxes(keys, 1, 2) @ values / num_keys)
     if self.mode == 'concatenation':
       assert self.concat_project is not None

@@ -1,4 +1,4 @@
-"""NonLocalNet: backbone and heads in one module (mmseg `EncoderDecoder` with `NLHead`)."""
+"""`NonLocalNet`: backbone and heads in one module (mmseg `EncoderDecoder` with `NLHead`)."""
 
 import functools
 
@@ -17,12 +17,12 @@ OUTPUT_STRIDE = 8  # of the backbone of the released models
 class NonLocalNet(nnx.Module):
   """Dilated ResNet with a non-local decode head and an auxiliary FCN head.
 
-  The paths of its arrays are those of the released checkpoints (`backbone.layer3.5.conv2`),
-  but for the stem and the shortcuts; `nonlocal_jax.weights.state_dict` holds the map.
+  Parameter paths are those of the released checkpoints (`backbone.layer3.5.conv2`), except for the
+  stem and the shortcuts; `nonlocal_jax.weights.state_dict` maps the names.
 
   Attributes:
-    config: What the network is.
-    execution: How it is computed.
+    config: Architecture of the network.
+    execution: How the network is computed.
   """
 
   def __init__(
@@ -32,11 +32,11 @@ class NonLocalNet(nnx.Module):
     execution: Execution | None = None,
     rngs: nnx.Rngs,
   ):
-    """Makes the network with the initial values of the original.
+    """Initializes the network with the initializers of mmsegmentation.
 
     Args:
-      config: What the network is.
-      execution: How it is computed; None for what is fastest on JAX's default backend.
+      config: Architecture of the network.
+      execution: How the network is computed; None for the fastest on JAX's default backend.
       rngs: Source of the initial values.
     """
     execution = execution or Execution.for_platform()
@@ -48,11 +48,11 @@ class NonLocalNet(nnx.Module):
 
   @classmethod
   def abstract(cls, config: NonLocalNetConfig, execution: Execution | None = None) -> 'NonLocalNet':
-    """The network with shapes in place of arrays; costs no memory."""
+    """Returns the network with `jax.ShapeDtypeStruct` in place of arrays, without allocation."""
     return nnx.merge(*_abstract_parts(config, execution or Execution.for_platform()), copy=True)
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Logits at the size of the input.
+    """Computes logits at the size of the input.
 
     Args:
       images: (n, h, w, in_channels) float32, normalized (see `normalize`).
@@ -64,25 +64,25 @@ class NonLocalNet(nnx.Module):
     return self.upsample(self.encode_decode(images), (height, width))
 
   def encode_decode(self, images: jax.Array, *, sizes: jax.Array | None = None) -> jax.Array:
-    """Logits at stride 8.
+    """Computes logits at stride 8, without upsampling.
 
     Args:
       images: (n, h, w, in_channels) float32, normalized.
       sizes: (n, 2) integers, height and width of each image without the padding at its bottom and
-        right, which has then no influence; None for no padding.
+        right. The padding does not affect the logits of the images. None for no padding.
 
     Returns:
-      (n, ceil(h / 8), ceil(w / 8), num_classes) float32; without meaning in the padding.
+      (n, ceil(h / 8), ceil(w / 8), num_classes) float32; values in the padding are meaningless.
     """
     _, features = self.backbone(images, sizes=sizes)
     return self.decode_head(features, sizes=strided_sizes(sizes, self.config.output_stride))
 
   def training_logits(self, images: jax.Array, *, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-    """Logits of both heads at stride 8 in training mode; updates the running statistics.
+    """Computes logits of both heads at stride 8 in training mode; updates running statistics.
 
     Args:
       images: (n, h, w, in_channels) float32, normalized.
-      rngs: Source of the dropped channels, stream 'dropout'.
+      rngs: Random keys, with a 'dropout' stream.
 
     Returns:
       Logits of the decode head and of the auxiliary head, each (n, ceil(h / 8), ceil(w / 8),
@@ -93,12 +93,12 @@ class NonLocalNet(nnx.Module):
     return logits, self.auxiliary_head(auxiliary_features, train=True, rngs=rngs)
 
   def upsample(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Resizes logits (n, h, w, c) to `size` (height, width) by the network's corner convention."""
+    """Resizes logits (n, h, w, c) to `size` (height, width) with the config's `align_corners`."""
     return resize_bilinear(logits, size, align_corners=self.config.align_corners)
 
 
 def state_shapes(config: NonLocalNetConfig) -> nnx.State:
-  """Parameters and running statistics with shapes in place of arrays; not to be changed."""
+  """Returns the shapes of parameters and running statistics; cached, do not modify."""
   return _abstract_parts(config, Execution())[1]
 
 

@@ -1,4 +1,4 @@
-"""ResNetV1c with dilated last stages (D8): output stride 8 instead of 32 (mmseg `ResNetV1c`)."""
+"""ResNetV1c with dilated last stages (D8), whose output stride is 8 (mmseg `ResNetV1c`)."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ EXPANSION = 4
 
 
 class Bottleneck(nnx.Module):
-  """1x1, 3x3 (stride and dilation here) and 1x1 convolutions beside a shortcut."""
+  """Residual block of 1x1, 3x3 (with stride and dilation) and 1x1 convolutions."""
 
   NORMALIZED = (('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'))
 
@@ -28,7 +28,7 @@ class Bottleneck(nnx.Module):
     layers: LayerFactory,
     rngs: nnx.Rngs,
   ):
-    """Makes a block from `in_channels` to `4 * planes`; where sizes differ, it projects."""
+    """Initializes a block with `4 * planes` output channels; projects the shortcut if needed."""
     out_channels = EXPANSION * planes
     self.stride = stride
     self.conv1 = layers.conv(in_channels, planes, 1, rngs=rngs)
@@ -50,7 +50,7 @@ class Bottleneck(nnx.Module):
   ) -> jax.Array:
     """(n, h, w, in_channels) -> (n, ceil(h / stride), ceil(w / stride), 4 * planes).
 
-    What lies in the padding that `sizes` tells of (see `masking.valid_mask`) does not matter.
+    Values in the padding given by `sizes` (see `masking.valid_mask`) do not affect the images.
     """
     shortcut = x if self.downsample is None else self.downsample(x, train=train)
     x = jax.nn.relu(self.bn1(self.conv1(x), train=train))
@@ -61,8 +61,8 @@ class Bottleneck(nnx.Module):
 class ResNet(nnx.Module):
   """Deep-stem ResNet whose last two stages are dilated instead of strided.
 
-  The backward pass keeps what convolutions and statistics gave and computes what is cheap again:
-  normalised and rectified features.
+  The backward pass saves the outputs of convolutions and the batch statistics, and recomputes
+  normalization and ReLU, which are cheap.
   """
 
   def __init__(
@@ -72,11 +72,11 @@ class ResNet(nnx.Module):
     *,
     rngs: nnx.Rngs,
   ):
-    """Makes the backbone of a network.
+    """Initializes the backbone.
 
     Args:
-      config: The network.
-      execution: How it is computed; None for what is fastest on JAX's default backend.
+      config: Architecture of the network.
+      execution: How the backbone is computed; None for the fastest on JAX's default backend.
       rngs: Source of the initial values.
     """
     execution = execution or Execution.for_platform()
@@ -117,19 +117,20 @@ class ResNet(nnx.Module):
 
     Args:
       images: (n, h, w, in_channels) float32, normalized.
-      train: Whether batch normalisation uses and folds in the batch's statistics.
-      sizes: (n, 2) integers, see `masking.valid_mask`: the features of each image are then those of
-        the image without padding; what they are in the padding has no meaning.
+      train: Whether batch normalization uses the statistics of the batch.
+      sizes: (n, 2) integers, sizes of the images without padding, see `masking.valid_mask`. The
+        padding does not affect the features of the images; features in the padding are
+        meaningless. None for no padding.
 
     Returns:
-      Features of stages 3 and 4: (n, ceil(h / 8), ceil(w / 8), 16 * width) and the same with 32 *
-      width channels.
+      Features of stages 3 and 4: (n, ceil(h / 8), ceil(w / 8), 16 * width) and the same with
+      32 * width channels.
     """
     x = self.stem[0](mask_padding(images, sizes), train=train)
     sizes = strided_sizes(sizes, 2)
     for layer in (self.stem[1], self.stem[2]):
       x = layer(mask_padding(x, sizes), train=train)
-    # After a ReLU zero is as good as the -inf that a pooling pads with.
+    # After a ReLU, zero padding equals the -inf padding of max pooling.
     x = nnx.max_pool(mask_padding(x, sizes), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
     sizes = strided_sizes(sizes, 2)
     features = []
@@ -144,7 +145,7 @@ class ResNet(nnx.Module):
   def _run(
     self, blocks: Sequence[Bottleneck], x: jax.Array, *, train: bool, sizes: jax.Array | None
   ) -> jax.Array:
-    """Runs equal bottlenecks one after the other; updates their running statistics."""
+    """Applies identical bottlenecks in sequence; updates their running statistics in training."""
     if not blocks:
       return x
     graphdef = nnx.graphdef(blocks[0])

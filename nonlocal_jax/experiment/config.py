@@ -1,0 +1,312 @@
+"""Reads and checks a `ConfigDict`; no other module looks into one."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nonlocal_jax.data import synthetic
+from nonlocal_jax.data.datasets import (
+  PUBLISHED,
+  Dataset,
+  custom_dataset,
+  merge_classes,
+  read_description,
+)
+from nonlocal_jax.data.transforms import AugmentConfig
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.models import Execution, NonLocalNetConfig
+from nonlocal_jax.models.config import STAGE_BLOCKS
+from nonlocal_jax.ops.attention import Attention, check_attention, fastest_attention
+from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh
+from nonlocal_jax.training.loop import ScheduleConfig
+from nonlocal_jax.training.loss import LossConfig, Ohem
+from nonlocal_jax.training.optimizer import OptimizerConfig
+from nonlocal_jax.training.train_step import StepConfig
+
+_PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
+_DATASET_FIELDS = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+  """Where images and labels are stored.
+
+  Attributes:
+    source_dir: Folder or bucket in the layout of the dataset's authors; None to open data that was
+      prepared before.
+    data_dir: Folder of the prepared data; None for the default, see `preparation.prepare`.
+    workers: Number of processes that load batches; 0 for threads of the main process.
+  """
+
+  source_dir: str | None
+  data_dir: str | None
+  workers: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+  """How an evaluation is computed; `EvalProtocol` says what is computed.
+
+  Attributes:
+    batch_size: Images per device and batch.
+    shapes: Maximum number of padded shapes that the images are grouped into.
+    precision: Matmul precision of the network, see `jax_default_matmul_precision`.
+    more_scores: Whether to also report Dice, Fscore, Precision and Recall.
+  """
+
+  batch_size: int
+  shapes: int
+  precision: str
+  more_scores: bool
+
+
+def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dict[str, Any]:
+  """Checks a config and returns the fields of an `Experiment` by name.
+
+  Args:
+    config: See `recipes.base_config`.
+    devices: See `Experiment.from_config`.
+
+  Raises:
+    UserError: See `Experiment.from_config`.
+  """
+  _check_values(config)
+  dataset, mesh = _dataset(config), data_mesh(devices)
+  weights = config.train.class_weights
+  if weights and len(weights) != dataset.num_classes:
+    raise UserError(
+      f'config.train.class_weights has {len(weights)} weights, but there are '
+      f'{dataset.num_classes} classes: give one for each.'
+    )
+  train, evaluation = config.train, config.eval
+  network = NonLocalNetConfig.from_depth(
+    config.model.depth,
+    num_classes=dataset.num_classes,
+    width=config.model.width,
+    non_local=config.model.non_local,
+    align_corners=config.model.align_corners,
+    dropout=config.model.dropout,
+    zero_init=config.model.zero_init,
+  )
+  platform = platform_of_mesh(mesh)
+  chosen = {'convolution': 'direct'} if config.model.convolution == 'direct' else {}
+  attention, eval_attention = (
+    _attention(config, network, mesh, precision=precision, train=is_train)
+    for precision, is_train in ((train.precision, True), (evaluation.precision, False))
+  )
+  protocol = EvalProtocol.from_version(
+    evaluation.protocol,
+    scale=tuple(evaluation.scale),
+    window_crop=tuple(evaluation.window_crop) or None,
+    window_stride=tuple(evaluation.window_stride) or None,
+    multi_scale_flip=evaluation.multi_scale_flip,
+    pad_windows=evaluation.pad_windows,
+    align_corners=config.model.align_corners,
+  )
+  ohem = Ohem(train.ohem_threshold, train.ohem_min_kept) if train.ohem else None
+  return {
+    'name': config.name,
+    'dataset': dataset,
+    'data': DataConfig(
+      source_dir=config.data.source_dir or None,
+      data_dir=config.data.data_dir or None,
+      workers=config.data.workers,
+    ),
+    'network': network,
+    'execution': Execution.for_platform(
+      platform,
+      attention=attention,
+      batch_norm=train.batch_norm,
+      batch_norm_groups=mesh.size if train.batch_norm == 'per_device' else 1,
+      rematerialize=train.rematerialize,
+      **chosen,
+    ),
+    'eval_execution': Execution.for_platform(
+      platform, attention=eval_attention, batch_norm='folded', **chosen
+    ),
+    'protocol': protocol,
+    'augment': AugmentConfig(
+      crop=tuple(train.crop),
+      scale=tuple(train.scale),
+      ratio_range=tuple(train.ratio_range),
+      cat_max_ratio=train.cat_max_ratio,
+      flip_probability=train.flip_probability,
+      photometric=train.photometric_distortion,
+    ),
+    'step': StepConfig(
+      loss=LossConfig(
+        auxiliary_weight=train.auxiliary_weight,
+        avg_non_ignore=train.avg_non_ignore,
+        class_weights=tuple(train.class_weights) or None,
+        ohem=ohem,
+      ),
+      dtype=train.dtype,
+      precision=train.precision,
+      accumulate=train.accumulate,
+      ema_decay=train.ema_decay,
+      mean=protocol.mean,
+      std=protocol.std,
+    ),
+    'optimizer': OptimizerConfig(**config.optimizer),
+    'schedule': ScheduleConfig(
+      steps=train.steps,
+      batch_size=train.batch_size,
+      seed=config.seed,
+      log_every=train.log_every,
+      eval_every=evaluation.every,
+      checkpoint_every=config.checkpoint.every,
+      keep=config.checkpoint.keep,
+    ),
+    'evaluation': EvalConfig(
+      batch_size=evaluation.batch_size,
+      shapes=evaluation.shapes,
+      precision=evaluation.precision,
+      more_scores=evaluation.more_scores,
+    ),
+    'init_backbone': Path(config.init_backbone) if config.init_backbone else None,
+    'mesh': mesh,
+    'values': _values(config, dataset),
+  }
+
+
+def _dataset(config: ConfigDict) -> Dataset:
+  """Returns the dataset of a config; a custom one also reads its `dataset.json`.
+
+  Raises:
+    UserError: If the name is unknown, or classes, colors and label map do not fit together.
+  """
+  data = config.data
+  given = {key: data[key] for key in _DATASET_FIELDS if data[key]}
+  if data.reduce_zero_label is not None:
+    given['reduce_zero_label'] = data.reduce_zero_label
+  if data.dataset == 'custom':
+    described = read_description(data.source_dir) if data.source_dir else {}
+    return custom_dataset(**{**described, **given})
+  datasets = {**PUBLISHED, 'demo': synthetic.DEMO}
+  if data.dataset not in datasets:
+    raise UserError(
+      f'config.data.dataset is {data.dataset!r}; it must be one of '
+      f'{", ".join((*datasets, "custom"))}.'
+    )
+  published = datasets[data.dataset]
+  if given.pop('reduce_zero_label', published.reduce_zero_label) != published.reduce_zero_label:
+    raise UserError(
+      f'config.data.reduce_zero_label is {data.reduce_zero_label}, but the label files of '
+      f'{published.name} are to be read with {published.reduce_zero_label}: leave it.'
+    )
+  num_classes = given.pop('num_classes', published.num_classes)
+  dataset = merge_classes(published, given.pop('label_map', ()))
+  values: dict[str, Any] = {key: tuple(map(_frozen, value)) for key, value in given.items()}
+  dataset = dataclasses.replace(dataset, **values)
+  if num_classes not in (published.num_classes, dataset.num_classes):
+    raise UserError(
+      f'config.data.num_classes is {num_classes}, but {dataset.name} has {dataset.num_classes} '
+      'classes; leave it, or describe your own set with configs/custom.py.'
+    )
+  if len(dataset.classes) != len(dataset.palette):
+    raise UserError(
+      f'Dataset {dataset.name} has {len(dataset.classes)} class names but {len(dataset.palette)} '
+      'colors: give one for each.'
+    )
+  return dataset
+
+
+def _frozen(value):
+  return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def _values(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
+  """Returns the config as a dict, completed by the `dataset.json` of a custom dataset."""
+  values = config.to_dict()
+  if dataset.layout == 'custom':
+    values['data'].update(
+      num_classes=dataset.num_classes,
+      classes=dataset.classes,
+      palette=dataset.palette,
+      reduce_zero_label=dataset.reduce_zero_label,
+      ignore_labels=dataset.ignore_labels,
+      label_map=dataset.label_map,
+    )
+  return values
+
+
+def _attention(
+  config: ConfigDict, network: NonLocalNetConfig, mesh: Mesh, *, precision: str, train: bool
+) -> Attention:
+  """Returns the attention implementation to use.
+
+  Raises:
+    UserError: If the devices do not support the one that the config names.
+  """
+  attention, channels = config.model.attention, network.inner_channels
+  devices = list(mesh.devices.flat)
+  if attention == 'auto':
+    if not network.non_local:
+      return 'blocks'
+    return fastest_attention(channels, devices, precision=precision, train=train)
+  try:
+    check_attention(attention, channels, devices[0])
+  except UserError as error:
+    raise UserError(f'config.model.{error}') from error
+  return attention
+
+
+def _check_values(config: ConfigDict) -> None:
+  """Checks the range of each value.
+
+  Raises:
+    UserError: If a value is out of range; the message names its key.
+  """
+  counts = ('train.steps', 'train.batch_size', 'train.log_every', 'eval.every', 'checkpoint.every')
+  counts += ('eval.batch_size', 'eval.shapes', 'train.accumulate', 'train.ohem_min_kept')
+  pairs = ('train.scale', 'train.crop', 'train.ratio_range', 'eval.scale')
+  windows = ('eval.window_crop', 'eval.window_stride')
+  for key in (*counts, 'checkpoint.keep'):
+    _expect(_value(config, key) >= 1, config, key, 'a number of at least 1')
+  _expect(config.model.width >= 2, config, 'model.width', 'a number of at least 2')
+  _expect(0 <= config.model.dropout < 1, config, 'model.dropout', 'in [0, 1)')
+  depths = ', '.join(map(str, STAGE_BLOCKS))
+  _expect(config.model.depth in STAGE_BLOCKS, config, 'model.depth', f'one of {depths}')
+  for key in ('train.precision', 'eval.precision'):
+    _expect(_value(config, key) in _PRECISIONS, config, key, f'one of {", ".join(_PRECISIONS)}')
+  for key in (*pairs, *(key for key in windows if _value(config, key))):
+    value = _value(config, key)
+    _expect(len(value) == 2 and min(value) > 0, config, key, 'two positive numbers')
+  both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
+  _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
+  choices = {
+    'model.attention': ('blocks', 'cudnn', 'flash', 'auto'),
+    'model.convolution': ('fast', 'direct'),
+    'eval.protocol': ('v0', 'v1'),
+    'optimizer.schedule': ('v0', 'v1'),
+    'train.batch_norm': ('global', 'per_device', 'frozen'),
+    'train.dtype': ('float32', 'bfloat16'),
+  }
+  for key, values in choices.items():
+    _expect(_value(config, key) in values, config, key, ' or '.join(values))
+  has_block = config.model.non_local or config.model.attention in ('blocks', 'auto')
+  _expect(has_block, config, 'model.attention', 'blocks without the non-local block')
+  _expect(0 <= config.train.ema_decay < 1, config, 'train.ema_decay', 'in [0, 1)')
+  _expect(config.optimizer.head_multiplier > 0, config, 'optimizer.head_multiplier', 'positive')
+  weights = config.train.class_weights
+  _expect(all(weight >= 0 for weight in weights), config, 'train.class_weights', 'not negative')
+  if config.data.num_classes is not None:
+    _expect(2 <= config.data.num_classes <= 255, config, 'data.num_classes', 'from 2 to 255')
+  for key in ('data.ignore_labels', 'data.label_map'):
+    _expect(all(0 <= x <= 255 for x in _value(config, key)), config, key, 'from 0 to 255 each')
+
+
+def _value(config: ConfigDict, key: str) -> Any:
+  section, name = key.split('.')
+  return config[section][name]
+
+
+def _expect(holds: bool, config: ConfigDict, key: str, expected: str) -> None:
+  if not holds:
+    raise UserError(f'config.{key} is {_value(config, key)}; it must be {expected}.')

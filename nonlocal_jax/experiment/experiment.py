@@ -1,0 +1,334 @@
+"""The `Experiment`: everything that a config sets, typed, with methods to train and evaluate."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from nonlocal_jax.data import synthetic
+from nonlocal_jax.data.datasets import Dataset, Split
+from nonlocal_jax.data.loader import TrainIterator, train_batches
+from nonlocal_jax.data.preparation import prepare
+from nonlocal_jax.data.prepared import PreparedSplit, open_prepared, report_split
+from nonlocal_jax.data.transforms import AugmentConfig
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.evaluation.evaluate import comparable_miou, show_evaluation, write_evaluation
+from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
+from nonlocal_jax.evaluation.report import ReportFacts, published_line
+from nonlocal_jax.experiment.config import ConfigDict, DataConfig, EvalConfig, read_config
+from nonlocal_jax.inference.predictor import Predictor
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.models.nonlocal_net import state_shapes
+from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.recipes import base_config
+from nonlocal_jax.runtime.compilation import compiler_options
+from nonlocal_jax.runtime.parallel import (
+  is_first_process,
+  over_batch,
+  platform_of_mesh,
+  replicated,
+)
+from nonlocal_jax.training.initial_weights import read_initial_weights
+from nonlocal_jax.training.loop import ScheduleConfig, TrainingRun, train_and_evaluate
+from nonlocal_jax.training.optimizer import OptimizerConfig
+from nonlocal_jax.training.run_files import check_same_run, write_run_files
+from nonlocal_jax.training.train_step import BatchShape, StepConfig, lower_train_step
+from nonlocal_jax.weights.description import ModelDescription
+from nonlocal_jax.weights.loading import read_weights
+from nonlocal_jax.weights.released import released_model_of_sha256
+from nonlocal_jax.weights.run_checkpoints import has_checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """A training and evaluation setup.
+
+  The modules that it calls take its parts; none of them knows this type.
+
+  Attributes:
+    name: Name of the experiment.
+    dataset: Classes, their colors, and how label values are read.
+    data: Where images and labels are stored.
+    network: Architecture of the network.
+    execution: How the network is computed in training.
+    eval_execution: How the network is computed in evaluation, with folded batch normalization.
+    protocol: How images are evaluated.
+    augment: Augmentation of training samples.
+    step: What a training step computes, including its loss.
+    optimizer: Optimizer and learning rate.
+    schedule: Length of a run, and when it logs, evaluates and saves.
+    evaluation: How an evaluation is computed.
+    init_backbone: A .pth file with the backbone's initial weights; None for random ones.
+    mesh: Device mesh.
+    values: The config as nested dicts of JSON values, saved with a run and in reports.
+  """
+
+  name: str
+  dataset: Dataset
+  data: DataConfig
+  network: NonLocalNetConfig
+  execution: Execution
+  eval_execution: Execution
+  protocol: EvalProtocol
+  augment: AugmentConfig
+  step: StepConfig
+  optimizer: OptimizerConfig
+  schedule: ScheduleConfig
+  evaluation: EvalConfig
+  init_backbone: Path | None
+  mesh: Mesh
+  values: Mapping[str, Any] = dataclasses.field(repr=False)
+
+  @classmethod
+  def from_config(cls, config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Self:
+    """Checks a config and makes an experiment of it.
+
+    Args:
+      config: See `recipes.base_config`.
+      devices: The devices to use; they may come from `jax.experimental.topologies`. None for all.
+
+    Raises:
+      UserError: If a value is out of range, values do not fit together, or the devices do not
+        support an option. The message names the field.
+    """
+    return cls(**read_config(config, devices))
+
+  def train(
+    self, workdir: Path, *, checkpoint: Path | None = None, new_classifier: bool = False
+  ) -> Evaluation:
+    """Trains, and evaluates at intervals and at the end.
+
+    Resumes from the newest checkpoint in `workdir`. A new run starts from `checkpoint`, else from
+    `init_backbone`, else from random weights.
+
+    Args:
+      workdir: Output directory for checkpoints, the weights with the best mIoU (`best`),
+        `config.json`, `model.json`, `log.jsonl`, TensorBoard events, `curves.png`, `metrics.json`
+        and `predictions.png`. With several processes, it must be shared by all.
+      checkpoint: Weights of a whole network: a .pth file, a converted directory or a workdir.
+      new_classifier: Whether to initialize the classifiers of both heads at random instead of
+        loading them from `checkpoint`.
+
+    Returns:
+      The last evaluation.
+
+    Raises:
+      UserError: If weights or data are missing or invalid, `workdir` holds another run, the loss is
+        not finite, or checkpoints cannot be written.
+      RunStopped: After SIGTERM or SIGINT, once the state is saved.
+    """
+    if new_classifier and checkpoint is None:
+      raise UserError('--new_classifier is for the network of a --checkpoint; give one.')
+    self._check_batch()
+    check_same_run(workdir, self.values, base_config().to_dict())
+    initial = None
+    if not has_checkpoint(workdir):
+      initial = read_initial_weights(
+        self.network,
+        backbone=self.init_backbone,
+        checkpoint=checkpoint,
+        new_classifier=new_classifier,
+      )
+    splits = self.open_splits(workdir, ['train', 'val'])
+    batches = self.train_batches(splits['train'])
+    if is_first_process():
+      write_run_files(workdir, self.values, self.description())
+    facts = ReportFacts(
+      config=self.values,
+      protocol=self.protocol,
+      images=len(splits['val']),
+      step=self.schedule.steps,
+      more_scores=self.evaluation.more_scores,
+    )
+
+    def report(evaluation: Evaluation) -> None:
+      show_evaluation(evaluation, self.dataset, more=facts.more_scores)
+      write_evaluation(workdir, evaluation, self.dataset, facts)
+
+    run = TrainingRun(
+      name=self.name,
+      network=self.network,
+      execution=self.execution,
+      augment=self.augment,
+      step=self.step,
+      optimizer=self.optimizer,
+      schedule=self.schedule,
+      dataset=self.dataset,
+      split=splits['train'],
+      batches=batches,
+      evaluator=self.evaluator(splits['val']),
+      report=report,
+      mesh=self.mesh,
+    )
+    ignored = None if initial is not None else checkpoint
+    return train_and_evaluate(run, workdir, initial=initial, ignored_checkpoint=ignored)
+
+  def evaluate(self, checkpoint: Path, workdir: Path) -> Evaluation:
+    """Evaluates saved weights; prints the scores and writes them to `workdir`.
+
+    Args:
+      checkpoint: A .pth file, a converted directory or the workdir of a training run.
+      workdir: Output directory for `metrics.json` and `predictions.png`.
+
+    Returns:
+      The evaluation.
+
+    Raises:
+      UserError: If the weights belong to another network, or the data is missing or invalid.
+    """
+    description, state = read_weights(checkpoint, align_corners=self.network.align_corners)
+    if not description.config.predicts_like(self.network):
+      raise UserError(
+        f'{checkpoint} holds {description.config}, but the config describes {self.network}; '
+        'give its own config, or set config.model and config.data.num_classes to match.'
+      )
+    split = self.open_splits(workdir, ['val'])['val']
+    evaluator = self.evaluator(split)
+    weights = evaluator.prepared(state)
+    del state  # frees the host copy of the weights
+    evaluation = evaluator(weights)
+    released = released_model_of_sha256(description.sha256) if description.sha256 else None
+    published = None
+    if released is not None:
+      published = comparable_miou(released, self.dataset, self.protocol, images=len(split))
+    show_evaluation(evaluation, self.dataset, more=self.evaluation.more_scores)
+    if published is not None and is_first_process():
+      print(published_line(100 * evaluation.scores.mean_iou, published, self.dataset.name))
+    facts = ReportFacts(
+      config=self.values,
+      protocol=self.protocol,
+      images=len(split),
+      checkpoint=str(checkpoint),
+      sha256=description.sha256,
+      published=published,
+      more_scores=self.evaluation.more_scores,
+    )
+    write_evaluation(workdir, evaluation, self.dataset, facts)
+    return evaluation
+
+  def lower_train_step(self) -> jax.stages.Lowered:
+    """Lowers the training step for the mesh without data, see `train_step.lower_train_step`.
+
+    Raises:
+      UserError: If the batch size is not a multiple of the number of devices.
+    """
+    self._check_batch()
+    _, tx = self.optimizer.make(self.schedule.steps)
+    batch = BatchShape(self.schedule.batch_size, self.augment.crop)
+    return lower_train_step(
+      self.network, self.execution, tx, self.step, batch=batch, mesh=self.mesh
+    )
+
+  def lower_network(
+    self, batch: int, size: tuple[int, int], precision: str | None = None
+  ) -> jax.stages.Lowered:
+    """Lowers the network as evaluation runs it, with folded batch normalization, without data.
+
+    Args:
+      batch: Global batch size.
+      size: (height, width) of the images, in pixels.
+      precision: Matmul precision, see `jax_default_matmul_precision`; None for that of
+        `evaluation`.
+
+    Returns:
+      A lowered function of the weights and normalized images (batch, *size, in_channels) float32
+      that returns logits at the network's output stride.
+    """
+    graphdef = nnx.graphdef(NonLocalNet.abstract(self.network, self.eval_execution))
+
+    def logits(state: nnx.State, images: jax.Array) -> jax.Array:
+      return nnx.merge(graphdef, state).encode_decode(images)
+
+    over = over_batch(self.mesh)
+    jitted = jax.jit(
+      logits,
+      in_shardings=(replicated(self.mesh), over),
+      out_shardings=over,
+      compiler_options=compiler_options(platform_of_mesh(self.mesh)),
+    )
+    images = jax.ShapeDtypeStruct((batch, *size, self.network.in_channels), jnp.float32)
+    with jax.default_matmul_precision(precision or self.evaluation.precision):
+      return jitted.lower(state_shapes(self.network), images)
+
+  def _check_batch(self) -> None:
+    """Checks that the devices can split a training batch evenly; evaluation pads its batches."""
+    size, count, parts = self.schedule.batch_size, self.mesh.size, self.step.accumulate
+    if size % (count * parts):
+      raise UserError(
+        f'config.train.batch_size is {size}, which {count} devices cannot share'
+        f'{f" in {parts} parts each" if parts > 1 else ""}; make it a multiple.'
+      )
+
+  def description(self) -> ModelDescription:
+    """Returns the model description that is saved with the weights of a run."""
+    return ModelDescription(
+      config=self.network,
+      protocol=self.protocol,
+      dataset=self.dataset.name,
+      classes=self.dataset.classes,
+      palette=self.dataset.palette,
+      source=f'trained with config {self.name}',
+      sha256=None,
+      num_batches_tracked=dict.fromkeys(('backbone', 'decode_head', 'auxiliary_head'), 0),
+    )
+
+  def evaluator(self, split: PreparedSplit) -> Evaluator:
+    """Returns an evaluator for a split that runs on all devices of the mesh."""
+    predictor = Predictor(
+      self.network,
+      self.protocol,
+      execution=self.eval_execution,
+      precision=self.evaluation.precision,
+      mesh=self.mesh,
+    )
+    return Evaluator(
+      predictor,
+      split,
+      num_classes=self.dataset.num_classes,
+      label_lookup=self.dataset.label_lookup,
+      batch_size=self.evaluation.batch_size * self.mesh.size,
+      most_shapes=self.evaluation.shapes,
+    )
+
+  def open_splits(self, workdir: Path, splits: Sequence[Split]) -> dict[Split, PreparedSplit]:
+    """Prepares splits if needed, checks them and reports unusual labels.
+
+    Args:
+      workdir: Directory in which the demo dataset is generated, if that is the dataset.
+      splits: Names of the splits.
+
+    Returns:
+      The splits by name.
+
+    Raises:
+      UserError: If images or labels are missing or unreadable, or labels are not class indices.
+    """
+    source_dir, data_dir = self.data.source_dir, self.data.data_dir
+    if self.dataset.name == synthetic.DEMO.name and source_dir is None:
+      source_dir = str(workdir / 'demo_set')
+      synthetic.write_demo_set(workdir / 'demo_set')
+    if source_dir is None:
+      opened = open_prepared(self.dataset, splits=splits, data_dir=data_dir)
+    else:
+      opened = prepare(self.dataset, source_dir, splits=splits, data_dir=data_dir)
+    for split in opened.values():
+      report_split(split, self.dataset)
+    return opened
+
+  def train_batches(self, split: PreparedSplit) -> TrainIterator:
+    """Returns an infinite iterator over this process's share of the training batches."""
+    return train_batches(
+      split,
+      self.augment,
+      batch_size=self.schedule.batch_size,
+      seed=self.schedule.seed,
+      label_lookup=self.dataset.label_lookup,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      num_workers=self.data.workers,
+    )
