@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.models.heads import dropout_channels
+from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.training.optimizer import poly_schedule, sgd
 from nonlocal_jax.training.train_step import StepConfig, TrainState, make_train_step
@@ -147,6 +149,30 @@ def test_dropout_drops_whole_channels_in_training_only():
   assert set(np.unique(dropped)) == {0.0, 2.0}
   assert np.all(dropped == dropped[:, :1, :1])
   assert_allclose(dropout(x, deterministic=True), x)
+
+
+def test_a_config_is_read_back_from_json():
+  config = NonLocalNetConfig.from_depth(
+    26, num_classes=7, in_channels=5, stage_strides=(1, 2, 2, 2), mode='gaussian', dropout=0.25
+  )
+  assert config.output_stride == 32
+  assert NonLocalNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+  weights_alone = {'stage_blocks': [2, 2, 2, 2], 'width': 64, 'num_classes': 7, 'non_local': True}
+  assert NonLocalNetConfig.from_dict(weights_alone) == NonLocalNetConfig.from_depth(
+    26, num_classes=7
+  )
+  with pytest.raises(ValueError, match=r'stage_strides is .* expected four positive numbers'):
+    dataclasses.replace(config, stage_strides=(1, 2))
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu', 'other'])
+def test_executions_differ_in_how_not_in_what(platform):
+  """Weights of a run on one platform are those of the other."""
+  config = NonLocalNetConfig.from_depth(14, num_classes=3, width=4)
+  shapes = nnx.state(NonLocalNet.abstract(config, Execution.for_platform(platform)))
+  assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, state_shapes(config))
+  with pytest.raises(ValueError, match="attention is 'quick', expected one of blocks, cudnn"):
+    Execution.for_platform(platform, attention='quick')
 
 
 def test_unknown_depth_is_an_error():

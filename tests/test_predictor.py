@@ -16,7 +16,7 @@ from nonlocal_jax.inference import predictor as predicting
 from nonlocal_jax.inference.buckets import PaddedShape, shapes_for
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import axis_matrix, views_of
-from nonlocal_jax.models import Execution, NonLocalNet
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.protocol import RATIOS, EvalProtocol
 from nonlocal_jax.runtime.parallel import data_mesh, replicated
@@ -333,3 +333,24 @@ def test_channel_order_mean_and_std_are_those_of_the_protocol(half_pixel):
   expected = predict(predictor_of(half_pixel, protocol), state, shape, [2 * half])
   assert agreement(found, expected) > 0.9995
   assert agreement(predict(predictor_of(half_pixel, other), state, shape, [half]), expected) < 0.99
+
+
+def test_other_strides_dilations_and_channels_of_the_input(rng):
+  """Predicted classes are those of the network's own upsampled logits."""
+  config = NonLocalNetConfig(
+    stage_blocks=(1, 1, 2, 1),
+    num_classes=5,
+    width=4,
+    in_channels=2,
+    stage_strides=(1, 2, 2, 1),
+    stage_dilations=(1, 1, 1, 2),
+    zero_init=False,
+  )
+  protocol = EvalProtocol(mean=(100.0, 120.0), std=(50.0, 60.0))
+  graphdef, state = nnx.split(NonLocalNet(config, rngs=nnx.Rngs(0)))
+  image = rng.integers(256, size=(70, 90, 2), dtype=np.uint8)
+  shape = PaddedShape.from_image((70, 90), protocol)
+  found = Predictor(config, protocol)(state, shape, [[image]], [(70, 90)])
+  images = normalize(jnp.asarray(image[None]), mean=protocol.mean, std=protocol.std)
+  logits = jax.jit(lambda s, x: nnx.merge(graphdef, s)(x))(state, images)
+  assert agreement(np.asarray(found), np.asarray(logits).argmax(axis=-1)) > 0.999

@@ -29,7 +29,7 @@ from nonlocal_jax.evaluation.report import METRICS, peak_memory_gib
 from nonlocal_jax.inference.pretrained import PretrainedModel
 from nonlocal_jax.models import Execution, NonLocalBlock, NonLocalNet
 from nonlocal_jax.models.config import NonLocalNetConfig
-from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE, state_shapes
+from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import custom_config
 from nonlocal_jax.runtime.parallel import platform_of, shard_batch
@@ -313,7 +313,7 @@ def forward_flops(config: NonLocalNetConfig, size: tuple[int, int]) -> float:
   XLA counts a loop's body once and Winograd's products in place of those of the convolution, so the
   network is taken without both.
   """
-  positions = math.prod(-(-side // OUTPUT_STRIDE) for side in size)
+  positions = math.prod(-(-side // config.output_stride) for side in size)
   execution = Execution(query_block=positions)
   graphdef, state = nnx.split(NonLocalNet.abstract(config, execution))
 

@@ -72,6 +72,7 @@ class Predictor:
         'input channels; give mean and std one value for each'
       )
     self.protocol = protocol
+    self._output_stride = config.output_stride
     self.mesh = mesh or data_mesh(jax.local_devices()[:1])
     platform = platform_of_mesh(self.mesh)
     execution = execution or Execution.for_platform(platform)
@@ -185,7 +186,7 @@ class Predictor:
   ) -> dict[str, np.ndarray]:
     """The matrices of both axes of a view; columns also for mirrored windows."""
     flips = self.protocol.flips
-    features = [feature_size(side) for side in shape.network]
+    features = [feature_size(side, self._output_stride) for side in shape.network]
     rows = np.zeros((n, result[0], shape.windows[0], features[0]), np.float32)
     columns = np.zeros((n, flips, result[1], shape.windows[1], features[1]), np.float32)
     for number, (view, size) in enumerate(zip(geometry, sizes, strict=True)):
@@ -197,6 +198,7 @@ class Predictor:
           size=view.size[axis],
           out_size=size[axis],
           align_corners=self.protocol.align_corners,
+          output_stride=self._output_stride,
         )
         for axis, starts in enumerate((view.tops, view.lefts))
       )

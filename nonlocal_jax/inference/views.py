@@ -7,7 +7,6 @@ import numpy as np
 import scipy.sparse
 
 from nonlocal_jax.data.transforms import rescaled_size
-from nonlocal_jax.models.nonlocal_net import OUTPUT_STRIDE
 from nonlocal_jax.ops.resize import bilinear_taps
 from nonlocal_jax.protocol import EvalProtocol, Size
 
@@ -66,9 +65,9 @@ def window_starts(size: int, crop: int, stride: int) -> tuple[int, ...]:
   return tuple(max(min(i * stride, size - crop), 0) for i in range(count))
 
 
-def feature_size(pixels: int) -> int:
+def feature_size(pixels: int, output_stride: int = 8) -> int:
   """Length of the feature map along an axis of `pixels`."""
-  return -(-pixels // OUTPUT_STRIDE)
+  return -(-pixels // output_stride)
 
 
 @functools.lru_cache(maxsize=512)
@@ -80,6 +79,7 @@ def axis_matrix(
   size: int,
   out_size: int,
   align_corners: bool,
+  output_stride: int = 8,
 ) -> scipy.sparse.csr_array:
   """The matrix from the logits of all windows along one axis to the scores of the label map.
 
@@ -94,11 +94,12 @@ def axis_matrix(
     size: Pixels of the resized image.
     out_size: Pixels of the label map.
     align_corners: See `resize.bilinear_taps`.
+    output_stride: Of the network.
 
   Returns:
     (out_size, windows * features) float64; each row sums to 1.
   """
-  features = feature_size(network)
+  features = feature_size(network, output_stride)
   upsample = _bilinear(features, network, align_corners=align_corners)[:crop]
   upsample = scipy.sparse.coo_array(upsample)
   window_rows, window_columns = upsample.coords

@@ -60,6 +60,17 @@ class NonLocalNetConfig:
   batch_norm_epsilon: float = 1e-5
   batch_norm_momentum: float = 0.9
 
+  def __post_init__(self):
+    """Checks the shape of the backbone.
+
+    Raises:
+      ValueError: If there are not four stages, or a field has a value for more or fewer.
+    """
+    for name in ('stage_blocks', 'stage_strides', 'stage_dilations'):
+      value = getattr(self, name)
+      if len(value) != 4 or min(value) < 1:
+        raise ValueError(f'{name} is {value}, expected four positive numbers, one for each stage')
+
   @classmethod
   def from_depth(cls, depth: int, **fields: Any) -> Self:
     """Creates the config of a network whose backbone is a ResNet of `depth` layers.
@@ -193,7 +204,7 @@ class Execution:
       **overrides: Fields to set to other values.
     """
     platform = platform_of() if platform is None else platform
-    return cls(**{**_DEFAULTS[platform], **overrides})
+    return cls(**{**_DEFAULTS.get(platform, {}), **overrides})
 
 
 _DEFAULTS: Mapping[Platform, Mapping[str, Any]] = {

@@ -170,7 +170,8 @@ def batch_statistics(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
   var = jnp.mean(jnp.square(shifted), axis=(1, 2)) - jnp.square(mean)
   of_samples = jnp.stack([mean + shift[:, 0, 0], var]).reshape(2, groups, -1, x.shape[-1])
   mesh = jax.sharding.get_abstract_mesh()
-  if groups == 1 and not mesh.empty and mesh.size > 1:
+  is_auto = all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+  if groups == 1 and not mesh.empty and mesh.size > 1 and is_auto:
     of_samples = jax.lax.with_sharding_constraint(of_samples, jax.sharding.PartitionSpec())
   means, variances = of_samples
   mean = jnp.mean(means, axis=1)

@@ -11,8 +11,6 @@ from nonlocal_jax.models.resnet import ResNet
 from nonlocal_jax.ops.masking import strided_sizes
 from nonlocal_jax.ops.resize import resize_bilinear
 
-OUTPUT_STRIDE = 8  # of the backbone of the released models
-
 
 class NonLocalNet(nnx.Module):
   """Dilated ResNet with a non-local decode head and an auxiliary FCN head.
@@ -64,7 +62,7 @@ class NonLocalNet(nnx.Module):
     return self.upsample(self.encode_decode(images), (height, width))
 
   def encode_decode(self, images: jax.Array, *, sizes: jax.Array | None = None) -> jax.Array:
-    """Computes logits at stride 8, without upsampling.
+    """Computes logits at the output stride, 8 in the released models, without upsampling.
 
     Args:
       images: (n, h, w, in_channels) float32, normalized.
@@ -72,21 +70,22 @@ class NonLocalNet(nnx.Module):
         right. The padding does not affect the logits of the images. None for no padding.
 
     Returns:
-      (n, ceil(h / 8), ceil(w / 8), num_classes) float32; values in the padding are meaningless.
+      (n, ceil(h / stride), ceil(w / stride), num_classes) float32, with `config.output_stride`;
+      values in the padding are meaningless.
     """
     _, features = self.backbone(images, sizes=sizes)
     return self.decode_head(features, sizes=strided_sizes(sizes, self.config.output_stride))
 
   def training_logits(self, images: jax.Array, *, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
-    """Computes logits of both heads at stride 8 in training mode; updates running statistics.
+    """Computes logits of both heads, at their strides, in training mode; updates statistics.
 
     Args:
       images: (n, h, w, in_channels) float32, normalized.
       rngs: Random keys, with a 'dropout' stream.
 
     Returns:
-      Logits of the decode head and of the auxiliary head, each (n, ceil(h / 8), ceil(w / 8),
-      num_classes) float32.
+      Logits of the decode head and of the auxiliary head, each (n, ceil(h / stride), ceil(w /
+      stride), num_classes) float32, with the strides of the fourth and the third stage.
     """
     auxiliary_features, features = self.backbone(images, train=True)
     logits = self.decode_head(features, train=True, rngs=rngs)
