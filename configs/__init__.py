@@ -1,1 +1,1 @@
-"""One file a dataset and backbone, each a thin `get_config` over `nonlocal_jax.recipes`."""
+"""One config file per dataset and backbone, each a `get_config` over `nonlocal_jax.recipes`."""

@@ -12,5 +12,5 @@ from nonlocal_jax.recipes import published_config
 
 
 def get_config(variant: str = '') -> ConfigDict:
-  """The published recipe of `variant`, by default that of the best published model."""
+  """Returns the published recipe of `variant`, by default of the model with the best mIoU."""
   return published_config('cityscapes', 50, variant)

@@ -1,4 +1,4 @@
-"""For configs that import this module; the recipes themselves are in `nonlocal_jax.recipes`."""
+"""Re-exports `nonlocal_jax.recipes` for existing configs that import this module."""
 
 from nonlocal_jax.recipes import BATCH_SIZES, base_config, published_config, variant_name
 

@@ -1,10 +1,10 @@
-"""A small NonLocalNet on a set that it makes itself, to see the whole path in minutes on a CPU.
+"""A small NonLocalNet on a generated dataset, trained and evaluated in minutes on a CPU.
 
     python main.py
 
-In each image the class of every grey square and triangle is its shape and the colour of the one
-disc far away, farther than the backbone sees. `--config.model.non_local=False` shows what is lost
-without the block.
+In each image, the class of a gray square or triangle depends on its shape and on the color of a
+disc that lies outside the receptive field of the backbone. `--config.model.non_local=False` shows
+how much the non-local block contributes.
 """
 
 from ml_collections import ConfigDict
@@ -13,5 +13,5 @@ from nonlocal_jax.recipes import demo_config
 
 
 def get_config() -> ConfigDict:
-  """The recipe of the demo."""
+  """Returns the recipe of the demo."""
   return demo_config()

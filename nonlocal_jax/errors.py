@@ -1,36 +1,33 @@
-"""What ends a program early and is no fault in it."""
+"""Exceptions that are not bugs: invalid input, wrong usage, and a requested stop."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-  """Something outside the program is wrong: a path, a file, a config value.
+  """Raised for invalid input from outside the program: a path, a file, a config value.
 
-  The message is one sentence that names what was found, where, and what to do. Command-line
-  programs print it without a traceback and exit with status 1; library callers may catch it.
+  The message is one sentence that says what was found, where, and what to do. Commands print it
+  without a traceback and exit with status 1.
   """
 
 
 class UsageError(UserError):
-  """The command line names a command or an option that does not exist, or leaves one out.
-
-  Command-line programs exit with status 2.
-  """
+  """Raised for an unknown or missing command or option; commands exit with status 2."""
 
 
 class RunStopped(Exception):
-  """A training run was asked to stop, and has saved where it stands.
+  """Raised after a training run was asked to stop and has saved its state.
 
-  Command-line programs print the message and exit with `STOPPED_STATUS`.
+  Commands print the message and exit with `STOPPED_STATUS`.
   """
 
 
-STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start the same command again
+STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to resume
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-  """Returns the choice that is spelt most like a name.
+  """Returns the choice whose spelling is closest to `name`.
 
   >>> nearest('trian', ['train', 'eval', 'predict'])
   'train'

@@ -1,8 +1,8 @@
-"""The recipe that all configs share; on top of it the published models, `custom` and `demo`.
+"""Training recipes: the base config, the published models, `custom` and `demo`.
 
-Sizes: scales are (width, height) boxes that an image is resized into with its aspect kept, long
-edge to long edge; crops are (height, width). The numbers of the recipe are those of
-mmsegmentation's `configs/nonlocal_net` and `configs/_base_`.
+A scale is a (width, height) box: images are resized to fit into it, long edge along long edge, with
+their aspect ratio kept. Crops are (height, width). All values are those of mmsegmentation's
+`configs/nonlocal_net` and `configs/_base_`.
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -15,11 +15,11 @@ BATCH_SIZES = {'cityscapes': 8, 'ade20k': 16, 'voc12aug': 16}
 
 
 def base_config() -> ConfigDict:
-  """The recipe with VOC's sizes; data set and classes are still to be set."""
+  """Returns the base recipe with the sizes of Pascal VOC; dataset and classes must be set."""
   config = ConfigDict()
   config.name = ''  # printed, and the name of the default workdir
   config.seed = 0
-  config.init_backbone = ''  # .pth file with the backbone's initial weights; empty: random
+  config.init_backbone = ''  # .pth file with initial weights of the backbone; empty: random
 
   config.model = ConfigDict()
   config.model.depth = 50  # layers of the backbone: 14, 26, 50 or 101
@@ -30,25 +30,27 @@ def base_config() -> ConfigDict:
   config.model.dropout = 0.1
   # How convolutions are computed on CPUs: 'fast', or 'direct' as elsewhere (for comparisons).
   config.model.convolution = 'fast'
-  # Of the non-local block: 'blocks' of queries; on an NVIDIA GPU 'cudnn', which rounds what goes in
-  # to the 11 bits of TF32, or 'flash', as exact as float32; 'auto': the fastest as exact as asked.
+  # Attention of the non-local block: 'blocks' of queries; on NVIDIA GPUs also 'cudnn' (inputs are
+  # rounded to 11 bits, as in TF32) and 'flash' (float32 accuracy); 'auto': the fastest of those
+  # that are as accurate as the precision asks for.
   config.model.attention = 'blocks'
 
   config.data = ConfigDict()
   config.data.dataset = 'custom'  # cityscapes, ade20k, voc12aug, custom or demo
-  # Folder or bucket of images and labels, as the dataset's authors lay it out; empty: open what was
-  # prepared before.
+  # Folder or bucket of images and labels in the layout of the dataset's authors; empty: open data
+  # that was prepared before.
   config.data.source_dir = ''
   config.data.data_dir = ''  # where the prepared copy goes; empty: ~/tensorflow_datasets
-  # Of a custom set; what is not given here may stand in dataset.json in its folder.
+  # For a custom dataset; fields not set here are read from dataset.json in its folder, if present.
   config.data.num_classes = config_dict.placeholder(int)
   config.data.classes = ()  # names; empty: 'class 0', 'class 1', ...
-  config.data.palette = ()  # (red, green, blue) of each class; empty: made up
-  config.data.ignore_labels = ()  # label values that have no class, beside 255
-  config.data.reduce_zero_label = config_dict.placeholder(bool)  # 0 has no class, k is class k - 1
-  # Of any set: class k becomes label_map[k], 255 is none, and so are those beyond its end.
+  config.data.palette = ()  # (red, green, blue) of each class; empty: generated
+  config.data.ignore_labels = ()  # label values without a class, in addition to 255
+  # Whether label 0 has no class and label k is class k - 1.
+  config.data.reduce_zero_label = config_dict.placeholder(bool)
+  # For any dataset: class k becomes label_map[k]; 255 and classes beyond its end are ignored.
   config.data.label_map = ()
-  config.data.workers = 0  # processes that prepare batches; 0: threads of the main process
+  config.data.workers = 0  # processes that load batches; 0: threads of the main process
 
   config.train = ConfigDict()
   config.train.steps = 20_000
@@ -56,23 +58,23 @@ def base_config() -> ConfigDict:
   config.train.scale = (2048, 512)
   config.train.ratio_range = (0.5, 2.0)  # random factor of the scale
   config.train.crop = (512, 512)
-  config.train.cat_max_ratio = 0.75  # largest share of a crop that one class may have
+  config.train.cat_max_ratio = 0.75  # maximum share of a crop that one class may cover
   config.train.flip_probability = 0.5
   config.train.photometric_distortion = True
   config.train.auxiliary_weight = 0.4
-  config.train.avg_non_ignore = False  # loss: mean over labelled pixels; False: over all
-  config.train.class_weights = ()  # of each class in the loss; empty: 1
-  config.train.ohem = False  # loss of hard pixels only: those that get their class below ...
-  config.train.ohem_threshold = 0.7  # ... this probability,
-  config.train.ohem_min_kept = 100_000  # and so many at least, times the images of a batch
-  # Statistics of batch normalisation in training: those of the 'global' batch (SyncBN), of each
-  # device's part ('per_device'), or 'frozen'.
+  config.train.avg_non_ignore = False  # averages the loss over labeled pixels; False: over all
+  config.train.class_weights = ()  # loss weight of each class; empty: 1
+  config.train.ohem = False  # online hard example mining: loss of hard pixels only
+  config.train.ohem_threshold = 0.7  # hard: the probability of the pixel's class is below this
+  config.train.ohem_min_kept = 100_000  # minimum number of pixels kept, per image of the batch
+  # Statistics of batch normalization in training: of the 'global' batch (SyncBN), of each device's
+  # share ('per_device'), or the running ones ('frozen').
   config.train.batch_norm = 'global'
-  config.train.accumulate = 1  # parts of a device's share that are computed one after the other
+  config.train.accumulate = 1  # gradient accumulation steps
   config.train.dtype = 'float32'  # of activations: float32 or bfloat16; weights are float32
-  config.train.rematerialize = False  # computes blocks again in the backward pass: less memory
-  config.train.ema_decay = 0.0  # of an average of the weights, which is then evaluated; 0: none
-  config.train.precision = 'default'  # of matrix products (jax_default_matmul_precision)
+  config.train.rematerialize = False  # recomputes blocks in the backward pass to save memory
+  config.train.ema_decay = 0.0  # decay of averaged weights, which are then evaluated; 0: off
+  config.train.precision = 'default'  # matmul precision (jax_default_matmul_precision)
   config.train.log_every = 50
 
   config.optimizer = ConfigDict()
@@ -83,19 +85,19 @@ def base_config() -> ConfigDict:
   config.optimizer.weight_decay = 5e-4
   config.optimizer.schedule = 'v0'  # poly over t / steps; v1 (mmsegmentation 1.x): t / (steps - 1)
   config.optimizer.decay_norm_and_bias = True  # False: weight decay on kernels only
-  config.optimizer.head_multiplier = 1.0  # of the learning rate of both heads
+  config.optimizer.head_multiplier = 1.0  # factor of the learning rate of both heads
 
   config.eval = ConfigDict()
   config.eval.scale = (2048, 512)
   config.eval.window_crop = ()  # (height, width) of sliding windows; empty: the whole image at once
   config.eval.window_stride = ()
-  config.eval.protocol = 'v0'  # the published numbers' own; v1: mmsegmentation 1.x
-  config.eval.multi_scale_flip = False  # mean over six sizes, plain and mirrored
-  # Small images in windows: True pads them to the window, False takes a smaller one; None: v0 pads.
+  config.eval.protocol = 'v0'  # v0: as the published numbers; v1: mmsegmentation 1.x
+  config.eval.multi_scale_flip = False  # averages six scales, each plain and flipped
+  # Images smaller than a window: True pads them, False shrinks the window; None: v0 pads.
   config.eval.pad_windows = config_dict.placeholder(bool)
-  config.eval.batch_size = 1  # images at once on each device
-  config.eval.shapes = 4  # padded shapes that images of all sizes share; each compiles once
-  config.eval.more_scores = False  # Dice, F-score, precision and recall, too
+  config.eval.batch_size = 1  # images per device
+  config.eval.shapes = 4  # maximum number of padded shapes; each is compiled once
+  config.eval.more_scores = False  # also reports Dice, F-score, precision and recall
   config.eval.precision = 'highest'
   config.eval.every = 2_000
 
@@ -106,12 +108,12 @@ def base_config() -> ConfigDict:
 
 
 def demo_config() -> ConfigDict:
-  """One block per stage, an eighth of the channels, no augmentation that could cut off the disc."""
+  """Returns the demo: one block per stage, width 8, no augmentation that could crop the disc."""
   config = base_config()
   config.name = 'demo'
   config.model.depth = 14
   config.model.width = 8
-  config.model.zero_init = False  # from scratch and in few steps: the block starts open
+  config.model.zero_init = False  # learns faster from scratch
   config.data.dataset = 'demo'
   config.data.num_classes = 8
   config.train.steps = 400
@@ -128,14 +130,14 @@ def demo_config() -> ConfigDict:
 
 
 def custom_config() -> ConfigDict:
-  """The recipe of Pascal VOC, 20k steps, for a dataset of your own."""
+  """Returns the recipe of Pascal VOC, 20k steps, for your own dataset."""
   config = base_config()
   config.name = 'custom'
   return config
 
 
 def config_names() -> list[str]:
-  """Names that `get_config` takes, without variants."""
+  """Returns the names that `get_config` accepts, without variants."""
   published = sorted({f'{model.dataset}_r{model.depth}' for model in RELEASED})
   return [*published, 'custom', 'demo']
 
@@ -166,12 +168,12 @@ def get_config(name: str) -> ConfigDict:
 
 
 def published_config(dataset: str, depth: int, variant: str) -> ConfigDict:
-  """The recipe of one published model.
+  """Returns the recipe of a published model.
 
   Args:
     dataset: 'cityscapes', 'ade20k' or 'voc12aug'.
     depth: 50 or 101.
-    variant: Crop and schedule, e.g. '769x769_80k'; empty for the best published.
+    variant: Crop and schedule, e.g. '769x769_80k'; empty for the model with the best mIoU.
 
   Raises:
     UserError: If there is no such variant.
@@ -213,6 +215,6 @@ def published_config(dataset: str, depth: int, variant: str) -> ConfigDict:
 
 
 def variant_name(model: ReleasedModel) -> str:
-  """E.g. '769x769_80k'."""
+  """Returns crop and schedule of a model, e.g. '769x769_80k'."""
   height, width = model.crop
   return f'{height}x{width}_{model.steps // 1000}k'

@@ -1,1 +1,1 @@
-"""Devices, compilation, signals, files and progress: what programs run on."""
+"""Devices, compilation, signals, files and progress bars."""

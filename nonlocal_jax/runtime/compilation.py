@@ -1,7 +1,4 @@
-"""How programs are compiled, and where compiled ones are kept.
-
-On CPUs memory counts more than running side by side. A second start does not compile again.
-"""
+"""Compiler options and the persistent compilation cache."""
 
 import ctypes
 import hashlib
@@ -15,21 +12,21 @@ import jax
 
 from nonlocal_jax.runtime.parallel import Platform
 
-# In an order that needs little memory, not one in which much can start early.
+# Schedules operations for low memory instead of concurrency.
 _CPU_OPTIONS = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
-_COMPILED = '/jax/core/compile/backend_compile_duration'  # JAX's name of the event
-_MOST_BYTES = 4 * 2**30  # of the compilation cache
+_COMPILED = '/jax/core/compile/backend_compile_duration'  # JAX's monitoring event
+_MAX_CACHE_BYTES = 4 * 2**30
 
 
 def compiler_options(platform: Platform) -> dict[str, str]:
-  """For `jax.jit(compiler_options=...)`: none but on CPUs."""
+  """Returns options for `jax.jit(compiler_options=...)`; empty except on CPUs."""
   return dict(_CPU_OPTIONS) if platform == 'cpu' else {}
 
 
 def trim_memory_after_compiling() -> None:
-  """Returns memory that compiling leaves free, some 0.5 GiB, to the system before programs run.
+  """Returns freed memory to the system after each compilation, about 0.5 GiB.
 
-  It does so after each compilation of this process, from now on, where the C library is glibc.
+  Registers a listener for all later compilations of this process. Does nothing without glibc.
   """
   trim = getattr(ctypes.CDLL(None), 'malloc_trim', None) if sys.platform == 'linux' else None
   if trim is None:
@@ -44,24 +41,24 @@ def trim_memory_after_compiling() -> None:
 
 
 def use_compilation_cache() -> None:
-  """Turns on JAX's persistent compilation cache, unless JAX was told of one (or of none) already.
+  """Turns on JAX's persistent compilation cache, unless a cache directory is configured already.
 
-  It lies in the user's cache directory, `~/.cache/nonlocal_jax` or below `XDG_CACHE_HOME`; those
-  used least recently go when it exceeds 4 GiB. `JAX_COMPILATION_CACHE_DIR` names another place,
-  `JAX_ENABLE_COMPILATION_CACHE=false` turns it off.
+  The directory is `nonlocal_jax` in `XDG_CACHE_HOME` or `~/.cache`. Above 4 GiB the least recently
+  used entries are deleted. `JAX_COMPILATION_CACHE_DIR` sets another directory,
+  `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
   """
   if cast(Any, jax.config).jax_compilation_cache_dir is not None:
     return
   caches = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
-  # Programs for one processor may not run on another that shares the home directory.
+  # A program compiled for one processor may crash on another that shares the home directory.
   jax.config.update(
     'jax_compilation_cache_dir', str(caches / 'nonlocal_jax' / f'compiled_{_processor()}')
   )
-  jax.config.update('jax_compilation_cache_max_size', _MOST_BYTES)
+  jax.config.update('jax_compilation_cache_max_size', _MAX_CACHE_BYTES)
 
 
 def _processor() -> str:
-  """Short name of what the processor can do."""
+  """Returns a short hash of the processor's instruction set."""
   try:
     lines = Path('/proc/cpuinfo').read_text().splitlines()
     features = next(line for line in lines if line.startswith(('flags', 'Features')))

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes: a file is written completely or not at all."""
 
 import contextlib
 import os
@@ -10,13 +10,13 @@ from nonlocal_jax.errors import UserError
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-  """Gives a path to write to, which becomes `path` at the end; after an error nothing is left.
+  """Yields a temporary path that is renamed to `path` at the end, or deleted after an error.
 
   Args:
-    path: Where the file is to be; its folder is made, an older file replaced.
+    path: Path of the file. Missing parent folders are created; an existing file is replaced.
 
   Raises:
-    UserError: If it cannot be written.
+    UserError: If the file cannot be written.
   """
   partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
   try:
@@ -31,6 +31,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str) -> None:
-  """Writes a text file, see `whole_file`."""
+  """Writes a text file atomically, see `whole_file`."""
   with whole_file(path) as partial:
     partial.write_text(text)

@@ -1,4 +1,4 @@
-"""Progress bars: a live line on a terminal, a line now and then in a log file."""
+"""Progress bars: a live line on a terminal, an occasional line in a log file."""
 
 import sys
 
@@ -10,13 +10,13 @@ from nonlocal_jax.runtime.parallel import is_first_process
 def progress_bar(
   total: int, description: str, *, unit: str, initial: int = 0, leave: bool = True
 ) -> tqdm:
-  """A bar on stderr with rate and time left; of several processes only the first shows it.
+  """Returns a progress bar on stderr with rate and remaining time; silent in all but one process.
 
   Args:
-    total: Units of work.
-    description: What the work is.
-    unit: What one unit is, in the plural or short.
-    initial: Units done before.
+    total: Number of units of work.
+    description: Name of the work.
+    unit: Name of a unit.
+    initial: Units that are already done.
     leave: Whether the finished bar stays on the screen.
   """
   live = sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to stop; it does so between two steps."""
+"""Handles SIGTERM and SIGINT as a request to stop between two steps."""
 
 import signal
 import sys
@@ -7,25 +7,25 @@ from typing import Self
 
 
 class StopRequest:
-  """While this context lasts, a first signal is only noted and a second one ends the program.
+  """Context in which a first signal is only recorded and a second one exits the program.
 
   Attributes:
-    received: Name of the signal that came, '' if none did.
+    received: Name of the received signal; '' if none.
   """
 
   _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
   def __init__(self):
-    """Nothing is received yet."""
+    """Initializes the request without a received signal."""
     self.received = ''
 
   def __enter__(self) -> Self:
-    """Handles the signals."""
+    """Installs the signal handlers."""
     self._before = {number: signal.signal(number, self._handle) for number in self._SIGNALS}
     return self
 
   def __exit__(self, *unused) -> None:
-    """Handles them as before."""
+    """Restores the previous signal handlers."""
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
