@@ -97,7 +97,7 @@ class PretrainedModel:
   """A network with trained weights. Images of nearly the same size share a compiled program.
 
   Attributes:
-    description: What is known about it: network, classes, colours, test protocol.
+    description: What is known about it: network, classes, colors, test protocol.
   """
 
   def __init__(
@@ -150,12 +150,12 @@ class PretrainedModel:
     Args:
       module: The network; its weights are copied.
       classes: Name of each class; none for 'class 0', 'class 1', ...
-      palette: RGB colour of each class, in [0, 255]; none for distinct colours.
+      palette: RGB color of each class, in [0, 255]; none for distinct colors.
       protocol: How images are tested; None for whole images at their own size.
       precision: See `load`.
 
     Raises:
-      UserError: If there are not as many names or colours as classes.
+      UserError: If there are not as many names or colors as classes.
       ValueError: If `precision` is unknown.
     """
     config = module.config
@@ -183,7 +183,7 @@ class PretrainedModel:
 
   @property
   def palette(self) -> tuple[tuple[int, int, int], ...]:
-    """RGB colour of each class, in [0, 255]."""
+    """RGB color of each class, in [0, 255]."""
     return self.description.palette
 
   @property

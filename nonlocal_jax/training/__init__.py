@@ -1,1 +1,1 @@
-"""Training: loss, optimizer, state and loop."""
+"""Training: loss, optimizer, training step, loop, checkpoints and log."""

@@ -1,4 +1,4 @@
-"""A training state into a run's checkpoints, and back."""
+"""Saves and restores the state of a training run."""
 
 import dataclasses
 from typing import Any
@@ -13,7 +13,7 @@ from nonlocal_jax.weights.run_checkpoints import RunCheckpoints
 
 
 def with_weights(state: TrainState, weights: nnx.State) -> TrainState:
-  """`state` with other parameters and running statistics, where `weights` has them."""
+  """Returns `state` with the parameters and running statistics in `weights` replaced."""
   params, batch_stats = nnx.split_state(weights, nnx.Param, nnx.BatchStat)
   params = nnx.merge_state(state.params, params)
   return dataclasses.replace(
@@ -25,7 +25,7 @@ def with_weights(state: TrainState, weights: nnx.State) -> TrainState:
 
 
 def save(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterator) -> None:
-  """Writes a state and the place in the data, in the background."""
+  """Saves a state and the position in the data, in the background."""
   checkpoints.save(
     int(state.step),
     model=state.variables,
@@ -35,7 +35,16 @@ def save(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterator)
 
 
 def restore(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterator) -> TrainState:
-  """The newest checkpoint in the structure of `state`; sets `batches` to its place."""
+  """Restores the newest checkpoint.
+
+  Args:
+    checkpoints: Checkpoints of the run.
+    state: A state with the structure and shardings of the result.
+    batches: Iterator, which is set to the restored position in the data.
+
+  Returns:
+    The restored state.
+  """
   restored = checkpoints.restore(model=state.variables, training=_beside_model(state))
   batches.set_state(restored.data)
   params, batch_stats = nnx.split_state(restored.model, nnx.Param, nnx.BatchStat)
@@ -54,7 +63,7 @@ def restore(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterat
 
 
 def _beside_model(state: TrainState) -> dict[str, Any]:
-  """All of the state but what is evaluated."""
+  """Returns the parts of a state that are saved separately from the evaluated weights."""
   beside = {
     'step': state.step,
     'opt_state': state.opt_state,

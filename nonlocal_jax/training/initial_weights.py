@@ -1,4 +1,4 @@
-"""What a new run starts from: saved weights, a backbone, or nothing."""
+"""Initial weights of a new run: a checkpoint, a backbone, or none."""
 
 import dataclasses
 from pathlib import Path
@@ -14,11 +14,11 @@ _CLASSIFIER = 'conv_seg'  # of both heads
 
 
 class InitialWeights(NamedTuple):
-  """The part of a network that is not initialised at random.
+  """The part of a network that is not initialized at random.
 
   Attributes:
-    state: Parameters and running statistics as host arrays, None for nothing.
-    source: Where they are from, in words.
+    state: Parameters and running statistics as host arrays; None if everything is random.
+    source: Description of their origin, for the log.
   """
 
   state: nnx.State | None
@@ -32,16 +32,19 @@ def read_initial_weights(
   checkpoint: Path | None = None,
   new_classifier: bool = False,
 ) -> InitialWeights:
-  """Reads the weights that a new run starts from: a checkpoint before a backbone.
+  """Reads the initial weights of a new run; `checkpoint` takes precedence over `backbone`.
 
   Args:
-    network: The network that they are for.
+    network: Architecture of the network.
     backbone: A .pth file with a backbone.
     checkpoint: Weights of a whole network: a .pth file, a converted directory or a workdir.
-    new_classifier: Whether the last layer of both heads is left out of the checkpoint.
+    new_classifier: Whether to leave out the last layer of both heads of the checkpoint.
+
+  Returns:
+    The weights and their origin.
 
   Raises:
-    UserError: If they are of another network.
+    UserError: If the weights belong to another network.
   """
   if checkpoint is None:
     if backbone is None:

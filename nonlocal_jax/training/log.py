@@ -1,4 +1,4 @@
-"""What a run says of itself: `log.jsonl`, TensorBoard, a picture of the curves."""
+"""The log of a training run: `log.jsonl`, TensorBoard events and a plot of the curves."""
 
 import json
 import os
@@ -19,22 +19,22 @@ from nonlocal_jax.runtime.parallel import is_first_process
 
 LOG = 'log.jsonl'
 CURVES = 'curves.png'
-_POINTS = 200  # of a smoothed curve
+_POINTS = 200  # maximum number of points of a smoothed curve
 
 
 class TrainingLog:
-  """Metrics of a run: lines of `log.jsonl` and points of TensorBoard curves.
+  """Writes metrics to `log.jsonl` and TensorBoard; a context manager.
 
-  Use as a context manager. Of several processes only the first writes; all know the scores.
+  Only the first process writes. All processes keep the scores.
   """
 
   def __init__(self, workdir: Path, *, batch_size: int, start: int):
-    """Opens the log of a run that stands at step `start`; what it says of later steps goes.
+    """Opens the log of a run at step `start` and removes the lines of later steps.
 
     Args:
-      workdir: Where the run lies.
-      batch_size: Images in a global batch.
-      start: Steps taken.
+      workdir: Directory of the run.
+      batch_size: Global batch size.
+      start: Number of steps taken.
     """
     self._batch_size = batch_size
     self._step, self._time, self._waited = start, time.perf_counter(), 0.0
@@ -48,7 +48,7 @@ class TrainingLog:
     self._file = (path if is_first_process() else Path(os.devnull)).open('a')
 
   def __enter__(self) -> Self:
-    """Nothing to do."""
+    """Returns the log."""
     return self
 
   def __exit__(self, error_type: type[BaseException] | None, *unused) -> None:
@@ -59,7 +59,7 @@ class TrainingLog:
         if self._writer is not None:
           self._writer.close()
     except UserError:
-      if error_type is None:  # otherwise there is an error already
+      if error_type is None:  # do not hide an earlier error
         raise
 
   @contextmanager
@@ -71,21 +71,21 @@ class TrainingLog:
 
   @contextmanager
   def waiting(self):
-    """Counts the time spent here as waiting for data."""
+    """Counts the time spent in this context as time waiting for data."""
     started = time.perf_counter()
     yield
     self._waited += time.perf_counter() - started
 
   def has(self, step: int) -> bool:
-    """Whether the evaluation at `step` is there."""
+    """Returns whether the evaluation at `step` is logged."""
     return any(line['step'] == step for line in self.evaluations)
 
   def would_be_best(self, summary: Mapping[str, float]) -> bool:
-    """Whether the mIoU of an evaluation is higher than ever before."""
+    """Returns whether the mIoU of an evaluation exceeds that of all logged ones."""
     return all(summary['mIoU'] > line['mIoU'] for line in self.evaluations)
 
   def write(self, step: int, metrics: Mapping[str, float], *, lr: float) -> dict[str, str]:
-    """Logs the metrics of a step; returns what the progress bar shows."""
+    """Logs the metrics of a step; returns the values for the progress bar."""
     now = time.perf_counter()
     elapsed = max(now - self._time, 1e-9)
     rate = (step - self._step) * self._batch_size / elapsed
@@ -103,14 +103,14 @@ class TrainingLog:
     }
 
   def write_evaluation(self, step: int, summary: Mapping[str, float], picture: np.ndarray) -> None:
-    """Logs the scores of an evaluation and examples of predictions.
+    """Logs the scores of an evaluation and a picture of predictions.
 
     Args:
-      step: Steps taken.
+      step: Number of steps taken.
       summary: Scores in percent, with 'mIoU'.
       picture: (h, w, 3) uint8 RGB.
     """
-    if self.has(step):  # the same again, of a run that was complete
+    if self.has(step):  # a finished run that was started again
       return
     self.evaluations.append({'step': step, **summary})
     self._write(step, summary, 'val')
@@ -128,7 +128,7 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-  """The complete lines of a `log.jsonl`; none if there is no such file."""
+  """Reads the complete lines of a `log.jsonl`; returns an empty list if it does not exist."""
   if not path.exists():
     return []
   lines = path.read_text().splitlines(keepends=True)
@@ -136,7 +136,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def summary_table(evaluations: list[dict[str, Any]]) -> str:
-  """The best and the last evaluation, a line each."""
+  """Formats the best and the last evaluation as a table with one row each."""
   best = max(evaluations, key=lambda line: line['mIoU'])
   names = [name for name in best if name != 'step']
   lines = [f'{"":6}{"step":>9}' + ''.join(f'{name:>8}' for name in names)]
@@ -147,11 +147,11 @@ def summary_table(evaluations: list[dict[str, Any]]) -> str:
 
 
 def write_curves(log: Path, path: Path) -> None:
-  """Draws losses, learning rate and mIoU against the step.
+  """Plots losses, learning rate and scores over the steps.
 
   Args:
-    log: The run's `log.jsonl`.
-    path: The PNG file.
+    log: The `log.jsonl` of a run.
+    path: PNG file to write.
   """
   lines = read_log(log)
   steps = [line for line in lines if 'loss' in line]

@@ -1,4 +1,4 @@
-"""A training run: one linear function from the first state to the last evaluation."""
+"""The training loop: restore, train, log, save, evaluate."""
 
 import dataclasses
 import math
@@ -43,16 +43,16 @@ _BATCH = ('image', 'label', 'size')
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-  """How long a run is, and what happens when.
+  """Length of a run, and when it logs, evaluates and saves.
 
   Attributes:
-    steps: Length of the training.
-    batch_size: Images of a step, over all devices.
-    seed: Of initial values, of the order of the images, of augmentation and of dropout.
-    log_every: Steps between lines of the log.
-    eval_every: Steps between evaluations; the last step is evaluated in any case.
-    checkpoint_every: Steps between checkpoints; evaluated steps are saved in any case.
-    keep: Checkpoints kept, the newest.
+    steps: Number of training steps.
+    batch_size: Global batch size, over all devices.
+    seed: Seed of the initial values, the order of the images, augmentation and dropout.
+    log_every: Steps between log lines.
+    eval_every: Steps between evaluations; the last step is always evaluated.
+    checkpoint_every: Steps between checkpoints; evaluated steps are always saved.
+    keep: Number of most recent checkpoints to keep.
   """
 
   steps: int
@@ -66,22 +66,22 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingRun:
-  """What a run is made of.
+  """Components of a training run.
 
   Attributes:
-    name: What it is called.
-    network: The network.
-    execution: How it is computed.
-    augment: How samples are augmented.
-    step: What a step computes.
-    optimizer: The optimizer.
-    schedule: How long, and what happens when.
+    name: Name of the run.
+    network: Architecture of the network.
+    execution: How the network is computed.
+    augment: Augmentation of the samples.
+    step: What a training step computes.
+    optimizer: Optimizer and learning rate.
+    schedule: Length of the run, and when it logs, evaluates and saves.
     dataset: Names and colors of the classes.
-    split: The training images.
-    batches: The stream of batches of this process, at its start.
-    evaluator: Evaluates the weights; its devices are those that train.
-    report: Called with the last evaluation.
-    mesh: The devices.
+    split: Training split.
+    batches: Iterator over this process's batches, at its start.
+    evaluator: Evaluates the weights, on the same devices.
+    report: Callback for the last evaluation.
+    mesh: Device mesh.
   """
 
   name: str
@@ -99,11 +99,11 @@ class TrainingRun:
   mesh: Mesh
 
   def start_lines(self, source: str, parameters: int, step_gib: float) -> str:
-    """What a run starts from, on what it runs, what it needs and what it does, in a few lines.
+    """Formats the summary that is printed at the start of a run.
 
     Args:
-      source: Where the weights are from.
-      parameters: How many there are.
+      source: Origin of the weights.
+      parameters: Number of parameters.
       step_gib: Memory of a step on each device, in GiB.
     """
     schedule, optimizer, augment, step = self.schedule, self.optimizer, self.augment, self.step
@@ -125,7 +125,7 @@ class TrainingRun:
     )
 
   def _extras(self) -> str:
-    """The options that are not the published recipe's, of those that are on."""
+    """Returns the enabled options that are not part of the published recipe."""
     loss, execution = self.step.loss, self.execution
     extras = {
       'mean over labelled pixels': loss.avg_non_ignore,
@@ -146,23 +146,22 @@ def train_and_evaluate(
   initial: InitialWeights | None,
   ignored_checkpoint: Path | None = None,
 ) -> Evaluation:
-  """Trains from where `workdir` stands; evaluates at intervals and at the end.
+  """Trains, and evaluates at intervals and at the end.
 
   Args:
-    run: The run.
-    workdir: Gets checkpoints, the weights with the best mIoU in `best`, `log.jsonl`, TensorBoard
-      events and `curves.png`. Of several processes all must see it.
-    initial: The weights that a new run starts from; None to go on from the newest checkpoint in
-      `workdir`.
-    ignored_checkpoint: Weights that were given but are not read, as the run goes on; for a line of
-      output.
+    run: Components of the run.
+    workdir: Output directory for checkpoints, the weights with the best mIoU (`best`), `log.jsonl`,
+      TensorBoard events and `curves.png`. With several processes, it must be shared by all.
+    initial: Initial weights of a new run; None to resume from the newest checkpoint in `workdir`.
+    ignored_checkpoint: A checkpoint that was requested but is not read because the run resumes;
+      printed at the start.
 
   Returns:
     The last evaluation.
 
   Raises:
     UserError: If the loss is not finite, or checkpoints cannot be written or read.
-    RunStopped: If SIGTERM or SIGINT came, once the state is saved.
+    RunStopped: After SIGTERM or SIGINT, once the state is saved.
   """
   mesh, batches, split, plan = run.mesh, run.batches, run.split, run.schedule
   learning_rate, tx = run.optimizer.make(plan.steps)
@@ -205,7 +204,8 @@ def train_and_evaluate(
       def evaluate_and_log(step: int) -> Evaluation:
         evaluation = run.evaluator(run.evaluator.prepared(state.variables))
         summary = evaluation.scores.summary()
-        if log.would_be_best(summary):  # saved before it is logged, and so never missed
+        # Saved before it is logged: if the program is killed between, it is saved again.
+        if log.would_be_best(summary):
           best_weights.save(step, model=state.variables)
           best_weights.wait()
         log.write_evaluation(step, summary, picture_of(evaluation, run.dataset))
@@ -224,14 +224,14 @@ def train_and_evaluate(
 
       evaluation = None
       if start == steps or (_is_due(start, plan.eval_every, steps) and not log.has(start)):
-        evaluation = evaluate_and_log(start)  # stopped before it came to that
+        evaluation = evaluate_and_log(start)  # the run stopped before this evaluation
       in_flight: list[_Step] = []
       for step in range(start + 1, steps + 1):
         try:
           with log.waiting():
             batch = next(batches)
         except Exception:
-          # The signal may have ended the processes that make batches.
+          # The signal may have ended the worker processes that load batches.
           if not stop.received or jax.process_count() > 1:
             raise
           _finish(in_flight, split, but=0)
@@ -246,7 +246,7 @@ def train_and_evaluate(
         evaluates = _is_due(step, plan.eval_every, steps)
         saves = evaluates or _is_due(step, plan.checkpoint_every, steps)
         logs = saves or step % plan.log_every == 0
-        # The step before is looked at while this one runs; this one, too, where it is needed.
+        # Checks the previous step while this one runs. Waits for this one only if it is logged.
         stops = _finish(in_flight, split, but=0 if logs else 1)
         if stops:
           _finish(in_flight, split, but=0)
@@ -254,7 +254,7 @@ def train_and_evaluate(
           values = {name: float(value) for name, value in metrics.items() if name != 'stop'}
           rate = float(np.asarray(learning_rate(step - 1)))
           bar.set_postfix(log.write(step, values, lr=rate), refresh=False)
-        if saves:  # before the evaluation, during which the program may be killed
+        if saves:  # before the evaluation, so that a kill during it loses no steps
           save(checkpoints, state, batches)
         if stops:
           leave(step)
@@ -269,18 +269,18 @@ def train_and_evaluate(
 
 
 class _Step(NamedTuple):
-  """A step that the devices may still be taking."""
+  """A step that may still be running on the devices."""
 
   number: int
   metrics: Metrics
-  indices: np.ndarray  # of the images of this process
+  indices: np.ndarray  # dataset indices of this process's images
 
 
 def _finish(steps: list[_Step], split: PreparedSplit, *, but: int) -> bool:
-  """Waits for all but the newest `but` steps and takes them off the list.
+  """Waits for all but the newest `but` steps, checks them and removes them from the list.
 
   Returns:
-    Whether a process was asked to stop before one of them.
+    Whether any process was asked to stop before one of these steps.
 
   Raises:
     UserError: If a loss or an update is not finite.
@@ -305,13 +305,13 @@ def _is_due(step: int, every: int, steps: int) -> bool:
 
 
 def _on_each_device(flag: bool, mesh: Mesh) -> jax.Array:
-  """(devices,) bool, a process's flag on each of its devices."""
+  """Returns (devices,) bool with this process's flag on each of its devices."""
   count = mesh.local_mesh.size
   return shard_batch({'flag': np.full(count, flag)}, mesh)['flag']
 
 
 def _gibibytes(compiled: jax.stages.Compiled) -> float:
-  """Memory of a compiled program: arguments, results and what lies between."""
+  """Returns the memory of a compiled program in GiB: arguments, results and temporaries."""
   memory: Any = compiled.memory_analysis()
   total = memory.argument_size_in_bytes + memory.output_size_in_bytes
   return (total + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 2**30

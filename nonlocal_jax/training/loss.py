@@ -14,17 +14,17 @@ from nonlocal_jax.ops.blocks import map_blocks
 from nonlocal_jax.ops.resize import apply_axis_matrices, bilinear_matrix
 from nonlocal_jax.ops.upsampling import upsample, upsample_transpose_of, upsampling_factor
 
-_PARTS = 8  # of the rows of an image that the loss is computed in
+_PARTS = 8  # number of row blocks that the loss of an image is computed in
 
 
 class Ohem(NamedTuple):
-  """Online hard example mining: which pixels the loss is summed over (mmseg `OHEMPixelSampler`).
+  """Online hard example mining, which sums the loss of hard pixels (mmseg `OHEMPixelSampler`).
 
   Attributes:
-    thresh: Pixels that give their class a probability below this are kept, and so are the
-      `min_kept * n` least probable ones of a batch of n images. None: the `min_kept * n` pixels
-      with the largest (weighted) losses are kept, and no other.
-    min_kept: Pixels per image; those of a batch are counted together.
+    thresh: Keeps pixels whose class has a predicted probability below this, and at least the
+      `min_kept * n` least probable pixels of a batch of n images. None to keep exactly the
+      `min_kept * n` pixels with the largest weighted losses.
+    min_kept: Number of pixels per image, counted over the whole batch.
   """
 
   thresh: float | None = 0.7
@@ -33,14 +33,14 @@ class Ohem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LossConfig:
-  """What the loss of a training step is.
+  """Loss of a training step.
 
   Attributes:
     auxiliary_weight: Factor of the auxiliary head's loss.
-    avg_non_ignore: Whether the mean is over labelled pixels, see `loss_divisor`.
+    avg_non_ignore: Whether to average over labeled pixels only, see `loss_divisor`.
     class_weights: Weight of each class; None for 1 each.
-    ohem: Which pixels are summed over; None for all.
-    ignore_index: Label of the pixels without a class.
+    ohem: Selection of hard pixels; None to use all pixels.
+    ignore_index: Label of pixels without a class.
   """
 
   auxiliary_weight: float = 0.4
@@ -57,20 +57,20 @@ def loss_divisor(
   avg_non_ignore: bool = False,
   class_weights: Sequence[float] | None = None,
 ) -> jax.Array:
-  """What the sum of the pixel losses is divided by (mmseg `cross_entropy`).
+  """Computes the divisor of the sum of pixel losses (mmseg `cross_entropy`).
 
-  The number of all pixels, ignored ones included; with `avg_non_ignore` that of the labelled ones;
-  with `class_weights` the sum of the weights of the labels. Ignored pixels weigh nothing in that
-  sum; mmseg, which takes the label as an index into the weights, fails on them.
+  It is the number of all pixels, including ignored ones; with `avg_non_ignore` the number of
+  labeled pixels; with `class_weights` the sum of the weights of all labels. Ignored pixels add
+  nothing to that sum; mmseg fails on them, since it uses the label as an index into the weights.
 
   Args:
     labels: (n, h, w) integers in [0, c) or `ignore_index`.
-    ignore_index: Label of the pixels without a class.
-    avg_non_ignore: Whether only labelled pixels count; says nothing where there are class weights.
-    class_weights: c factors, 0 or more, or None.
+    ignore_index: Label of pixels without a class.
+    avg_non_ignore: Whether to count labeled pixels only; has no effect with class weights.
+    class_weights: c non-negative factors, or None.
 
   Returns:
-    Scalar float32, with class weights of JAX's default float type; 1 in place of 0.
+    Scalar float32, or of JAX's default float dtype with class weights; 1 instead of 0.
   """
   valid = labels != ignore_index
   if class_weights is not None:
@@ -83,11 +83,11 @@ def loss_divisor(
 
 
 class PixelLosses(NamedTuple):
-  """What each pixel of a batch gives to the loss and to the accuracy.
+  """Losses and hits of the pixels of a batch.
 
   Attributes:
-    losses: (n, h, w) float32 (float64 of float64 logits), cross-entropy; 0 without a class.
-    hits: (n, h, w) bool, whether the largest logit is that of the pixel's class.
+    losses: (n, h, w) float32 (float64 for float64 logits), cross-entropy; 0 for ignored pixels.
+    hits: (n, h, w) bool, whether the prediction is the pixel's class.
   """
 
   losses: jax.Array
@@ -102,7 +102,7 @@ def pixel_losses(
   align_corners: bool = False,
   ignore_index: int = 255,
 ) -> PixelLosses:
-  """Cross-entropy of each pixel, of logits upsampled to the size of the labels.
+  """Computes the cross-entropy of each pixel from logits upsampled to the size of the labels.
 
   >>> labels = jnp.array([[[0, 1], [255, 1]]])
   >>> losses, hits = pixel_losses(jnp.zeros((1, 1, 1, 2)), labels)
@@ -111,18 +111,21 @@ def pixel_losses(
   >>> hits.tolist()
   [[[True, False], [False, False]]]
 
-  Upsampled logits are the largest array of a training step where there are many classes, and are
-  computed again in the backward pass. In 'row_blocks' they are held for a part of the rows only.
-  With 'reductions' they are not held at all where every logit becomes a whole number of pixels, as
-  in the published crops: reductions over classes and pixels compute them as they go. That is faster
-  on GPUs; other sizes are computed in row blocks.
+  With many classes, upsampled logits are the largest array of a training step. The backward pass
+  recomputes them. 'row_blocks' materializes them for one block of rows at a time. 'reductions'
+  fuses upsampling into reductions over classes and pixels, which never materialize them and are
+  faster on GPUs. This needs an upsampling factor that is a power of two, as the published crops
+  have; other sizes use row blocks.
 
   Args:
-    logits: (n, h, w, c) floats; computed with in float32 at least.
+    logits: (n, h, w, c) floats; cast to float32 if narrower.
     labels: (n, out_h, out_w) integers in [0, c) or `ignore_index`.
     method: 'row_blocks' or 'reductions'.
     align_corners: See `resize.bilinear_matrix`.
-    ignore_index: Label of the pixels without a class.
+    ignore_index: Label of pixels without a class.
+
+  Returns:
+    Losses and hits, (n, out_h, out_w) each.
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   (_, height, width, _), (_, out_height, out_width) = logits.shape, labels.shape
@@ -151,12 +154,12 @@ def pixel_losses(
 def reduced_pixel_losses(
   logits: jax.Array, labels: jax.Array, factor: int, align_corners: bool, ignore_index: int
 ) -> PixelLosses:
-  """See `pixel_losses`; in one reduction over the classes of upsampled logits."""
+  """Computes `pixel_losses` in one reduction over the classes of upsampled logits."""
   return _reduced_forwards(logits, labels, factor, align_corners, ignore_index)[0]
 
 
 def _reduced_forwards(logits, labels, factor, align_corners, ignore_index):
-  # One program holds two heads: joined into one kernel, their logits would be held upsampled.
+  # Keeps XLA from fusing the losses of both heads, which would materialize upsampled logits.
   logits, labels = jax.lax.optimization_barrier((logits, labels))
   upsampled = upsample(logits, factor, align_corners=align_corners)  # (n, h, f, w, f, c)
   valid = labels != ignore_index
@@ -184,7 +187,7 @@ def _reduced_forwards(logits, labels, factor, align_corners, ignore_index):
 
 
 def _add_classes(a, b):
-  """Joins (largest logit, sum of exponentials relative to it, its class, logit of the target)."""
+  """Merges two tuples (max logit, sum of exp(logit - max), class of the max, target logit)."""
   largest = jnp.maximum(a[0], b[0])
   total = a[1] * jnp.exp(a[0] - largest) + b[1] * jnp.exp(b[0] - largest)
   candidates = (jnp.where(x[0] == largest, x[2], jnp.iinfo(jnp.int32).max) for x in (a, b))
@@ -194,7 +197,7 @@ def _add_classes(a, b):
 def _reduced_backwards(factor, align_corners, ignore_index, residuals, cotangents):
   del ignore_index
   logits, blocks, log_sum = residuals
-  # Keeps XLA from holding what the forward pass upsampled.
+  # Keeps XLA from storing the upsampled logits of the forward pass.
   logits = jax.lax.optimization_barrier(logits)
   weights = _in_blocks(cotangents.losses, logits.shape[1:3], factor, fill=0)
   weights = jnp.where(blocks >= 0, weights, 0)
@@ -222,7 +225,7 @@ def _in_blocks(x: jax.Array, size: tuple[int, int], factor: int, *, fill: int) -
 
 
 def _from_blocks(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-  """The inverse of `_in_blocks`."""
+  """Inverts `_in_blocks`."""
   n, rows, factor, columns, _ = x.shape
   return x.reshape(n, rows * factor, columns * factor)[:, : size[0], : size[1]]
 
@@ -235,17 +238,17 @@ def sum_of_losses(
   class_weights: Sequence[float] | None = None,
   ohem: Ohem | None = None,
 ) -> jax.Array:
-  """Sum of the pixel losses, weighted by class and chosen from.
+  """Sums the pixel losses, weighted by class and restricted to hard pixels if asked for.
 
   Args:
     losses: (n, h, w) floats, see `PixelLosses`.
     labels: (n, h, w) integers in [0, c) or `ignore_index`.
-    ignore_index: Label of the pixels without a class.
+    ignore_index: Label of pixels without a class.
     class_weights: c factors of the pixel losses by label, or None.
-    ohem: Which pixels are summed over; None for all. No gradient goes through the choice.
+    ohem: Selection of hard pixels, which is not differentiated; None to sum over all pixels.
 
   Returns:
-    Scalar of the dtype of `losses`.
+    Scalar, the dtype of `losses`.
   """
   valid = labels != ignore_index
   weighted = losses
@@ -263,12 +266,12 @@ def sum_of_losses(
 
 
 def pixel_accuracy(hits: jax.Array, labels: jax.Array, *, ignore_index: int = 255) -> jax.Array:
-  """Share of the pixels that have a class which are hit, a float32 in [0, 1]; 0 if none has one."""
+  """Computes the share of labeled pixels that are hits, float32; 0 without labeled pixels."""
   return jnp.sum(hits) / jnp.maximum(jnp.sum(labels != ignore_index), 1)
 
 
 def _label_weights(labels: jax.Array, valid: jax.Array, class_weights: jax.Array) -> jax.Array:
-  """Weight of each pixel's class, 0 where it has none: shape of `labels`, type of the weights."""
+  """Returns the class weight of each pixel, 0 for ignored pixels: (n, h, w)."""
   targets = jnp.where(valid, labels, 0).astype(jnp.int32)
   return jnp.where(valid, class_weights[targets], 0)
 
@@ -276,9 +279,9 @@ def _label_weights(labels: jax.Array, valid: jax.Array, class_weights: jax.Array
 def _improbable(
   probabilities: jax.Array, valid: jax.Array, *, thresh: float, min_kept: int
 ) -> jax.Array:
-  """Valid pixels below the larger of `thresh` and the smallest probability but `min_kept`.
+  """Selects valid pixels below the maximum of `thresh` and the `min_kept`-th lowest probability.
 
-  Where there are no more valid pixels than `min_kept`, the largest probability takes its place.
+  `min_kept` counts from 0. With fewer valid pixels, the highest probability is used instead.
   """
   ascending = jnp.sort(jnp.where(valid, probabilities, jnp.inf), axis=None)
   last_valid = jnp.maximum(jnp.sum(valid) - 1, 0)
@@ -287,7 +290,7 @@ def _improbable(
 
 
 def _largest(losses: jax.Array, valid: jax.Array, *, count: int) -> jax.Array:
-  """The `count` valid pixels with the largest losses, or all if there are no more."""
+  """Selects the `count` valid pixels with the largest losses, or all if there are fewer."""
   descending = jnp.argsort(jnp.where(valid, losses, -jnp.inf), axis=None, descending=True)
   kept = jnp.zeros(losses.size, bool).at[descending[:count]].set(True)
   return valid & kept.reshape(losses.shape)

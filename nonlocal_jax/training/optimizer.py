@@ -1,4 +1,4 @@
-"""SGD with momentum, weight decay and the poly schedule: the published recipe and its variants."""
+"""SGD with momentum, weight decay and a polynomial learning rate schedule."""
 
 import dataclasses
 from typing import Any, Literal
@@ -10,11 +10,11 @@ import optax
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """SGD with momentum under the poly schedule.
+  """SGD with momentum and a polynomial schedule.
 
   Attributes:
-    learning_rate: At the first step.
-    min_learning_rate: At the end.
+    learning_rate: Initial learning rate.
+    min_learning_rate: Final learning rate.
     power: Exponent of the schedule.
     schedule: Version of the schedule, see `poly_schedule`.
     momentum: See `sgd`.
@@ -33,10 +33,10 @@ class OptimizerConfig:
   head_multiplier: float = 1.0
 
   def make(self, steps: int) -> tuple[optax.Schedule, optax.GradientTransformation]:
-    """The learning rate of the backbone by 0-based step, and the optimizer.
+    """Creates the learning rate schedule of the backbone, by 0-based step, and the optimizer.
 
     Args:
-      steps: Length of the training.
+      steps: Number of training steps.
     """
 
     def schedule(learning_rate: float) -> optax.Schedule:
@@ -79,12 +79,11 @@ def poly_schedule(
 
   Args:
     learning_rate: Value at step 0.
-    min_learning_rate: Value at step `last` and after.
+    min_learning_rate: Value from step `last` on.
     power: Exponent.
-    steps: Length of the training.
-    version: 'v0': `last` is `steps`, which no step of the training reaches (mmcv's
-      `PolyLrUpdaterHook`, mmsegmentation 0.x). 'v1': `last` is `steps - 1` (mmengine's `PolyLR`,
-      mmsegmentation 1.x).
+    steps: Number of training steps.
+    version: 'v0': `last` is `steps`, one after the last step (mmcv's `PolyLrUpdaterHook`,
+      mmsegmentation 0.x). 'v1': `last` is `steps - 1` (mmengine's `PolyLR`, mmsegmentation 1.x).
 
   Returns:
     A function from the 0-based step to the learning rate, float32.
@@ -92,8 +91,7 @@ def poly_schedule(
   last = {'v0': steps, 'v1': max(steps - 1, 1)}[version]
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
-    # The difference is taken in integers: `1 - step / last` can end below zero, and its power is
-    # NaN.
+    # Subtracts integers: `1 - step / last` can round to below zero, whose power is NaN.
     remaining = jnp.maximum(last - jnp.asarray(step), 0) / last
     return min_learning_rate + (learning_rate - min_learning_rate) * remaining**power
 
@@ -112,22 +110,22 @@ def sgd(
 
   Args:
     schedule: Learning rate by step.
-    momentum: Factor of the running sum, in [0, 1).
-    weight_decay: Factor of the parameters added to their gradients, before the momentum.
-    decay_norm_and_bias: Whether biases and norms decay, too; else only arrays of more than one
-      axis, which are the kernels.
-    head_schedule: Learning rate by step of what lies below a top-level key that ends in 'head',
-      None for `schedule`. A head that learns `mult` times as fast (mmengine's `lr_mult` under
-      `custom_keys`) has a poly schedule of its own from `mult * learning_rate` down to the same
-      `min_learning_rate`; the floor is not multiplied.
+    momentum: Decay rate of the velocity `v`, in [0, 1).
+    weight_decay: Factor of the parameters that is added to the gradients, before momentum.
+    decay_norm_and_bias: Whether weight decay also applies to biases and normalization; if not, only
+      to arrays of more than one axis, which are the kernels.
+    head_schedule: Learning rate by step of the parameters below top-level keys that end in 'head';
+      None for `schedule`. mmengine's `lr_mult` under `custom_keys` corresponds to a polynomial
+      schedule from `lr_mult * learning_rate` to the same `min_learning_rate`, which is not
+      multiplied.
 
   Returns:
-    A transformation of trees like the parameters, with a state of arrays.
+    The gradient transformation.
   """
   decay = optax.add_decayed_weights(weight_decay, None if decay_norm_and_bias else _are_kernels)
   if head_schedule is None:
     return optax.chain(decay, optax.sgd(schedule, momentum=momentum))
-  # Only steps are counted below the masks, so that no placeholder gets into the state.
+  # The masks wrap only the schedules, whose state is a step count: so the state holds arrays only.
   return optax.chain(
     decay,
     optax.trace(momentum),

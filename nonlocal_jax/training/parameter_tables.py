@@ -1,4 +1,4 @@
-"""Tables of a network's parameters: one row for each stage and head, or one for each array."""
+"""Tables of parameters, by stage and head or by array."""
 
 import dataclasses
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 from clu import parameter_overview
 from flax import nnx
 
-PARAMETERS = 'parameters.txt'  # in the workdir: the table of all arrays
+PARAMETERS = 'parameters.txt'  # file in the workdir with the table of all arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ def all_parameters(params: nnx.State) -> str:
 
 
 def parameters_by_module(params: nnx.State) -> str:
-  """Returns the same, summed for each head and each stage of the backbone.
+  """Returns a table of the number of parameters of each head and each stage of the backbone.
 
   Args:
     params: Arrays, or `jax.ShapeDtypeStruct`, by path.

@@ -1,4 +1,4 @@
-"""What stands in a workdir beside the checkpoints: which run it is."""
+"""Files in a workdir that identify the run: its config and model description."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,9 +11,8 @@ from nonlocal_jax.weights.checkpoints import DESCRIPTION
 from nonlocal_jax.weights.description import ModelDescription
 
 CONFIG = 'config.json'
-BEST = 'best'  # directory of the weights with the best mIoU
-# What may change between a run and its continuation: nothing that the next step depends on, but for
-# the rounding of another way to compute the same.
+BEST = 'best'  # subdirectory with the weights of the best mIoU
+# Fields that may change when a run resumes: they do not affect training except for rounding.
 _FREE = (
   'eval.',
   'checkpoint.',
@@ -30,15 +29,15 @@ _FREE = (
 
 
 def check_same_run(workdir: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-  """Checks that what stands in `workdir`, if anything, was made with this config.
+  """Checks that a run in `workdir`, if there is one, has the same config.
 
   Args:
-    workdir: Where the run lies.
-    config: The values of this config, by section and name.
-    defaults: What fields are that the config of the run in `workdir` did not have yet.
+    workdir: Directory of the run.
+    config: Values of the current config, by section and name.
+    defaults: Values of fields that the saved config does not have yet.
 
   Raises:
-    UserError: If it was not; the message says what differs.
+    UserError: If the configs differ; the message lists the differences.
   """
   path = workdir / CONFIG
   if not path.exists():
@@ -57,7 +56,7 @@ def check_same_run(workdir: Path, config: Mapping[str, Any], defaults: Mapping[s
 def write_run_files(
   workdir: Path, config: Mapping[str, Any], description: ModelDescription
 ) -> None:
-  """Writes config and description of a run, also beside the weights that will be its best."""
+  """Writes config and model description of a run; the latter also to the `best` subdirectory."""
   for directory in (workdir, workdir / BEST):
     write_whole(directory / DESCRIPTION, description.to_json())
   write_whole(workdir / CONFIG, json.dumps(config, indent=2) + '\n')
@@ -66,12 +65,12 @@ def write_run_files(
 def config_differences(
   saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> list[str]:
-  """Keys whose values differ between two configs, e.g. 'model.width was 16, now 64'.
+  """Lists the differences between two configs, e.g. 'model.width was 16, now 64'.
 
   Args:
-    saved: Values by section and name, as JSON gives them back.
+    saved: Values by section and name, as read from JSON.
     current: Values by section and name.
-    defaults: What `saved` means where it has no value.
+    defaults: Values of fields that `saved` does not have.
   """
   before, now = ({**dict(_leaves(defaults)), **dict(_leaves(saved))}, dict(_leaves(current)))
   return [

@@ -1,4 +1,4 @@
-"""The state of a training run and the pure function that takes it one step further."""
+"""The training state and the training step."""
 
 import dataclasses
 import functools
@@ -36,15 +36,15 @@ Batch = Mapping[str, jax.Array]
 )
 @dataclasses.dataclass
 class TrainState:
-  """Everything that a step reads and writes.
+  """State of a training run.
 
   Attributes:
-    step: () int32, steps taken.
-    params: Trainable arrays of the network.
-    batch_stats: Running statistics of its batch normalisations.
+    step: () int32, number of steps taken.
+    params: Parameters of the network.
+    batch_stats: Running statistics of batch normalization.
     opt_state: State of the optimizer.
-    rng: Key from which each step folds its own.
-    ema: Exponential moving average of `params`, None if none is kept.
+    rng: Random key; each step folds in its number.
+    ema: Exponential moving average of `params`, or None.
   """
 
   step: jax.Array
@@ -56,7 +56,7 @@ class TrainState:
 
   @property
   def variables(self) -> nnx.State:
-    """Parameters, averaged if an average is kept, and running statistics: what is evaluated."""
+    """The weights to evaluate: `ema`, or `params` without it, and running statistics."""
     return nnx.merge_state(self.params if self.ema is None else self.ema, self.batch_stats)
 
   @classmethod
@@ -68,7 +68,7 @@ class TrainState:
     seed: int,
     keep_ema: bool = False,
   ) -> 'TrainState':
-    """The state before the first step, from parameters and running statistics."""
+    """Creates the state before the first step from parameters and running statistics."""
     params, batch_stats = nnx.split_state(variables, nnx.Param, nnx.BatchStat)
     return cls(
       step=jnp.zeros((), jnp.int32),
@@ -88,7 +88,7 @@ def initial_state(
   keep_ema: bool,
   mesh: Mesh,
 ) -> TrainState:
-  """The state of a new run from scratch, on each device of a mesh."""
+  """Creates a randomly initialized state, replicated on a mesh."""
 
   def create() -> TrainState:
     model = NonLocalNet(network, rngs=nnx.Rngs(seed))
@@ -99,19 +99,19 @@ def initial_state(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-  """What a training step computes.
+  """Options of a training step.
 
   Attributes:
-    loss: The loss.
-    dtype: Of activations, 'float32' or 'bfloat16'; parameters, statistics, softmax and loss are
-      float32.
-    precision: Of matrix products, see `jax_default_matmul_precision`.
-    accumulate: Equal parts of the batch that go through the network one after the other, their
-      gradients added. The divisor of the loss is that of the whole batch; batch normalization sees
-      one part at a time.
-    ema_decay: Weight of the old average in `TrainState.ema`; 0 if none is kept.
-    mean: Subtracted from each channel of the images, see `normalize`.
-    std: What each channel is divided by.
+    loss: Options of the loss.
+    dtype: Dtype of activations, 'float32' or 'bfloat16'; parameters, statistics, softmax and loss
+      are float32.
+    precision: Matmul precision, see `jax_default_matmul_precision`.
+    accumulate: Number of gradient accumulation steps: equal parts of the batch that are computed in
+      sequence. The divisor of the loss is that of the whole batch; batch normalization uses the
+      statistics of each part.
+    ema_decay: Decay rate of `TrainState.ema`; 0 for no average.
+    mean: Mean of each image channel, see `normalize`.
+    std: Standard deviation of each image channel.
   """
 
   loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -124,11 +124,11 @@ class StepConfig:
 
 
 class BatchShape(NamedTuple):
-  """A global batch of images.
+  """Shape of a global batch of images.
 
   Attributes:
     size: Number of images, over all devices.
-    crop: (height, width) of each, in pixels.
+    crop: (height, width) of the images, in pixels.
   """
 
   size: int
@@ -141,19 +141,19 @@ def make_train_step(
   tx: optax.GradientTransformation,
   options: StepConfig,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """The pure function of one training step, to be compiled with `jax.jit`.
+  """Returns the pure function of a training step, to be compiled with `jax.jit`.
 
   Args:
-    config: The network.
-    execution: How it is computed.
-    tx: The optimizer.
-    options: What the step computes.
+    config: Architecture of the network.
+    execution: How the network is computed.
+    tx: Optimizer.
+    options: Options of the step.
 
   Returns:
-    A function of the state and a batch `image` (n, h, w, 3) uint8 RGB, `label` (n, h, w) uint8,
-    `size` (n, 2) int32 (see `normalize`), which returns the next state and the metrics `loss`,
-    `loss_decode`, `loss_auxiliary`, `accuracy` (share of the labelled pixels) and `update_norm` (of
-    the change to the parameters), scalars.
+    A function from the state and a batch to the next state and scalar metrics. The batch has
+    `image` (n, h, w, 3) uint8 RGB, `label` (n, h, w) uint8 and `size` (n, 2) int32 (see
+    `normalize`). Metrics are `loss`, `loss_decode`, `loss_auxiliary`, `accuracy` (over labeled
+    pixels) and `update_norm` (L2 norm of the parameter updates).
   """
   graphdef = nnx.graphdef(NonLocalNet.abstract(config, execution))
   loss_config, accumulate, dtype = options.loss, options.accumulate, jnp.dtype(options.dtype)
@@ -165,7 +165,7 @@ def make_train_step(
   def gradients(
     params: nnx.State, batch_stats: nnx.State, part: Batch, whole: Batch, dropout_key: jax.Array
   ) -> tuple[nnx.State, tuple[nnx.State, Metrics]]:
-    """Of a part of a batch, its share of the loss of the whole."""
+    """Computes gradients and metrics of a part of a batch, as its share of the whole batch."""
     labels = part['label'].astype(jnp.int32)
     images = normalize(part['image'], mean=options.mean, std=options.std, sizes=part['size'])
     images = images.astype(dtype)
@@ -175,7 +175,7 @@ def make_train_step(
       avg_non_ignore=loss_config.avg_non_ignore,
       class_weights=class_weights,
     )
-    labelled, all_labelled = (jnp.sum(x != ignore_index) for x in (labels, whole['label']))
+    labeled, all_labeled = (jnp.sum(x != ignore_index) for x in (labels, whole['label']))
 
     def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
       model = nnx.merge(graphdef, params, batch_stats, copy=True)
@@ -197,7 +197,7 @@ def make_train_step(
         'loss': loss,
         'loss_decode': loss_decode,
         'loss_auxiliary': loss_auxiliary,
-        'accuracy': accuracy * labelled / jnp.maximum(all_labelled, 1),
+        'accuracy': accuracy * labeled / jnp.maximum(all_labeled, 1),
       }
       return loss, (nnx.state(model, nnx.BatchStat), metrics)
 
@@ -206,7 +206,7 @@ def make_train_step(
   def accumulated_gradients(
     state: TrainState, batch: Batch, dropout_key: jax.Array
   ) -> tuple[nnx.State, tuple[nnx.State, Metrics]]:
-    # Part i has the samples i, i + accumulate, ...: each device's share stays where it is.
+    # Part i has the samples i, i + accumulate, ..., so that no sample moves between devices.
     parts = jax.tree.map(
       lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), dict(batch)
     )
@@ -219,8 +219,8 @@ def make_train_step(
       return (*jax.tree.map(jnp.add, sums, [grads, metrics]), batch_stats), None
 
     names = ('loss', 'loss_decode', 'loss_auxiliary', 'accuracy')
-    wide = jnp.promote_types(dtype, jnp.float32)
-    zero_metrics = {name: jnp.zeros((), wide) for name in names}
+    acc_dtype = jnp.promote_types(dtype, jnp.float32)
+    zero_metrics = {name: jnp.zeros((), acc_dtype) for name in names}
     start = (jax.tree.map(jnp.zeros_like, state.params), zero_metrics, state.batch_stats)
     (grads, metrics, batch_stats), _ = jax.lax.scan(add, start, (parts, jnp.arange(accumulate)))
     return grads, (batch_stats, metrics)
@@ -261,22 +261,22 @@ def lower_train_step(
   mesh: Mesh,
   platform: Platform | None = None,
 ) -> jax.stages.Lowered:
-  """The program of a training step on the devices of a mesh, from shapes only; not yet compiled.
+  """Lowers the training step for the devices of a mesh, without data.
 
   Args:
-    config: The network.
-    execution: How it is computed.
-    tx: The optimizer.
-    options: What the step computes.
+    config: Architecture of the network.
+    execution: How the network is computed.
+    tx: Optimizer.
+    options: Options of the step.
     batch: Shape of the global batch.
-    mesh: The devices, which may be described ones, see `jax.experimental.topologies`.
-    platform: That the program is for; None for that of `mesh`. A program for another platform can
-      be looked at, but not compiled.
+    mesh: Device mesh; its devices may come from `jax.experimental.topologies`.
+    platform: Platform to lower for; None for that of `mesh`. A program for another platform can be
+      inspected, but not compiled.
 
   Returns:
-    A program of the state, whose memory it takes over, the batch (see `make_train_step`) and `stop`
-    (devices,) bool, both split over the mesh. It returns the next state and the metrics, with
-    `stop` whether any of those is true.
+    A lowered function of the state (donated), the batch (see `make_train_step`) and `stop`,
+    (devices,) bool; batch and `stop` are sharded over the mesh. It returns the next state and the
+    metrics, including `stop`, which is True if any device's flag is.
   """
   step = make_train_step(config, execution, tx, options)
 
@@ -302,7 +302,7 @@ def lower_train_step(
     'label': jax.ShapeDtypeStruct(images, jnp.uint8),
     'size': jax.ShapeDtypeStruct((batch.size, 2), jnp.int32),
   }
-  # Batch normalization asks for one exchange between the devices of the mesh it is traced under.
+  # Batch normalization reads the mesh to combine its statistics in one collective.
   with (
     jax.default_matmul_precision(options.precision),
     jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
@@ -313,7 +313,7 @@ def lower_train_step(
 
 
 def _norm(tree: optax.Updates) -> jax.Array:
-  """L2 norm; the many small arrays are one, since each takes a GPU two kernels."""
+  """Computes the L2 norm; concatenates small arrays, each of which would take two GPU kernels."""
   leaves = jax.tree.leaves(tree)
   small = [leaf.ravel() for leaf in leaves if leaf.ndim < 2]
   large = [leaf for leaf in leaves if leaf.ndim >= 2]
