@@ -209,7 +209,8 @@ def test_the_first_lines_say_what_the_run_is(averaged):
   size = sum(array.size for array in jax.tree.leaves(nnx.split_state(model, nnx.Param, ...)[0]))
   assert 'custom: from scratch\n' in said
   assert (
-    "4 device(s) (cpu) of 1 process(es), mesh {'data': 4}; batch 8, 2 on each device, in 2" in said
+    "4 device(s) (cpu) of 1 process(es), mesh {'data': 4}; batch 8, 2 on each device, "
+    'accumulated over 2 parts\n' in said
   )
   assert re.search(rf'{size:,} parameters; a training step needs 0\.\d\d GiB on each device', said)
   assert '4 steps of SGD: learning rate 0.01 to 0.0001, poly 0.9 (v0), heads x 1.0' in said
