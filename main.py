@@ -1,4 +1,4 @@
-"""Trains or evaluates NonLocalNet: `nonlocal-jax train`, or with --mode=eval `nonlocal-jax eval`.
+"""Trains a NonLocalNet as `nonlocal-jax train` does, or with --mode=eval evaluates one.
 
 python main.py --config=configs/ade20k_r101.py --config.data.source_dir=DIR
 """

@@ -1,12 +1,12 @@
-"""Measures speed and memory of this library and of MMSegmentation by turns, and writes a report.
+"""Compares the speed and memory of this library with MMSegmentation, and writes a report.
 
     python benchmarks/compare.py
     python benchmarks/compare.py --out=DIR --only inference training
     python benchmarks/compare.py --data=DIR --num-classes=11 --ignore-label=11 --eval-scale=480x360
 
-After each measurement, writes OUT/results.md, OUT/scaling.png and OUT/results.json. On a GPU,
-results.md also holds shares of its peak and what was published of a V100. Needs the packages that
-requirements-dev.txt names.
+Measurements of both alternate. After each, writes OUT/results.md, OUT/scaling.png and
+OUT/results.json. On a GPU, results.md also has shares of its peak and published figures of a V100.
+Needs the packages in requirements-dev.txt.
 """
 
 import importlib.util
@@ -27,13 +27,15 @@ PEER = Path(__file__).resolve().parent / 'peer.py'
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Compares as the arguments say.
+  """Runs the comparison.
 
   Raises:
     UserError: If MMSegmentation is not installed.
   """
   parser = benchmark.make_parser('python benchmarks/compare.py', __doc__, out='benchmarks')
-  parser.add_argument('--rounds', type=at_least_one, default=3, help='turns of both; default: 3')
+  parser.add_argument(
+    '--rounds', type=at_least_one, default=3, help='measurements of each side; default: 3'
+  )
   options = benchmark.parse(parser, arguments)
   if not all(map(importlib.util.find_spec, ('torch', 'mmengine', 'mmseg'))):
     raise UserError('MMSegmentation is missing: pip install -r requirements-dev.txt.')

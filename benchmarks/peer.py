@@ -1,10 +1,11 @@
-"""MMSegmentation's own figures for compare.py, each in a process of its own.
+"""Measures MMSegmentation for compare.py.
 
     python benchmarks/peer.py NAME JSON
 
-NAME is a key of MEASURES below, JSON the arguments of its function. The last line of stdout is a
-JSON object of figures, among them the peak memory of the process. Nothing of JAX is imported. On a
-GPU, products are of the precision that nonlocal_jax takes there: float32, TF32 in training.
+NAME is a key of MEASURES below, and JSON holds the keyword arguments of its function. The last line
+of stdout is a JSON object of the results, with the peak memory of the process. JAX is not imported.
+On a GPU, matrix products have the precision that nonlocal_jax uses there: float32, and TF32 in
+training.
 """
 
 import importlib
@@ -28,7 +29,7 @@ Figures = dict[str, Any]
 
 
 class _NoCompiledOperators(types.ModuleType):
-  """What mmcv-lite lacks; NonLocalNet needs none of it, only its import has to succeed."""
+  """Stands in for mmcv.ops, which mmcv-lite lacks; NonLocalNet imports it but uses none of it."""
 
   __path__ = ()
 
@@ -39,7 +40,7 @@ class _NoCompiledOperators(types.ModuleType):
 
 
 def main() -> None:
-  """Makes the measurement that the arguments name."""
+  """Runs the measurement that the command line names."""
   name, arguments = sys.argv[1:]
   torch.set_num_threads(os.cpu_count() or 1)
   torch.backends.cudnn.benchmark = True  # as in mmsegmentation's own default_runtime.py
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def peak_memory() -> Figures:
-  """GiB that the process has held: on the GPU if it uses one, and on the host."""
+  """Returns the peak memory in GiB: on the GPU if the process uses one, and on the host."""
   host = int(re.findall(r'VmHWM:\s*(\d+)', Path('/proc/self/status').read_text())[0]) / 2**20
   device = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_initialized() else host
   return {'peak_gib': round(device, 3), 'peak_host_gib': round(host, 3)}
@@ -70,20 +71,20 @@ def measure_inference(
   device: str,
   started: float,
 ) -> Figures:
-  """Predicts images of one size, one after the other: `encode_decode`, then argmax.
+  """Times predictions (`encode_decode`, then argmax) of images of one size, one image at a time.
 
   Args:
-    size: (height, width) of the image.
+    size: (height, width) of the images.
     classes: Number of classes.
     width: Base channels of the network.
-    depth: Layers of its backbone.
-    stage_blocks: Its blocks in each stage.
-    repeats: Predictions after the first.
+    depth: Layers of the backbone.
+    stage_blocks: Residual blocks in each stage of the backbone.
+    repeats: Number of timed predictions, after a first one.
     device: 'cpu' or 'cuda'.
     started: `time.time()` at the start of the process.
 
   Returns:
-    `seconds` of a later prediction, the median; `start_seconds` from the start of the process to
+    `seconds`, the median time of a prediction; `start_seconds`, from the start of the process to
     the first result.
   """
   model = build(classes=classes, width=width, depth=depth, stage_blocks=stage_blocks)
@@ -121,22 +122,22 @@ def measure_training(
   device: str,
   started: float,
 ) -> Figures:
-  """Takes steps of SGD on the model's own loss.
+  """Times SGD steps on the model's own loss.
 
   Args:
     size: (height, width) of the crops.
     batch: Crops in a batch.
-    dtype: Of products; 'bfloat16' through `torch.autocast`.
-    classes: See `measure_inference`, as for all that follow.
+    dtype: The dtype of matrix products; 'bfloat16' through `torch.autocast`.
+    classes: Number of classes.
     width: Base channels of the network.
-    depth: Layers of its backbone.
-    stage_blocks: Its blocks in each stage.
-    repeats: Steps after the first.
+    depth: Layers of the backbone.
+    stage_blocks: Residual blocks in each stage of the backbone.
+    repeats: Number of timed steps, after a first one.
     device: 'cpu' or 'cuda'.
     started: `time.time()` at the start of the process.
 
   Returns:
-    `seconds` of a later step, the median; `start_seconds` from the start of the process to the end
+    `seconds`, the median time of a step; `start_seconds`, from the start of the process to the end
     of the first step.
   """
   model = build(classes=classes, width=width, depth=depth, stage_blocks=stage_blocks)
@@ -185,23 +186,23 @@ def measure_evaluation(
   device: str,
   started: float,
 ) -> Figures:
-  """Evaluates weights on the val images of a folder: test pipeline, model, `IoUMetric`.
+  """Times the evaluation of weights on the val images of a folder.
 
   Args:
     data: The folder, with images/val and labels/val.
     checkpoint: A .pth file.
     scale: (width, height) of the box that images are resized into.
     num_classes: Number of classes.
-    ignore_labels: Label values without a class, beside 255.
+    ignore_labels: Ignored label values, besides 255.
     width: Base channels of the network.
-    depth: Layers of its backbone.
-    stage_blocks: Its blocks in each stage.
+    depth: Layers of the backbone.
+    stage_blocks: Residual blocks in each stage of the backbone.
     device: 'cpu' or 'cuda'.
     started: `time.time()` at the start of the process.
 
   Returns:
-    `total_seconds` from the start of the process to the scores, `seconds` of the evaluation alone,
-    the number of `images` and `mIoU` in percent.
+    `total_seconds`, from the start of the process to the scores; `seconds`, of the evaluation
+    alone; the number of `images`; and `mIoU` in percent.
   """
   model = build(classes=num_classes, width=width, depth=depth, stage_blocks=stage_blocks)
   model.load_state_dict(torch.load(checkpoint, weights_only=False)['state_dict'])
@@ -255,7 +256,7 @@ MEASURES: dict[str, Callable[..., Figures]] = {
 
 
 def build(*, classes: int, width: int, depth: int, stage_blocks: Sequence[int]) -> Any:
-  """The network of MMSegmentation's own config, with other channels, blocks and classes."""
+  """Builds the network of MMSegmentation's own config with the given sizes."""
   backbones = importlib.import_module('mmseg.models.backbones')
   bottleneck, _ = backbones.ResNet.arch_settings[50]
   backbones.ResNet.arch_settings[depth] = (bottleneck, tuple(stage_blocks))
@@ -266,7 +267,7 @@ def build(*, classes: int, width: int, depth: int, stage_blocks: Sequence[int]) 
   model = config.model
   model.pretrained = None
   for part in (model.backbone, model.decode_head, model.auxiliary_head):
-    part.norm_cfg = {'type': 'BN', 'requires_grad': True}  # SyncBN wants a process group
+    part.norm_cfg = {'type': 'BN', 'requires_grad': True}  # SyncBN needs a process group
   model.backbone.update(depth=depth, base_channels=width, stem_channels=width)
   model.decode_head.update(in_channels=32 * width, channels=8 * width, num_classes=classes)
   model.auxiliary_head.update(in_channels=16 * width, channels=4 * width, num_classes=classes)
@@ -275,7 +276,7 @@ def build(*, classes: int, width: int, depth: int, stage_blocks: Sequence[int]) 
 
 @torch.no_grad()
 def randomise(model: torch.nn.Module) -> None:
-  """Fills every array so that none is zero and activations keep their scale."""
+  """Fills every array with random nonzero values that keep the scale of activations."""
   generator = torch.Generator().manual_seed(0)
   for name, array in model.state_dict().items():
     if array.ndim > 1:
@@ -287,7 +288,7 @@ def randomise(model: torch.nn.Module) -> None:
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-  """How long an action takes."""
+  """Returns the wall-clock time of a call."""
   started = time.perf_counter()
   action()
   return time.perf_counter() - started

@@ -23,7 +23,7 @@ from nonlocal_jax.errors import UsageError, UserError
 from nonlocal_jax.models import Execution
 from nonlocal_jax.runtime.files import whole_file, write_whole
 
-# Dense products in TFLOP/s as NVIDIA states them, by a part of the device's name.
+# Peak TFLOP/s of dense matrix products as NVIDIA states them, by a part of the device's name.
 PEAK_TFLOPS = {
   'V100': {'float32': 15.7},
   'A100': {'float32': 19.5, 'TF32': 156, 'bfloat16': 312},
@@ -31,8 +31,8 @@ PEAK_TFLOPS = {
   'H100 80GB HBM3': {'float32': 66.9, 'TF32': 494.7, 'bfloat16': 989.4},
   'H200': {'float32': 66.9, 'TF32': 494.7, 'bfloat16': 989.4},
 }
-# On V100s (mmseg `configs/nonlocal_net/README.md`) with R-50 and R-101: images/s by size of the
-# benchmark's image, GB in training by crop and batch on each of them; and on which images.
+# Published figures on V100s by depth, and their images (mmseg `configs/nonlocal_net/README.md`):
+# images/s by the size of the benchmark's image, and GB per GPU in training by crop and batch.
 PUBLISHED_RATES = {
   '512x512': ({50: 21.37, 101: 13.97}, 'ADE20K images, 512 pixels high'),
   '769x769': ({50: 1.52, 101: 1.05}, 'Cityscapes images, each in 8 windows of 769x769'),
@@ -43,11 +43,11 @@ PUBLISHED_MEMORY = {
   '512x1024x2': ({50: 7.4, 101: 10.9}, 'Cityscapes'),
   '769x769x2': ({50: 8.9, 101: 12.8}, 'Cityscapes'),
 }
-_TRAINING_PASSES = 3  # a backward pass is taken for two forward passes
+_TRAINING_PASSES = 3  # a backward pass counts as two forward passes
 
 
 def main() -> None:
-  """Writes the report of the folder that the argument names."""
+  """Writes the report of the folder that the command line names."""
   if len(sys.argv) != 2:
     raise UsageError('give one folder with results.json: python benchmarks/report.py DIR')
   path = Path(sys.argv[1]) / RESULTS
@@ -63,25 +63,25 @@ def write_report(
   """Writes results.md and scaling.png.
 
   Args:
-    out: The folder.
-    machine: What the measurements ran on.
-    settings: The options of the program.
-    records: `section`, `label`, `side`, `options` and figures of each measurement.
+    out: The output folder.
+    machine: The machine of the measurements.
+    settings: The options of the benchmark.
+    records: `section`, `label`, `side`, `options` and results of each measurement.
   """
   write_whole(out / 'results.md', as_markdown(machine, settings, records))
   write_scaling(out / 'scaling.png', records)
 
 
 def as_markdown(machine: Record, settings: Mapping[str, Any], records: Sequence[Record]) -> str:
-  """All results as tables, with what they mean."""
+  """Formats all results as Markdown tables with explanations."""
   parts = [
     '# Benchmarks',
     f'{machine["date"]}: {machine["processor"]}, {machine["cores"]} cores; JAX {machine["jax"]} on '
     f'{machine["device"]}. R-{settings["depth"]}, width {settings["width"]}, '
     f'{settings["classes"]} classes, unless a line says otherwise.',
-    'Each figure is of a process of its own; times are medians. Peak GiB is the most that the '
-    'process held '
-    + ('on the device.' if machine['backend'] == 'gpu' else 'resident, libraries included.'),
+    'Each measurement runs in its own process; times are medians. Peak GiB is the peak memory of '
+    'the process '
+    + ('on the device.' if machine['backend'] == 'gpu' else 'on the host, libraries included.'),
   ]
   measured = [record for record in records if 'error' not in record]
   tables = {
@@ -111,13 +111,13 @@ NOTES = {
   'inference': (
     '`PretrainedModel.predict` on one random uint8 image, whole and at its own size, from the '
     'image to the labels on the host, random weights, float32 throughout. It pads sides by an '
-    'eighth at most (769 to 832). MMSegmentation: normalisation, `encode_decode`, argmax. '
+    'eighth at most (769 to 832). MMSegmentation: normalization, `encode_decode`, argmax. '
     '"First result" is from the start of the process, with an empty compilation cache and with a '
     'filled one; peak GiB the same. Ratios are ours / theirs, with the filled cache, medians over '
     'pairs measured one after the other.'
   ),
   'training': (
-    'One step of the recipe on random images and labels: normalisation, both heads, loss, '
+    'One step of the recipe on random images and labels: normalization, both heads, loss, '
     'gradients, SGD; no data pipeline. MMSegmentation: `model.loss` and a step of '
     '`torch.optim.SGD`. "First step" is from the start of the process, with an empty compilation '
     'cache and with a filled one; "compile" is the step alone, with the empty cache.'
@@ -133,31 +133,31 @@ NOTES = {
   'pipeline': 'Training batches without the network: decoding, augmentation, batching.',
   'compile': (
     'Without a compilation cache. Training: tracing, lowering and compiling of the step. '
-    'Inference: what the first prediction took longer than a later one. "To the first result" is '
-    'from the start of the process.'
+    'Inference: the time of the first prediction minus that of a later one. "To the first result" '
+    'is from the start of the process.'
   ),
   'network': (
-    "Operations of a forward pass, from a normalised image to logits at stride 8, by XLA's cost "
-    'analysis of plain convolutions; a multiply-add is two, products with padding are none. What '
-    "Winograd's algorithm saves is not taken off."
+    "FLOPs of a forward pass, from a normalized image to logits at stride 8, by XLA's cost "
+    'analysis of plain convolutions. A multiply-add counts as two, products with padding do not '
+    "count. Savings of Winograd's algorithm are not subtracted."
   ),
   'non_local': (
-    'Temporary memory of the block alone as XLA states it, compiled and not run; what a kernel '
-    'library allocates inside of a call is not in it, so on CPUs single figures may be too low. '
+    "Temporary memory of the block alone by XLA's memory analysis, compiled and not run. It leaves "
+    'out memory that kernel libraries allocate, so on CPUs single figures may be too low. '
     'The slope is the exponent between a row and the one before it: 1 is linear, 2 is quadratic.'
   ),
 }
 
 GPU_NOTES = {
   'inference': (
-    'TFLOP/s are the operations listed under Network over the time, images and labels on their way '
-    'to and from the device included. Products are in full float32; the share is of the peak that '
-    'NVIDIA states for the arithmetic named. Published are images/s of a V100, of the images named.'
+    'TFLOP/s are the FLOPs listed under Network divided by the time, which includes copying images '
+    'to the device and labels to the host. Matrix products are in full float32. Shares are of the '
+    'peak that NVIDIA states. Published figures are images/s of a V100, on the images named.'
   ),
   'training': (
-    'A step is taken for three forward passes without the auxiliary head. Products are in the '
-    "precision that is XLA's default for the dtype on the device: TF32 for float32 where there is "
-    'that. Published is the memory of a V100 in the same training, of float32.'
+    'A step counts as three forward passes without the auxiliary head. Matrix products have '
+    "XLA's default precision for the dtype on the device: TF32 for float32 if supported. "
+    'Published figures are the memory of a V100 in the same training, in float32.'
   ),
 }
 
@@ -170,7 +170,7 @@ def _by_label(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def timed_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
-  """Inference or training: a row for each size."""
+  """Formats inference or training, with a row for each size."""
   training = records[0]['section'] == 'training'
   first = 'first step s' if training else 'first result s'
   head = ['size', 'seconds', first, 'with cache', 'peak GiB', 'with cache']
@@ -194,7 +194,7 @@ def timed_table(records: Sequence[Record], measured: Sequence[Record], machine: 
 
 
 def evaluation_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
-  """A row for each side, and the ratios."""
+  """Formats the evaluation, with a row for each side and one for the ratios."""
   head = ['', 'images', 'total s', 'images/s', 'evaluation s', 'images/s', 'peak GiB', 'mIoU']
   names = {'first': 'empty cache', 'ours': 'filled cache', 'theirs': 'MMSegmentation'}
   rows = []
@@ -218,7 +218,7 @@ def evaluation_table(records: Sequence[Record], measured: Sequence[Record], mach
 
 
 def pipeline_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
-  """Batches and images per second."""
+  """Formats batches and images per second of the data pipeline."""
   rows = [
     [
       'x'.join(map(str, record['crop'])),
@@ -232,7 +232,7 @@ def pipeline_table(records: Sequence[Record], measured: Sequence[Record], machin
 
 
 def compile_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
-  """Seconds of compiling, and how much longer the second depth takes than the first."""
+  """Formats compilation times, and their ratios to the first depth."""
   rows, before = [], {}
   for record in records:
     seconds = record.get('compile_seconds')
@@ -249,7 +249,7 @@ def compile_table(records: Sequence[Record], measured: Sequence[Record], machine
 
 
 def network_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
-  """Parameters, and operations at each size."""
+  """Formats the number of parameters, and the FLOPs at each size."""
   (record,) = records
   rows = [[size, number(flops / 1e9)] for size, flops in record['flops'].items()]
   sentence = f'{record["parameters"]:,} parameters, those of the auxiliary head included.'
@@ -257,7 +257,7 @@ def network_table(records: Sequence[Record], measured: Sequence[Record], machine
 
 
 def non_local_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
-  """Memory and slope for each number of positions."""
+  """Formats memory and its slope for each number of positions."""
   (record,) = records
   rows = []
   for index, positions in enumerate(record['positions']):
@@ -278,14 +278,14 @@ def non_local_table(records: Sequence[Record], measured: Sequence[Record], machi
   logarithms = [np.log(record[key][first:]) for key in ('positions', 'forward', 'gradient')]
   forward, gradient = (np.polyfit(logarithms[0], y, 1)[0] for y in logarithms[1:])
   return (
-    f'{table}\n\nFrom {record["positions"][first]:,} positions on, where queries are worked '
-    f'through in blocks, the fitted exponent is {forward:.2f} forward and {gradient:.2f} with '
+    f'{table}\n\nFrom {record["positions"][first]:,} positions on, where queries are '
+    f'processed in blocks, the fitted exponent is {forward:.2f} forward and {gradient:.2f} with '
     'gradient.'
   )
 
 
 def write_scaling(path: Path, records: Iterable[Record]) -> None:
-  """Draws time and peak memory of inference against the image's area, if that was measured."""
+  """Plots time and peak memory of inference against the image's area, if they were measured."""
   inference = [r for r in records if r['section'] == 'inference' and 'error' not in r]
   if not any(record['side'] == 'ours' for record in inference):
     return
@@ -312,7 +312,7 @@ def write_scaling(path: Path, records: Iterable[Record]) -> None:
 
 
 def median_ratio(records: Sequence[Record], figure: str) -> float | None:
-  """Median of ours / theirs over pairs that were measured one after the other."""
+  """Returns the median of ours / theirs over pairs that were measured one after the other."""
   ours, theirs = (
     [record[figure] for record in records if record['side'] == side] for side in ('ours', 'theirs')
   )
@@ -321,13 +321,13 @@ def median_ratio(records: Sequence[Record], figure: str) -> float | None:
 
 
 def median_of(records: Iterable[Record], side: str, figure: str) -> float | None:
-  """Median of a figure on one side, None if it was not measured."""
+  """Returns the median of a figure on one side, None if it was not measured."""
   values = [r[figure] for r in records if r['side'] == side and figure in r]
   return statistics.median(values) if values else None
 
 
 def speed_cells(group: Sequence[Record], measured: Sequence[Record], machine: Record) -> list[str]:
-  """Images/s, TFLOP/s, share of the device's peak, and what was published of V100s."""
+  """Formats images/s, TFLOP/s, the share of the device's peak, and published figures of V100s."""
   seconds, options = median_of(group, 'ours', 'seconds'), group[0]['options']
   network = next((record for record in measured if record['section'] == 'network'), None)
   if seconds is None or network is None:
@@ -348,12 +348,12 @@ def speed_cells(group: Sequence[Record], measured: Sequence[Record], machine: Re
 
 
 def peak_of(device: str, arithmetic: str) -> tuple[float, str] | None:
-  """The peak in TFLOP/s of a device, and of which products; None if it is not known.
+  """Returns the peak of a device in TFLOP/s and its arithmetic; None if it is not known.
 
   Args:
-    device: What JAX calls it.
-    arithmetic: 'highest' (of `jax_default_matmul_precision`), or the dtype of activations at the
-      default precision, at which XLA takes TF32 for float32 where there is that.
+    device: The device kind that JAX reports.
+    arithmetic: 'highest' (see `jax_default_matmul_precision`), or the dtype of activations at the
+      default precision, where XLA uses TF32 for float32 if the device supports it.
   """
   peaks = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in device), {})
   name = {'highest': 'float32', 'float32': 'TF32' if 'TF32' in peaks else 'float32'}.get(
@@ -363,12 +363,12 @@ def peak_of(device: str, arithmetic: str) -> tuple[float, str] | None:
 
 
 def number(value: float | None) -> str:
-  """Three significant digits; nothing for None."""
+  """Formats three significant digits; an empty string for None."""
   return '' if value is None else f'{value:.3g}' if value < 1000 else f'{value:,.0f}'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-  """A table in Markdown, without the columns that are empty."""
+  """Formats a Markdown table without its empty columns."""
   columns = [
     column for column in zip(head, *rows, strict=True) if column[0] == '' or any(column[1:])
   ]

@@ -1,4 +1,4 @@
-"""How images are tested: their size, sliding windows, flips, corners and normalisation."""
+"""How images are tested: their size, sliding windows, flips, corners and normalization."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ class EvalProtocol:
     flip: Whether each size is tested mirrored as well.
     align_corners: Corner convention of every resize of logits, see `resize.bilinear_taps`.
     channel_order: Order of the channels that the network takes. Images are RGB; for 'bgr' they are
-      reversed before normalisation.
+      reversed before normalization.
     mean: Subtracted from each channel, in [0, 255] and in the order of the network.
     std: Each channel is divided by it.
 

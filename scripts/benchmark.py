@@ -1,7 +1,7 @@
 """Measures how fast the network is on this machine and how much memory it needs.
 
 python scripts/benchmark.py --out=DIR
-python scripts/benchmark.py --out=DIR --peer    beside MMSegmentation: benchmarks/compare.py
+python scripts/benchmark.py --out=DIR --peer    compares with MMSegmentation
 """
 
 import sys

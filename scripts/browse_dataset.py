@@ -1,4 +1,4 @@
-"""Shows what training sees: pictures after augmentation, and what share each class has.
+"""Draws augmented training samples and counts the pixels of each class.
 
 python scripts/browse_dataset.py --config=configs/custom.py --config.data.source_dir=DIR --out=OUT
 """

@@ -1,4 +1,4 @@
-"""Evaluates released checkpoints as they were published, and compares.
+"""Evaluates released checkpoints and compares their scores with the published ones.
 
 python scripts/check_published.py --checkpoints=DIR --data=DIR --out=published
 """

@@ -1,4 +1,4 @@
-"""Converts PyTorch checkpoints of MMSegmentation, and weights trained here back to .pth.
+"""Converts checkpoints of MMSegmentation to directories, and weights trained here to .pth files.
 
 python scripts/convert_checkpoint.py FILE.pth OUT              one file to a directory
 python scripts/convert_checkpoint.py FOLDER OUT                each .pth of a folder, to OUT/STEM

@@ -1,4 +1,4 @@
-"""Segments images: a label map and a picture of it for each.
+"""Segments images and writes a label map and an overlay for each.
 
 python scripts/predict.py --checkpoint=WEIGHTS INPUT... --out=DIR
 """

@@ -1,4 +1,4 @@
-"""Checks a dataset's images and label maps and packs them into ArrayRecord files, once.
+"""Checks the images and label maps of a dataset and packs them into ArrayRecord files.
 
 python scripts/prepare_dataset.py --dataset=ade20k --source=data/ade/ADEChallengeData2016
 """

@@ -106,7 +106,7 @@ def test_undescribed_custom_set_is_counted_by_value(described, script, tmp_path,
   assert script(prepare, *arguments) == (None, '')
   printed = capsys.readouterr().out
   assert [f'value {value} ' in printed for value in range(5)] == [True] * 4 + [False]
-  assert 'What the values mean is for dataset.json in' in printed
+  assert 'Describe the label values in dataset.json in' in printed
 
 
 def test_bad_samples_end_the_script_unless_left_out(described, script, tmp_path, capsys):

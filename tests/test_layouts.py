@@ -37,14 +37,14 @@ def test_custom_dataset():
   assert CUSTOM.classes == ('class 0', 'class 1', 'class 2', 'class 3')
   assert CUSTOM.num_classes == len(CUSTOM.palette) == CLASSES
   assert datasets.custom_dataset(label_map=[2, 255, 0, 1]).num_classes == 3
-  assert len(set(datasets.distinct_colours(255))) == 255
+  assert len(set(datasets.distinct_colors(255))) == 255
 
 
 @pytest.mark.parametrize(
   ('arguments', 'sentence'),
   [
     ({'num_classes': 3, 'classes': ['sky']}, 'has 3 classes but 1 class names: give one for each'),
-    ({'num_classes': 3, 'palette': [(1, 2, 3)]}, 'has 3 classes but 1 colours: give one for each'),
+    ({'num_classes': 3, 'palette': [(1, 2, 3)]}, 'has 3 classes but 1 colors: give one for each'),
     ({}, 'The number of classes of dataset custom is not known: set --config.data.num_classes='),
     ({'classes': ['sky']}, 'has 1 classes; from 2 to 255 are possible'),
     ({'num_classes': 2, 'label_map': [0, 3]}, 'leads to class 3, but there are 2 classes: lead to'),

@@ -1,1 +1,1 @@
-"""The commands, one file each; `main.py` and `scripts/` are their faces."""
+"""The command `nonlocal-jax`, with one module per subcommand."""

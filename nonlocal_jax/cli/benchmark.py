@@ -1,11 +1,11 @@
-"""Measures how fast the network is on this machine and how much memory it needs.
+"""Measures the speed and memory of the network on this machine.
 
     nonlocal-jax benchmark --out=DIR
     nonlocal-jax benchmark --only inference training
     nonlocal-jax benchmark --data=DIR --num-classes=11 --ignore-label=11 --eval-scale=480x360
 
-Each measurement runs in a process of its own, on one device (the evaluation on all). Its figures
-are printed and written to OUT/results.json.
+Each measurement runs in its own process, on one device (the evaluation on all). Prints the results
+and writes them to OUT/results.json.
 """
 
 import argparse
@@ -47,7 +47,7 @@ _NO_FIGURES = ('section', 'label', 'side', 'options')
 
 
 class Defaults(NamedTuple):
-  """Of options that depend on the device."""
+  """Defaults of options that depend on the device."""
 
   train_sizes: Sequence[tuple[int, int, int]]
   dtypes: Sequence[str]
@@ -55,22 +55,23 @@ class Defaults(NamedTuple):
 
 
 _ON_CPU = Defaults([(256, 256, 2), (512, 512, 1)], ['float32'], repeats=3)
-# The share that a GPU has of a published batch; what takes milliseconds is repeated more often.
+# Batches of 4 are one GPU's part of a published batch. Short measurements are repeated more often.
 _ON_GPU = Defaults([*_ON_CPU.train_sizes, (512, 512, 4)], ['float32', 'bfloat16'], repeats=20)
 
 
 @dataclasses.dataclass(frozen=True)
 class Child:
-  """A measurement in a process of its own.
+  """A measurement in its own process.
 
   Attributes:
-    section: What it belongs to, of `SECTIONS`.
-    label: Which one in the section, e.g. '512x1024'.
-    measure: Name of the function in the program.
+    section: One of `SECTIONS`.
+    label: The label within the section, e.g. '512x1024'.
+    measure: The name of the measurement, see `measurements.MEASURES`.
     options: Its arguments.
-    side: 'first' with an empty compilation cache, 'ours' with what that left, or 'theirs'.
-    cached: Whether compiled programs are kept for the same section and label.
-    program: What Python runs, with `measure` and `options` behind it.
+    side: 'first' starts with an empty compilation cache, 'ours' with a filled one; 'theirs' is the
+      peer.
+    cached: Whether to use a compilation cache, which measurements of a section and label share.
+    program: The arguments of Python, followed by `measure` and `options`.
   """
 
   section: str
@@ -83,7 +84,7 @@ class Child:
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Measures as the arguments say."""
+  """Runs `nonlocal-jax benchmark`."""
   run(parse(make_parser('nonlocal-jax benchmark', __doc__), arguments), write=write_json)
 
 
@@ -93,17 +94,17 @@ def run(
   write: Callable[[Path, Record, Record, Sequence[Record]], None],
   peer: Path | None = None,
 ) -> None:
-  """Makes the measurements, prints the figures of each, and writes them after each.
+  """Runs the measurements; prints and writes the results after each.
 
   Args:
     options: See `make_parser`.
-    write: Writes results: takes `options.out`, the machine, the options and the records so far.
-    peer: A program that measures something else by the same names, by turns with ours.
+    write: Writes the results; takes `options.out`, the machine, the options and the records so far.
+    peer: A program with measurements of the same names, to alternate with ours.
 
   Raises:
     UserError: If JAX does not run or a measurement fails.
   """
-  jax.config.update('jax_platforms', 'cpu')  # the devices are for the other processes
+  jax.config.update('jax_platforms', 'cpu')  # leaves the accelerators to the subprocesses
   with tempfile.TemporaryDirectory() as folder:
     machine = run_child(Child('machine', '', 'machine', {}), Path(folder))
     if 'error' in machine:
@@ -133,13 +134,13 @@ def run(
 
 
 def write_json(out: Path, machine: Record, settings: Record, records: Sequence[Record]) -> None:
-  """Writes what was measured so far to `out`/results.json."""
+  """Writes the results so far to `out`/results.json."""
   results = {'machine': machine, 'settings': settings, 'measurements': records}
   write_whole(out / RESULTS, json.dumps(results, indent=2) + '\n')
 
 
 def as_line(record: Record) -> str:
-  """The figures of a measurement, e.g. 'inference 512x512 ours: seconds 0.44, peak_gib 0.9'."""
+  """Formats a result, e.g. 'inference 512x512 ours: seconds 0.44, peak_gib 0.9'."""
   title = ' '.join(filter(None, (record['section'], record['label'], record['side'])))
   shown = {key: value for key, value in record.items() if key not in _NO_FIGURES}
   figures = ', '.join(f'{key} {_number(value)}' for key, value in shown.items())
@@ -155,19 +156,19 @@ def _number(value: Any) -> str:
 
 
 def processor() -> str:
-  """Name of the processor."""
+  """Returns the name of the processor."""
   cpuinfo = Path('/proc/cpuinfo')
   named = re.search(r'model name\s*:\s*(.*)', cpuinfo.read_text()) if cpuinfo.exists() else None
   return named[1] if named else platform.processor() or platform.machine()
 
 
 def make_parser(program: str, description: str | None, *, out: str = 'runs/benchmark') -> Parser:
-  """Makes the parser of the options.
+  """Creates the option parser.
 
   Args:
-    program: How the program is called.
+    program: See `Parser`.
     description: See `Parser`.
-    out: Where results go if --out does not say it.
+    out: The default of --out.
   """
   parser = Parser(program, description)
   add = parser.add_argument
@@ -178,29 +179,60 @@ def make_parser(program: str, description: str | None, *, out: str = 'runs/bench
     choices=SECTIONS,
     default=SECTIONS,
     metavar='NAME',
-    help=f'of {", ".join(SECTIONS)}; default: all',
+    help=f'some of {", ".join(SECTIONS)}; default: all',
   )
   add(
-    '--repeats', type=at_least_one, help=f'of timed calls; default: 3, {_ON_GPU.repeats} on a GPU'
+    '--repeats',
+    type=at_least_one,
+    help=f'timed calls; default: 3, {_ON_GPU.repeats} on a GPU',
   )
   add('--width', type=at_least_one, default=64, help='base channels; default: 64')
   add('--depth', type=int, choices=STAGE_BLOCKS, default=50, help='default: 50')
   add(
-    '--compile-depths', type=int, nargs='+', choices=STAGE_BLOCKS, default=(50, 101), help='50 101'
+    '--compile-depths',
+    type=int,
+    nargs='+',
+    choices=STAGE_BLOCKS,
+    default=(50, 101),
+    help='50 101',
   )
-  add('--classes', type=at_least_one, default=150, help='of random images; default: 150')
-  add('--sizes', type=sides, nargs='+', default=_SIZES, metavar='HxW', help='of inference')
-  add('--train-sizes', type=sides, nargs='+', metavar='HxWxBATCH', help='of training')
+  add(
+    '--classes',
+    type=at_least_one,
+    default=150,
+    help='for random images; default: 150',
+  )
+  add(
+    '--sizes',
+    type=sides,
+    nargs='+',
+    default=_SIZES,
+    metavar='HxW',
+    help='for inference',
+  )
+  add(
+    '--train-sizes',
+    type=sides,
+    nargs='+',
+    metavar='HxWxBATCH',
+    help='for training',
+  )
   add(
     '--dtypes',
     nargs='+',
     choices=('float32', 'bfloat16'),
-    help='of activations in training; default: float32, both on a GPU',
+    help='dtypes of activations in training; default: float32, both on a GPU',
   )
-  add('--positions', type=at_least_one, nargs='+', default=_POSITIONS, help='of the block alone')
+  add(
+    '--positions',
+    type=at_least_one,
+    nargs='+',
+    default=_POSITIONS,
+    help='for non_local',
+  )
   add('--data', type=Path, help='folder with images/{train,val}, labels/{train,val}')
-  add('--num-classes', type=at_least_one, help='of --data')
-  add('--ignore-label', type=int, nargs='*', default=(), help='of --data, beside 255')
+  add('--num-classes', type=at_least_one, help='number of classes in --data')
+  add('--ignore-label', type=int, nargs='*', default=(), help='in --data, besides 255')
   add('--eval-scale', type=sides, default=(2048, 512), metavar='WxH', help='default: 2048x512')
   add('--limit', type=at_least_one, default=50, help='images of each split; default: 50')
   add('--checkpoint', type=Path, help='.pth file to evaluate; default: random weights')
@@ -211,7 +243,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
   """Parses and checks the options.
 
   Raises:
-    UserError: If something is wrong with them.
+    UserError: If an option is invalid.
   """
   options = parser.parse(arguments)
   of_options = {
@@ -230,15 +262,15 @@ def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def sides(text: str) -> tuple[int, ...]:
-  """Reads '512x1024' or '256x256x2'."""
+  """Parses '512x1024' or '256x256x2'."""
   return tuple(map(at_least_one, text.split('x')))
 
 
 def at_least_one(text: str) -> int:
-  """Reads a positive number.
+  """Parses a positive integer.
 
   Raises:
-    ValueError: If it is none.
+    ValueError: If it is not positive.
   """
   if int(text) < 1:
     raise ValueError(text)
@@ -246,7 +278,7 @@ def at_least_one(text: str) -> int:
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-  """The options as plain values."""
+  """Returns the options as values that JSON can hold."""
   return {
     name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
   }
@@ -255,14 +287,14 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 def planned(
   options: argparse.Namespace, folder: Path, *, gpu: bool, peer: Path | None = None
 ) -> list[Child]:
-  """What is to be measured, in order.
+  """Lists the measurements in order.
 
   Args:
     options: See `make_parser`.
-    folder: Gets the images and weights to evaluate.
-    gpu: Whether there is one: then speeds are shares of its own, which takes the network's
-      operations.
-    peer: See `run`; takes `options.rounds` turns.
+    folder: A folder for the images and weights to evaluate.
+    gpu: Whether JAX runs on a GPU. If so, the FLOPs of the network are counted as well, to compare
+      with the peak of the GPU.
+    peer: See `run`; it is measured `options.rounds` times.
   """
   network = {'width': options.width, 'depth': options.depth, 'classes': options.classes}
   wanted = set(options.only)
@@ -307,7 +339,7 @@ def planned(
 
 
 def evaluated_folder(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-  """Makes the folder of images to evaluate and the weights; returns what the measures need."""
+  """Prepares images and weights to evaluate; returns arguments for the measurements."""
   from nonlocal_jax.cli.measurements import random_state
 
   source, num_classes = options.data, options.num_classes
@@ -334,7 +366,7 @@ def evaluated_folder(options: argparse.Namespace, folder: Path) -> dict[str, Any
 
 
 def link_first(source: Path, linked: Path, split: str, limit: int) -> None:
-  """Makes a folder of links to the first images of a split and their labels.
+  """Creates a folder of links to the first images of a split and their labels.
 
   Raises:
     UserError: If there are no images with labels.
@@ -354,7 +386,7 @@ def link_first(source: Path, linked: Path, split: str, limit: int) -> None:
 def timed_calls(
   options: argparse.Namespace, network: dict[str, Any], data: dict[str, Any]
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-  """Label, measure and options of what is timed on both sides."""
+  """Yields label, name and options of the measurements that both sides run."""
   repeated = {**network, 'repeats': options.repeats}
   for size in options.sizes:
     yield 'x'.join(map(str, size)), 'inference', {**repeated, 'size': size}
@@ -368,11 +400,11 @@ def timed_calls(
 
 
 def run_child(child: Child, folder: Path) -> dict[str, Any]:
-  """Runs a measurement; returns its figures, or an `error` if it fails.
+  """Runs a measurement; returns its results, or an `error` if it fails.
 
   Args:
-    child: What to measure.
-    folder: Gets the compilation caches.
+    child: The measurement.
+    folder: A folder for the compilation caches.
   """
   with subprocess.Popen(
     [sys.executable, *child.program, child.measure, json.dumps(started(child))],
@@ -382,23 +414,23 @@ def run_child(child: Child, folder: Path) -> dict[str, Any]:
     text=True,
   ) as process:
     try:
-      printed, said = process.communicate()
+      stdout, stderr = process.communicate()
     except BaseException:
       process.terminate()
       raise
   if process.returncode < 0:
     return {'error': f'ended by {signal.Signals(-process.returncode).name}'}
   if process.returncode > 0:
-    return {'error': last_line(said)}
-  return json.loads(last_line(printed))
+    return {'error': last_line(stderr)}
+  return json.loads(last_line(stdout))
 
 
 def environment_of(child: Child, folder: Path) -> dict[str, str]:
-  """The environment of a measurement's process, see `run_child`."""
+  """Returns the environment of a measurement, see `run_child`."""
   environment = {**child_environment(), 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
-  environment['JAX_TRACEBACK_FILTERING'] = 'off'  # so that an error's last line says what it is
+  environment['JAX_TRACEBACK_FILTERING'] = 'off'  # so that the last line of stderr is the error
   if child.measure == 'network':
-    # Elsewhere JAX counts the operations of compiled programs only.
+    # On other platforms JAX counts the FLOPs of compiled programs only.
     environment['JAX_PLATFORMS'] = 'cpu'
   if child.cached:
     cache = folder / 'compiled' / f'{child.section} {child.label}'
@@ -410,12 +442,12 @@ def environment_of(child: Child, folder: Path) -> dict[str, str]:
 
 
 def started(child: Child) -> dict[str, Any]:
-  """The arguments of a measurement that starts now."""
+  """Returns the arguments of a measurement that starts now."""
   if child.measure in ('inference', 'training') or child.side == 'theirs':
     return {**child.options, 'started': time.time()}
   return child.options
 
 
 def last_line(text: str) -> str:
-  """The last line that is not empty."""
+  """Returns the last nonempty line."""
   return next((line for line in reversed(text.splitlines()) if line.strip()), '')

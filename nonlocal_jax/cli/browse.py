@@ -1,4 +1,4 @@
-"""Shows what training sees: pictures after augmentation, and what share each class has.
+"""Draws augmented training samples and counts the pixels of each class.
 
     nonlocal-jax browse --config=custom --config.data.source_dir=DIR --out=OUT
 
@@ -27,13 +27,13 @@ _PER_PICTURE = 4
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Draws and counts as the arguments say."""
+  """Runs `nonlocal-jax browse`."""
   parser = Parser('nonlocal-jax browse', __doc__)
   parser.add_argument(
     '--config', metavar='NAME', help=f'one of {", ".join(config_names())}, or a file'
   )
-  parser.add_argument('--out', required=True, type=Path, help='folder for the pictures')
-  parser.add_argument('--count', type=int, default=16, help='samples to show; default: 16')
+  parser.add_argument('--out', required=True, type=Path, help='output folder')
+  parser.add_argument('--count', type=int, default=16, help='number of samples; default: 16')
   options, rest = parser.parse_with_config(arguments)
   if options.count < 1:
     raise UserError(f'--count is {options.count}; it must be at least 1.')
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def write_audit(path: Path, split: 'PreparedSplit', dataset: Dataset) -> str:
-  """Writes the pixels of each class to a JSON file; returns their shares as text."""
+  """Writes the number of pixels of each class to a JSON file; returns their shares as text."""
   shares = class_shares(split.label_values, dataset)
   classes = [
     {'class': name, 'pixels': pixels}

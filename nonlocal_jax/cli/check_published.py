@@ -1,12 +1,13 @@
-"""Evaluates released checkpoints as they were published, and compares.
+"""Evaluates released checkpoints and compares their scores with the published ones.
 
     nonlocal-jax check-published --checkpoints=DIR --data=DIR --out=published
 
-Takes each file of --checkpoints that is a released one, whatever its name, and evaluates it on the
-folders in --data (cityscapes, ade, VOCdevkit, as MMSegmentation lays them out): single scale, and
-multi-scale with flips where that was published. Writes OUT/published.md and OUT/published.json
-after each, and goes on where it was stopped. Exit status 0: all that could be checked agrees. Takes
-every --config.FIELD=VALUE that `nonlocal-jax eval` takes, such as --config.eval.batch_size=8.
+Finds the released checkpoints among the .pth files in --checkpoints, whatever their names, and
+evaluates them on the folders in --data (cityscapes, ade, VOCdevkit, laid out as for
+MMSegmentation): single scale, and multi-scale with flips if that was published. Writes
+OUT/published.md and OUT/published.json after each evaluation; the same command resumes a run that
+was stopped. The exit status is 0 if all scores that could be checked agree. Takes every
+--config.FIELD=VALUE that `nonlocal-jax eval` takes, such as --config.eval.batch_size=8.
 """
 
 import dataclasses
@@ -34,12 +35,12 @@ COST = 'cost.json'
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-  """A published number.
+  """A published score to reproduce.
 
   Attributes:
     model: The released checkpoint.
-    multi_scale_flip: Whether the number is with multi-scale and flips.
-    published: mIoU in percent.
+    multi_scale_flip: Whether the score was measured with multi-scale and flips.
+    published: The published mIoU in percent.
   """
 
   model: ReleasedModel
@@ -48,7 +49,7 @@ class Check:
 
   @property
   def name(self) -> str:
-    """Name of the folder of results, e.g. 'nonlocal_r50-d8_..._ade20k-5ae0aa33_ms_flip'."""
+    """The name of the results folder, e.g. 'nonlocal_r50-d8_..._ade20k-5ae0aa33_ms_flip'."""
     suffix = '_ms_flip' if self.multi_scale_flip else ''
     return f'{self.model.name}-{self.model.sha256_prefix}{suffix}'
 
@@ -62,10 +63,10 @@ CHECKS = tuple(
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Checks as the arguments say."""
+  """Runs `nonlocal-jax check-published`."""
   parser = Parser('nonlocal-jax check-published', __doc__)
   parser.add_argument('--checkpoints', required=True, type=Path, help='folder of .pth files')
-  parser.add_argument('--data', required=True, type=Path, help='folder of the data sets')
+  parser.add_argument('--data', required=True, type=Path, help='folder of the datasets')
   parser.add_argument('--out', type=Path, default=Path('published'), help='default: published')
   options, settings = parser.parse_with_config(arguments)
   files = find_released(options.checkpoints)
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def find_released(folder: Path) -> dict[str, Path]:
-  """The released checkpoints in a folder, by the first digits of their sha256.
+  """Finds the released checkpoints in a folder, by the first digits of their sha256.
 
   Raises:
     UserError: If there is no such folder.
@@ -107,15 +108,16 @@ def check_all(
   *,
   run: Callable[[list[str]], dict[str, Any]],
 ) -> list[dict[str, Any]]:
-  """Makes the checks that were not made before, and writes the table after each.
+  """Runs the checks that have no result yet, and writes the table after each.
 
   Args:
-    checks: What to check.
-    files: The checkpoints by the first digits of their sha256.
-    data: Folder of the data sets.
-    out: Gets the table and, for each check, a folder with `metrics.json`.
-    settings: Further arguments of the command `eval`.
-    run: Runs the command `eval` with arguments; returns `status`, `error` and `seconds`.
+    checks: The checks.
+    files: The checkpoints, by the first digits of their sha256.
+    data: The folder of the datasets.
+    out: The output folder, for the table and one folder with `metrics.json` per check.
+    settings: Additional arguments of the command `eval`.
+    run: Runs the command `eval` with the given arguments and returns `status`, `error` and
+      `seconds`, see `run_and_time`.
 
   Returns:
     A row for each check: model, mode, published, measured, difference, seconds, peak_gib, verdict.
@@ -186,12 +188,12 @@ def _row(check: Check, workdir: Path | None) -> dict[str, Any]:
 
 
 def run_and_time(arguments: list[str]) -> dict[str, Any]:
-  """Runs the command `eval` in a process of its own, whose progress is seen.
+  """Runs the command `eval` in a subprocess and forwards its stderr.
 
   Returns:
     Its exit `status`, its last line on stderr as `error`, and its `seconds`.
   """
-  started, said = time.perf_counter(), b''
+  started, tail = time.perf_counter(), b''
   with subprocess.Popen(
     [*EVALUATE, *arguments],
     env=child_environment(),
@@ -203,12 +205,12 @@ def run_and_time(arguments: list[str]) -> dict[str, Any]:
       while part := process.stderr.read1():
         sys.stderr.buffer.write(part)
         sys.stderr.flush()
-        said = (said + part)[-4096:]
+        tail = (tail + part)[-4096:]
       process.wait()
     except BaseException:
       process.terminate()
       raise
-  lines = said.decode(errors='replace').replace('\r', '\n').split('\n')
+  lines = tail.decode(errors='replace').replace('\r', '\n').split('\n')
   return {
     'status': process.returncode,
     'error': next((line for line in reversed(lines) if line.strip()), ''),
@@ -217,7 +219,7 @@ def run_and_time(arguments: list[str]) -> dict[str, Any]:
 
 
 def as_markdown(rows: Iterable[dict[str, Any]]) -> str:
-  """The rows as a table."""
+  """Formats the rows as a Markdown table."""
   lines = [
     '| model | mode | published | measured | difference | seconds | peak GiB | |',
     '|---|---|---|---|---|---|---|---|',

@@ -1,4 +1,4 @@
-"""The config on the command line: `--config=NAME` or a file, and `--config.FIELD=VALUE`."""
+"""Reads a config from the command line: `--config=NAME` or a file, and `--config.FIELD=VALUE`."""
 
 import contextlib
 import inspect
@@ -19,7 +19,7 @@ _NAME = re.compile(r'(?P<name>[A-Za-z0-9_-]+)(:.*)?')
 
 
 def read_config(arguments: Sequence[str]) -> ConfigDict:
-  """Reads a config, and what the command line sets in it.
+  """Reads a config and applies the fields that the command line sets.
 
   Args:
     arguments: `--config=NAME[:VARIANT]` with a name of `recipes.config_names`, or `--config=FILE`,
@@ -39,21 +39,21 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
   match = _NAME.fullmatch(named)
   path = named
   if match and not Path(match['name']).is_file():
-    recipes.get_config(named)  # an unknown name or variant is told here, in one sentence
+    recipes.get_config(named)  # raises if the name or variant is unknown
     path = f'{recipes.__file__}:{named}'
   values = flags.FlagValues()
   arguments = [f'--config={path}', *rest]
   config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=['', *arguments])
   with _config_errors(named):
-    _, *strays = values(['', *arguments])
-    if strays:
-      raise UsageError(f'{strays[0]!r} is no flag; options start with --, see --help.')
+    _, *positional = values(['', *arguments])
+    if positional:
+      raise UsageError(f'{positional[0]!r} is no flag; options start with --, see --help.')
     _ = config.value.name  # raises where the file could not be loaded
     return config.value
 
 
 def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
-  """The value of --config, the last if there are several, and the other arguments."""
+  """Splits off the value of --config, the last one if there are several."""
   named, rest = None, []
   given = iter(arguments)
   for argument in given:
@@ -68,7 +68,7 @@ def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
 
 @contextlib.contextmanager
 def _config_errors(named: str) -> Iterator[None]:
-  """Turns what is raised where a config is read into a `UserError`."""
+  """Converts errors from reading a config to `UserError`."""
   try:
     yield
   except OSError as error:
@@ -79,14 +79,14 @@ def _config_errors(named: str) -> Iterator[None]:
   except flags.UnrecognizedFlagError as error:
     raise UsageError(' '.join(str(error).split())) from error
   except (AttributeError, KeyError) as error:
-    said = str(error).replace('\\n', '. ').replace('\\', '').replace("'", '')  # quoted twice
-    raise UserError(f'the config has no such field: {said}') from error
+    message = str(error).replace('\\n', '. ').replace('\\', '').replace("'", '')  # quoted twice
+    raise UserError(f'the config has no such field: {message}') from error
   except (TypeError, ValueError, flags.Error) as error:
     raise UserError(' '.join(str(error).split())) from error
 
 
 def config_text(config: ConfigDict) -> str:
-  """Returns a config as lines like those of YAML, each field with its comment in recipes.py."""
+  """Formats a config like YAML, with the comments on its fields in recipes.py."""
   order, above, beside = _comments()
   lines = []
 
@@ -106,7 +106,11 @@ def config_text(config: ConfigDict) -> str:
 
 
 def _comments() -> tuple[dict[str, int], dict[str, list[str]], dict[str, str]]:
-  """Of each field in `recipes.base_config`: its line, comments above it, the comment beside it."""
+  """Parses `recipes.base_config`.
+
+  Returns:
+    For each field the line number, the comment lines above it, and the comment beside it.
+  """
   order: dict[str, int] = {}
   above: dict[str, list[str]] = {}
   beside: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Converts PyTorch checkpoints of MMSegmentation, and weights trained here back to .pth.
+"""Converts checkpoints of MMSegmentation to directories, and weights trained here to .pth files.
 
     nonlocal-jax convert FILE.pth OUT              one file to a directory
     nonlocal-jax convert FOLDER OUT                each .pth of a folder, to OUT/STEM
@@ -32,15 +32,15 @@ from nonlocal_jax.weights.state_dict import to_state_dict
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Converts as the arguments say."""
+  """Runs `nonlocal-jax convert`."""
   parser = Parser('nonlocal-jax convert', __doc__)
   parser.add_argument('source', type=Path, help='a .pth file, a folder of them, or see --to-pth')
-  parser.add_argument('out', type=Path, nargs='?', help='directory to write; must not exist')
-  parser.add_argument('--to-pth', type=Path, metavar='OUT.pth', help='file to write instead')
+  parser.add_argument('out', type=Path, nargs='?', help='output directory; must not exist')
+  parser.add_argument('--to-pth', type=Path, metavar='OUT.pth', help='write a .pth file instead')
   parser.add_argument(
     '--align-corners',
     action=argparse.BooleanOptionalAction,
-    help='the corner convention, for files that do not tell it',
+    help='corner convention, for files that do not record it',
   )
   options = parser.parse(arguments)
   source, out, to_pth = options.source, options.out, options.to_pth
@@ -59,15 +59,15 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def convert_folder(folder: Path, out: Path, *, align_corners: bool | None) -> None:
-  """Converts each .pth file of a folder into a directory below `out`, and leaves what is there.
+  """Converts each .pth file of a folder, and skips files that were converted before.
 
   Args:
     folder: The folder.
-    out: Gets a directory for each file, under the file's stem.
-    align_corners: The corner convention, in place of what the files tell.
+    out: The output folder, for one directory per file, named after the file's stem.
+    align_corners: The corner convention; None for the one that the files record.
 
   Raises:
-    UserError: If there are no files or some could not be converted; the message lists those.
+    UserError: If there are no files, or some could not be converted; the message lists them.
   """
   files = sorted(folder.glob('*.pth'))
   if not files:
@@ -93,11 +93,11 @@ def convert_folder(folder: Path, out: Path, *, align_corners: bool | None) -> No
 
 
 def write_pth(source: Path, path: Path) -> None:
-  """Writes weights as a .pth file that MMSegmentation loads, and says so.
+  """Writes weights as a .pth file that MMSegmentation loads, and prints the test protocol.
 
   Args:
     source: Anything that `read_weights` reads.
-    path: The file; must not exist.
+    path: The output file; must not exist.
 
   Raises:
     UserError: If there are no weights, or `path` exists or cannot be written.
@@ -118,7 +118,7 @@ def write_pth(source: Path, path: Path) -> None:
 
 
 def summary(weights: TorchWeights, directory: Path) -> str:
-  """What was converted, and how to evaluate it."""
+  """Describes converted weights and how to evaluate them."""
   description, released = weights.description, weights.released
   facts = {
     'file': description.source,
@@ -148,9 +148,9 @@ def summary(weights: TorchWeights, directory: Path) -> str:
 
 
 def evaluation_command(description: ModelDescription, directory: Path) -> str:
-  """The command that evaluates converted weights by the protocol of their description.
+  """Returns the command that evaluates converted weights by the protocol of their description.
 
-  It begins with the config that is nearest, and sets what differs.
+  It uses the most similar config and sets the fields that differ.
   """
   protocol = description.protocol
   wanted = {
@@ -188,8 +188,8 @@ def _differing(wanted: Mapping[str, Any], config: Config) -> dict[str, Any]:
 
 def _published(released: ReleasedModel) -> str:
   multi_scale = released.miou_ms_flip
-  also = f', {multi_scale} with multi-scale and flip' if multi_scale is not None else ''
-  return f'{released.name}, mIoU {released.miou}{also}'
+  suffix = f', {multi_scale} with multi-scale and flip' if multi_scale is not None else ''
+  return f'{released.name}, mIoU {released.miou}{suffix}'
 
 
 def _protocol(protocol: EvalProtocol) -> str:

@@ -13,10 +13,10 @@ from nonlocal_jax.errors import UserError
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Evaluates as the arguments say.
+  """Runs `nonlocal-jax eval`.
 
   Raises:
-    UserError: If there is no checkpoint.
+    UserError: If --checkpoint is missing.
   """
   options, config = parse(make_parser('eval', __doc__), arguments)
   if options.checkpoint is None:

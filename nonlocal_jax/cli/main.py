@@ -1,4 +1,4 @@
-"""The program `nonlocal-jax`: finds the command and runs it."""
+"""The entry point of `nonlocal-jax`: dispatches to a command."""
 
 import importlib
 import sys
@@ -15,27 +15,27 @@ Non-local segmentation networks: train, evaluate, predict, convert.
   nonlocal-jax train --config=ade20k_r101 --config.data.source_dir=DIR
   nonlocal-jax predict --checkpoint=WEIGHTS photos --out=predicted"""
 
-# Module in this package and what `nonlocal-jax --help` says of it.
+# The module in this package and the line in `nonlocal-jax --help`.
 COMMANDS: Mapping[str, tuple[str, str]] = {
   'train': ('train', 'Train a network, or resume where a run was stopped.'),
   'eval': ('evaluate', 'Evaluate weights on the val images of a dataset.'),
-  'predict': ('predict', 'Segment images: label maps, and pictures of them.'),
-  'convert': ('convert', 'Convert .pth checkpoints, and weights trained here back to .pth.'),
+  'predict': ('predict', 'Segment images: write label maps and overlays.'),
+  'convert': ('convert', 'Convert .pth checkpoints, and weights trained here to .pth files.'),
   'prepare': ('prepare', 'Check a dataset and pack it into ArrayRecord files.'),
-  'browse': ('browse', 'Draw what training sees, and count the pixels of each class.'),
+  'browse': ('browse', 'Draw augmented training samples and count the pixels of each class.'),
   'check-published': ('check_published', 'Reproduce the published scores of released checkpoints.'),
   'benchmark': ('benchmark', 'Measure speed and memory on this machine.'),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-  """The program `nonlocal-jax`.
+  """Runs `nonlocal-jax`.
 
   Args:
-    arguments: What follows the program's name; None for that of this process.
+    arguments: The command line without the program's name; None for that of this process.
 
   Raises:
-    SystemExit: With status 1 or 2 if something is wrong, see `run_program`.
+    SystemExit: If the command fails, see `run_program`.
   """
   given = sys.argv[1:] if arguments is None else list(arguments)
   run_program(lambda: run(given))
@@ -66,7 +66,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def help_text() -> str:
-  """What `nonlocal-jax --help` prints."""
+  """Returns what `nonlocal-jax --help` prints."""
   commands = '\n'.join(f'  {name:17}{summary}' for name, (_, summary) in COMMANDS.items())
   return (
     f'usage: nonlocal-jax COMMAND [OPTION...]\n\n{_EXAMPLES}\n\ncommands:\n'

@@ -1,9 +1,9 @@
-"""What the command `benchmark` measures, each in a process of its own.
+"""Runs one measurement of the command `benchmark`.
 
     python -m nonlocal_jax.cli.measurements NAME JSON
 
-NAME is a key of MEASURES below, JSON the arguments of its function. The last line of stdout is a
-JSON object of figures, among them the peak memory of the process.
+NAME is a key of MEASURES below, and JSON holds the keyword arguments of its function. The last line
+of stdout is a JSON object of the results, with the peak memory of the process.
 """
 
 import json
@@ -39,14 +39,14 @@ Figures = dict[str, Any]
 
 
 def main() -> None:
-  """Makes the measurement that the arguments name."""
+  """Runs the measurement that the command line names."""
   name, options = sys.argv[1:]
   with needs_extra('benchmark'):
     print(json.dumps(measure(name, json.loads(options))))
 
 
 def measure(name: str, options: Mapping[str, Any]) -> Figures:
-  """Figures of one of `MEASURES`, with the peak memory of this process if they have none."""
+  """Runs one of `MEASURES`, and adds the peak memory of this process if the result has none."""
   figures = MEASURES[name](**options)
   if 'peak_gib' in figures:
     return figures
@@ -54,13 +54,13 @@ def measure(name: str, options: Mapping[str, Any]) -> Figures:
 
 
 def of_device_or_host(memory: Mapping[str, float | None]) -> Figures:
-  """The peak memory that counts, on the device if that tells, and the host's."""
+  """Returns the peak memory of the device if it is known, else of the host; and of the host."""
   peak = memory['host'] if memory['device'] is None else memory['device']
   return {'peak_gib': peak, 'peak_host_gib': memory['host']}
 
 
 def measure_machine() -> Figures:
-  """What JAX runs on."""
+  """Returns the version of JAX and the devices that it runs on."""
   device = jax.local_devices()[0]
   return {
     'jax': jax.__version__,
@@ -79,19 +79,19 @@ def measure_inference(
   repeats: int,
   started: float,
 ) -> Figures:
-  """Predicts images of one size, one after the other.
+  """Times predictions of images of one size, one image at a time.
 
   Args:
-    size: (height, width) of the image.
+    size: (height, width) of the images.
     classes: Number of classes.
     width: Base channels of the network.
-    depth: Layers of its backbone.
-    repeats: Predictions after the first.
+    depth: Layers of the backbone.
+    repeats: Number of timed predictions, after a first one.
     started: `time.time()` at the start of the process.
 
   Returns:
-    `seconds` of a later prediction, the median; `first_call_seconds`, compilation included;
-    `start_seconds` from the start of the process to the first result.
+    `seconds`, the median time of a prediction; `first_call_seconds`, the time of the first one with
+    compilation; `start_seconds`, from the start of the process to the first result.
   """
   config = NonLocalNetConfig.from_depth(depth, width=width, num_classes=classes)
   dataset = custom_dataset(classes)
@@ -133,21 +133,21 @@ def measure_training(
   repeats: int,
   started: float,
 ) -> Figures:
-  """Takes training steps, as `training.loop` does, on the first device.
+  """Times training steps, as `training.loop` takes them, on the first device.
 
   Args:
     size: (height, width) of the crops.
     batch: Crops in a batch.
-    dtype: Of activations, see nonlocal_jax/recipes.py.
-    classes: See `measure_inference`, as for all that follow.
+    dtype: The dtype of activations, see nonlocal_jax/recipes.py.
+    classes: Number of classes.
     width: Base channels of the network.
-    depth: Layers of its backbone.
-    repeats: Steps after the first.
+    depth: Layers of the backbone.
+    repeats: Number of timed steps, after a first one.
     started: `time.time()` at the start of the process.
 
   Returns:
-    `seconds` of a later step, the median; `compile_seconds` of tracing, lowering and compiling it;
-    `start_seconds` from the start of the process to the end of the first step.
+    `seconds`, the median time of a step; `compile_seconds`, for tracing, lowering and compiling it;
+    `start_seconds`, from the start of the process to the end of the first step.
   """
   from nonlocal_jax.experiment import Experiment
   from nonlocal_jax.training.train_step import initial_state
@@ -197,7 +197,7 @@ def measure_evaluation(
   width: int,
   depth: int,
 ) -> Figures:
-  """Runs the command `eval` on a folder that was never prepared.
+  """Times the command `eval` on a folder that was not prepared before.
 
   Args:
     data: The folder, with images/val and labels/val.
@@ -209,8 +209,8 @@ def measure_evaluation(
     depth: Layers of its backbone.
 
   Returns:
-    `total_seconds` of the whole process, `seconds` of the evaluation alone, the number of `images`,
-    `mIoU` in percent and the process's peak memory.
+    `total_seconds`, the time of the whole process; `seconds`, that of the evaluation alone; the
+    number of `images`; `mIoU` in percent; and the peak memory of the process.
 
   Raises:
     UserError: If the command fails.
@@ -254,16 +254,17 @@ def measure_evaluation(
 def measure_pipeline(
   *, data: str, num_classes: int, ignore_labels: Sequence[int], batches: int
 ) -> Figures:
-  """Makes training batches by the recipe of nonlocal_jax/recipes.py and throws them away.
+  """Times the data pipeline of the recipe in nonlocal_jax/recipes.py without a network.
 
   Args:
-    data: See `measure_evaluation`, as for `num_classes` and `ignore_labels`.
+    data: The folder, with images/train and labels/train.
     num_classes: Number of classes.
     ignore_labels: Label values without a class, beside 255.
-    batches: Batches that are timed.
+    batches: Number of timed batches.
 
   Returns:
-    `seconds` of a batch, `batch` its images, `crop` their size.
+    `seconds` per batch, the size of a `batch`, the size of a `crop`, and the number of `images` in
+    the folder.
   """
   from nonlocal_jax.experiment import Experiment
 
@@ -288,16 +289,16 @@ def measure_pipeline(
 def measure_network(
   *, sizes: Sequence[Sequence[int]], classes: int, width: int, depth: int
 ) -> Figures:
-  """Counts parameters, and the operations of a forward pass by XLA's cost analysis.
+  """Counts the parameters and the FLOPs of a forward pass, by XLA's cost analysis.
 
   Args:
-    sizes: (height, width) of images.
+    sizes: (height, width) of the images.
     classes: Number of classes.
     width: Base channels of the network.
     depth: Layers of its backbone.
 
   Returns:
-    `parameters`, and `flops` by size ('512x1024'), from a normalised image to logits at stride 8.
+    `parameters`, and `flops` by size ('512x1024'), from a normalized image to logits at stride 8.
   """
   config = NonLocalNetConfig.from_depth(depth, width=width, num_classes=classes)
   params, _ = nnx.split_state(state_shapes(config), nnx.Param, nnx.BatchStat)
@@ -308,10 +309,10 @@ def measure_network(
 
 
 def forward_flops(config: NonLocalNetConfig, size: tuple[int, int]) -> float:
-  """Operations from a normalised image to logits at stride 8; a multiply-add is two.
+  """Returns the FLOPs from a normalized image to logits at stride 8; a multiply-add is two.
 
-  XLA counts a loop's body once and Winograd's products in place of those of the convolution, so the
-  network is taken without both.
+  XLA counts the body of a loop once and the products of Winograd's algorithm instead of those of
+  the convolution, so this network has neither loops nor Winograd convolutions.
   """
   positions = math.prod(-(-side // config.output_stride) for side in size)
   execution = Execution(query_block=positions)
@@ -326,14 +327,14 @@ def forward_flops(config: NonLocalNetConfig, size: tuple[int, int]) -> float:
 
 
 def measure_non_local(*, channels: int, positions: Sequence[int]) -> Figures:
-  """Compiles the non-local block alone and asks for its temporary memory.
+  """Compiles the non-local block and reads its temporary memory from XLA's memory analysis.
 
   Args:
-    channels: Of its input.
+    channels: Channels of the input.
     positions: Numbers of positions, powers of two.
 
   Returns:
-    Bytes for each number, `forward` and `gradient` (forward and backward pass).
+    Bytes for each number of positions, `forward` and `gradient` (forward and backward pass).
   """
   graphdef, state = nnx.split(nnx.eval_shape(lambda: NonLocalBlock(channels, rngs=nnx.Rngs(0))))
 
@@ -368,7 +369,7 @@ MEASURES: Mapping[str, Callable[..., Figures]] = {
 
 
 def random_state(config: NonLocalNetConfig) -> nnx.State:
-  """Random parameters and statistics, none of which is zero; activations keep their scale."""
+  """Returns random nonzero parameters and statistics that keep the scale of activations."""
   rng = np.random.default_rng(0)
   arrays = {}
   for path, variable in nnx.to_flat_state(state_shapes(config)):
@@ -383,7 +384,7 @@ def random_state(config: NonLocalNetConfig) -> nnx.State:
 
 
 def _config(*, classes: int, width: int = 64, depth: int = 50):
-  """The config `custom` for a network of that size."""
+  """Returns the config `custom` for a network of the given size."""
   config = custom_config()
   config.name = 'benchmark'
   config.data.num_classes = classes
@@ -392,7 +393,7 @@ def _config(*, classes: int, width: int = 64, depth: int = 50):
 
 
 def seconds_of(action: Callable[[], object]) -> float:
-  """How long an action takes."""
+  """Returns the wall-clock time of a call."""
   started = time.perf_counter()
   action()
   return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""`main.py`: the commands `train` and `eval` behind --mode."""
+"""The command line of `main.py`: `train` and `eval`, selected by --mode."""
 
 import sys
 from collections.abc import Sequence
@@ -11,12 +11,12 @@ _MODES = ('train', 'eval')
 
 
 def run() -> None:
-  """Runs what the command line of main.py says."""
+  """Runs `main.py`."""
   run_program(lambda: main.run(command_of(sys.argv[1:])))
 
 
 def command_of(arguments: Sequence[str]) -> list[str]:
-  """The arguments of `nonlocal-jax` for those of main.py.
+  """Translates the arguments of main.py to those of `nonlocal-jax`.
 
   >>> command_of(['--config=custom', '--mode=eval', '--checkpoint=run'])
   ['eval', '--config=custom', '--checkpoint=run']

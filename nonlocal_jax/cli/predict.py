@@ -1,11 +1,11 @@
-"""Segments images: a label map and a picture of it for each.
+"""Segments images and writes a label map and an overlay for each.
 
     nonlocal-jax predict --checkpoint=WEIGHTS INPUT... --out=DIR
 
-WEIGHTS are a .pth file of MMSegmentation, a converted directory or the workdir of a training run;
-an INPUT is an image, a folder, or a pattern such as 'photos/*.jpg'. For photos/a.jpg and for a.jpg
-in a folder there are DIR/a.png, a PNG file of class indices with the classes' colours, and
-DIR/a_overlay.jpg.
+WEIGHTS is a .pth file of MMSegmentation, a converted directory or the workdir of a training run.
+An INPUT is an image, a folder, or a pattern such as 'photos/*.jpg'. For an image a.jpg, writes
+DIR/a.png, the class indices with the classes' colors as palette, and DIR/a_overlay.jpg, the image
+blended with these colors. The images of a folder keep their subfolders.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Predicts as the arguments say."""
+  """Runs `nonlocal-jax predict`."""
   parser = Parser('nonlocal-jax predict', __doc__)
   parser.add_argument('inputs', nargs='+', metavar='INPUT')
   parser.add_argument('--checkpoint', required=True, type=Path)
@@ -42,38 +42,38 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--submission',
     action='store_true',
-    help='label values as the servers of Cityscapes and ADE20K want them, and no pictures',
+    help='write the label values that the servers of Cityscapes and ADE20K expect, and no overlays',
   )
   parser.add_argument(
     '--multi-scale-flip',
     action='store_true',
     default=None,
-    help='mean over six sizes, plain and mirrored',
+    help='average over six scales, each with and without a horizontal flip',
   )
   parser.add_argument(
     '--scale',
     nargs=2,
     type=int,
     metavar=('WIDTH', 'HEIGHT'),
-    help='box that images are resized into, in place of that of the checkpoint',
+    help='box that images are resized into; default: that of the checkpoint',
   )
   parser.add_argument(
     '--align-corners',
     action=argparse.BooleanOptionalAction,
-    help='the corner convention, for files that do not tell it',
+    help='corner convention, for files that do not record it',
   )
   parser.add_argument(
     '--convolution',
     choices=['fast', 'direct'],
     default='fast',
-    help="how CPUs compute convolutions; 'direct' as other platforms do (default: fast)",
+    help="'direct' uses XLA's own convolutions on every platform (default: fast)",
   )
   parser.add_argument(
     '--precision',
     choices=get_args(Precision),
     default='highest',
-    help="of matrix products; 'default' is TF32 on recent GPUs, several times faster "
-    '(default: highest)',
+    help="precision of matrix products: 'highest' is float32; on recent GPUs 'default' is TF32, "
+    "several times as fast, and 'high' three TF32 convolutions in place of one (default: highest)",
   )
   options = parser.parse(arguments)
   images = find_images(options.inputs)
@@ -113,10 +113,13 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def find_images(inputs: Sequence[str]) -> dict[str, Path]:
-  """The images that the command line names, by the name of their results without suffix.
+  """Finds the images that the command line names.
+
+  Returns:
+    The images by the names of their output files, without suffix.
 
   Raises:
-    UserError: If an input names no image, or two images would have one result.
+    UserError: If an input names no image, or two images would have the same output file.
   """
   found: dict[str, Path] = {}
   for given in inputs:
@@ -142,10 +145,10 @@ def _images_of(given: str) -> Iterable[tuple[str, Path]]:
 
 
 def submission_values(model: PretrainedModel) -> np.ndarray:
-  """The label values that the benchmark's server wants, by class, uint8.
+  """Returns the label value of each class that the benchmark's server expects, uint8.
 
   Raises:
-    UserError: If the model is of another dataset.
+    UserError: If the model was trained on another dataset.
   """
   dataset = model.description.dataset
   if dataset == 'cityscapes':
@@ -158,13 +161,13 @@ def submission_values(model: PretrainedModel) -> np.ndarray:
 
 
 def with_palette(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
-  """A label map whose file shows the colours of the classes."""
+  """Converts a label map to a palette image in the colors of the classes."""
   image = Image.fromarray(label)
   image.putpalette(np.array(palette, np.uint8).ravel().tolist())
   return image
 
 
 def save(image: Image.Image, path: Path) -> None:
-  """Writes an image file whole or not at all."""
+  """Writes an image file atomically."""
   with whole_file(path) as partial:
     image.save(partial, 'PNG' if path.suffix == '.png' else 'JPEG')

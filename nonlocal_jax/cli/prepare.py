@@ -1,14 +1,14 @@
-"""Checks a dataset's images and label maps and packs them into ArrayRecord files, once.
+"""Checks the images and label maps of a dataset and packs them into ArrayRecord files.
 
     nonlocal-jax prepare --dataset=ade20k --source=data/ade/ADEChallengeData2016
 
-Folders are laid out as MMSegmentation documents it. A custom dataset has images/{train,val} and
-labels/{train,val}, and may have dataset.json:
+Lay out the folders as MMSegmentation documents it. A custom dataset has images/{train,val} and
+labels/{train,val}, and optionally dataset.json:
 
   {"classes": ["road", "car"], "palette": [[128, 64, 128], [0, 0, 142]], "ignore_labels": [11]}
 
-with "reduce_zero_label": true where 0 has no class and k is class k - 1, and "label_map": [0, 0, 1]
-to take class k as class label_map[k] (255: none).
+Add "reduce_zero_label": true if 0 has no class and label k means class k - 1. Add "label_map":
+[0, 0, 1] to replace class k by class label_map[k]; 255 is ignored.
 """
 
 import argparse
@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Prepares as the arguments say."""
+  """Runs `nonlocal-jax prepare`."""
   parser = Parser('nonlocal-jax prepare', __doc__)
   parser.add_argument('--dataset', required=True, choices=[*PUBLISHED, 'custom'])
-  parser.add_argument('--source', required=True, help='its folder, or a bucket such as gs://...')
-  parser.add_argument('--data-dir', help='where to; default: $TFDS_DATA_DIR, ~/tensorflow_datasets')
+  parser.add_argument(
+    '--source', required=True, help='folder of the dataset, or a bucket such as gs://...'
+  )
+  parser.add_argument('--data-dir', help='output; default: $TFDS_DATA_DIR, ~/tensorflow_datasets')
   parser.add_argument(
     '--splits', nargs='+', choices=['train', 'val'], default=['train', 'val'], help='default: both'
   )
@@ -62,30 +64,30 @@ def main(arguments: Sequence[str]) -> None:
     skip_bad=options.skip_bad,
   )
   if dataset.name == 'custom' and not named:
-    dataset = each_value_for_itself(splits.values())
+    dataset = one_class_per_value(splits.values())
   for split in splits.values():
     if named or dataset.name != 'custom':
       report_split(split, dataset)
     print(f'\n{split.name}: {len(split):,} images in {split.directory}')
     print(shares_table(split, dataset))
   if dataset.name == 'custom' and not named:
-    print(f'\nWhat the values mean is for {DESCRIPTION} in {options.source} to say, see --help.')
+    print(f'\nDescribe the label values in {DESCRIPTION} in {options.source}, see --help.')
   print(f'\nTo train on it:\n  {training_command(options, dataset)}')
 
 
-def each_value_for_itself(splits: Collection['PreparedSplit']) -> Dataset:
-  """A dataset with a class for each label value up to the largest, but 255."""
+def one_class_per_value(splits: Collection['PreparedSplit']) -> Dataset:
+  """Returns a dataset with one class for each label value up to the largest below 255."""
   values = {value for split in splits for value in split.label_values} - {IGNORE}
   return custom_dataset(classes=[f'value {value}' for value in range(max({1, *values}) + 1)])
 
 
 def shares_table(split: 'PreparedSplit', dataset: Dataset) -> str:
-  """The class histogram of a split as text."""
+  """Formats the share of pixels of each class in a split."""
   return class_shares(split.label_values, dataset).table(dataset)
 
 
 def training_command(options: argparse.Namespace, dataset: Dataset) -> str:
-  """The command that trains on what was prepared."""
+  """Returns the command that trains on the prepared dataset."""
   words = [*program_name().split(), 'train']
   if dataset.name == 'custom':
     words += ['--config=custom', f'--config.data.source_dir={options.source}']

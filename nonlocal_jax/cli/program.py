@@ -1,4 +1,4 @@
-"""How the commands read options and how they end: one sentence instead of a traceback."""
+"""Option parsing and error handling that all commands share."""
 
 import argparse
 import contextlib
@@ -15,27 +15,26 @@ import absl.logging
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UsageError, UserError, nearest
 from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_compilation_cache
 
-# What only the extra `train` installs, by the names under which it is imported.
+# Import names of the packages that only the extra `train` installs.
 TRAIN_PACKAGES = frozenset(
   ('array_record', 'clu', 'grain', 'matplotlib', 'tensorboardX', 'tensorflow_datasets')
 )
 
 
 def run_program(program: Callable[[], object]) -> None:
-  """Runs a program from the command line.
+  """Runs the main function of a program and converts its errors to exit statuses.
 
-  What the user can fix is one line on stderr and exit status 1, or 2 if the command line names a
-  command or an option that does not exist. Interrupted programs clean up and exit with 130 (SIGINT)
-  or 143 (SIGTERM), training runs that saved where they stand with `errors.STOPPED_STATUS`. Compiled
-  programs are kept for the next start.
+  A `UserError` is printed to stderr without a traceback and exits with 1, a `UsageError` with 2. An
+  interrupted program exits with 130 (SIGINT) or 143 (SIGTERM), a training run that saved a
+  checkpoint before with `errors.STOPPED_STATUS`. Turns on the compilation cache.
 
   Args:
-    program: The program.
+    program: The main function.
 
   Raises:
-    SystemExit: If it does not come to its own end.
+    SystemExit: If the program fails or is interrupted.
   """
-  # What libraries say on their way to an error is not for the user.
+  # An error is reported once, below. Libraries would log it as well.
   absl.logging.set_verbosity(absl.logging.ERROR)
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   use_compilation_cache()
@@ -59,14 +58,14 @@ def run_program(program: Callable[[], object]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-  """The options of a command, whose errors are a `UsageError` of one sentence."""
+  """An argument parser whose errors are `UsageError`s of one sentence."""
 
   def __init__(self, program: str, description: str | None, **options: Any):
-    """A parser without options but --help.
+    """Creates a parser whose only option is --help.
 
     Args:
-      program: How the program is called, as in 'nonlocal-jax train'.
-      description: What --help shows first: what the command does, and an example.
+      program: The program's name in messages, such as 'nonlocal-jax train'.
+      description: The text at the top of --help: what the command does, and an example.
       **options: See `argparse.ArgumentParser`.
     """
     super().__init__(
@@ -78,17 +77,17 @@ class Parser(argparse.ArgumentParser):
     )
 
   def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
-    """Parses options of this command alone."""
+    """Parses the options of a command without a config."""
     self._refuse_unknown(arguments)
     return self.parse_args(arguments)
 
   def parse_with_config(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parses the options of this command, and returns the rest for `config.read_config`."""
+    """Parses the options of a command; returns the remaining arguments for `read_config`."""
     self._refuse_unknown(arguments, but='--config.')
     return self.parse_known_args(arguments)
 
   def _refuse_unknown(self, arguments: Sequence[str], but: str | None = None) -> None:
-    """Names an option that does not exist before one is missed that does."""
+    """Raises for unknown options, which argparse would report after missing ones."""
     known = self._option_string_actions
     for argument in arguments:
       option = argument.partition('=')[0]
@@ -111,7 +110,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def needs_extra(command: str) -> Iterator[None]:
-  """Turns a missing package of the extra `train` into a `UserError` with the remedy.
+  """Converts a missing package of the extra `train` to a `UserError` that says what to install.
 
   Args:
     command: The command's name, as in 'nonlocal-jax COMMAND'.
@@ -129,7 +128,7 @@ def needs_extra(command: str) -> Iterator[None]:
 
 
 def print_and_exit(text: str) -> NoReturn:
-  """Prints text and exits, quietly if nobody reads it to its end, as with `| head`."""
+  """Prints text and exits, silently if the reader closes the pipe, as `| head` does."""
   try:
     print(text, flush=True)
   except BrokenPipeError:
@@ -138,11 +137,11 @@ def print_and_exit(text: str) -> NoReturn:
 
 
 def child_environment() -> dict[str, str]:
-  """The environment of a process that runs a module of this package, installed or not."""
+  """Returns an environment in which a subprocess can import this package, installed or not."""
   paths = [str(Path(__file__).resolve().parents[2]), os.environ.get('PYTHONPATH')]
   return {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, paths))}
 
 
 def program_name() -> str:
-  """How this program can be started again: 'nonlocal-jax', or with `python -m` if not installed."""
+  """Returns the command that starts this program: 'nonlocal-jax' or 'python -m nonlocal_jax'."""
   return 'nonlocal-jax' if Path(sys.argv[0]).name == 'nonlocal-jax' else 'python -m nonlocal_jax'

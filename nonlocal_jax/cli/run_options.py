@@ -1,4 +1,4 @@
-"""The options that `train` and `eval` share."""
+"""Options that `train` and `eval` share."""
 
 import argparse
 from collections.abc import Sequence
@@ -32,46 +32,46 @@ def make_parser(command: str, description: str | None) -> Parser:
     action='store_true',
     help='print the resolved config and do nothing else',
   )
-  add('--workdir', metavar='DIR', help='where results go; default: runs/NAME')
+  add('--workdir', metavar='DIR', help='output directory; default: runs/NAME')
   add(
     '--checkpoint',
     type=Path,
     metavar='PATH',
     help='a .pth file, a converted directory or a workdir',
   )
-  add('--distributed', **FLAG, help='work with the other processes that run the same command')
+  add('--distributed', **FLAG, help='run on several processes that all execute the same command')
   add(
     '--coordinator',
     metavar='HOST:PORT',
-    help='address of the first process; found by itself on Slurm, Open MPI and cloud TPUs',
+    help='address of the first process; not needed on Slurm, Open MPI and cloud TPUs',
   )
   add(
     '--processes',
     type=int,
     metavar='COUNT',
-    help='how many processes there are, with --coordinator',
+    help='number of processes, with --coordinator',
   )
   add(
     '--process',
     type=int,
     metavar='INDEX',
-    help='which of them this one is, from 0, with --coordinator',
+    help='index of this process, from 0, with --coordinator',
   )
   return parser
 
 
 def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
-  """Parses options and config; prints the config and exits if asked to; joins the processes.
+  """Parses options and config; handles --print-config and --distributed.
 
   Args:
     parser: See `make_parser`.
     arguments: The command line.
 
   Returns:
-    The options, with `workdir` a path, and the config.
+    The options, with `workdir` set to a path, and the config.
 
   Raises:
-    UserError: If an option, a field or a value is wrong.
+    UserError: If an option, a field or a value is invalid.
   """
   options, rest = parser.parse_with_config(arguments)
   config = read_config([f'--config={options.config}', *rest])
@@ -84,7 +84,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace,
 
 
 def true_or_false(text: str) -> bool:
-  """Reads 'true' or 'False'."""
+  """Parses 'true' or 'false', in any case."""
   values = {'true': True, 'false': False}
   if text.lower() not in values:
     raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')

@@ -14,13 +14,14 @@ from nonlocal_jax.runtime.parallel import is_first_process
 
 
 def main(arguments: Sequence[str]) -> None:
-  """Trains as the arguments say."""
+  """Runs `nonlocal-jax train`."""
   parser = make_parser('train', __doc__)
   parser.add_argument(
     '--new_classifier',
     '--new-classifier',
     **FLAG,
-    help='start with new last layers in place of those of --checkpoint, for other classes',
+    help='initialize the last layer of both heads instead of loading it from --checkpoint, for '
+    'other classes',
   )
   options, config = parse(parser, arguments)
 

@@ -1,4 +1,4 @@
-"""Class names and colours of the three published datasets, as their authors define them."""
+"""Class names and colors of the three published datasets, as their authors define them."""
 
 # (name, (red, green, blue)) in the order of the class indices.
 CITYSCAPES = (

@@ -1,4 +1,4 @@
-"""What each dataset is: its classes, their colours, and how its label values are read."""
+"""Descriptions of datasets: classes, colors, and how label values are read."""
 
 import colorsys
 import dataclasses
@@ -15,7 +15,7 @@ from nonlocal_jax.data.paths import as_path
 from nonlocal_jax.errors import UserError
 
 Split = Literal['train', 'val']
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 DESCRIPTION = 'dataset.json'
 
 
@@ -26,7 +26,7 @@ class Dataset:
   Attributes:
     name: Short name, used in folder names and messages.
     classes: Name of each class.
-    palette: RGB colour of each class, 0..255.
+    palette: RGB color of each class, 0..255.
     layout: Which of the folder layouts of `layouts.list_samples` it comes in.
     reduce_zero_label: See `transforms.label_lookup`.
     ignore_labels: See `transforms.label_lookup`.
@@ -36,7 +36,7 @@ class Dataset:
 
   name: str
   classes: tuple[str, ...]
-  palette: tuple[Colour, ...]
+  palette: tuple[Color, ...]
   layout: Literal['cityscapes', 'ade20k', 'voc12aug', 'custom']
   reduce_zero_label: bool = False
   ignore_labels: tuple[int, ...] = ()
@@ -60,7 +60,7 @@ class Dataset:
 
 def _published(
   name: Literal['cityscapes', 'ade20k', 'voc12aug'],
-  table: Sequence[tuple[str, Colour]],
+  table: Sequence[tuple[str, Color]],
   *,
   train: int,
   val: int,
@@ -89,19 +89,19 @@ def custom_dataset(
   *,
   name: str = 'custom',
   classes: Sequence[str] = (),
-  palette: Sequence[Colour] = (),
+  palette: Sequence[Color] = (),
   reduce_zero_label: bool = False,
   ignore_labels: Sequence[int] = (),
   label_map: Sequence[int] = (),
   layout: Literal['cityscapes', 'ade20k', 'voc12aug', 'custom'] = 'custom',
 ) -> Dataset:
-  """Describes a dataset of one's own, or another set of classes for a published one.
+  """Describes a custom dataset, or another set of classes for a published one.
 
   Args:
     num_classes: Number of classes; None for that of the names, or else what the label map leads to.
     name: Short name, used in folder names and messages.
     classes: Name of each class; none for 'class 0', 'class 1', ...
-    palette: RGB colour of each class; none for `distinct_colours`.
+    palette: RGB color of each class; none for `distinct_colors`.
     reduce_zero_label: See `transforms.label_lookup`.
     ignore_labels: See `transforms.label_lookup`.
     label_map: See `transforms.label_lookup`.
@@ -112,7 +112,7 @@ def custom_dataset(
 
   Raises:
     UserError: If the number of classes is not given, out of range, or not that of the names,
-      colours and label map.
+      colors and label map.
   """
   mapped = [index for index in label_map if index != transforms.IGNORE]
   num_classes = num_classes or len(classes) or max(mapped, default=-1) + 1
@@ -129,8 +129,8 @@ def custom_dataset(
       f'{num_classes} classes: lead to 0..{num_classes - 1}, or to 255 for none.'
     )
   names = tuple(classes) or tuple(f'class {index}' for index in range(num_classes))
-  colours = tuple((r, g, b) for r, g, b in palette) or distinct_colours(num_classes)
-  for given, what in ((names, 'class names'), (colours, 'colours')):
+  colors = tuple((r, g, b) for r, g, b in palette) or distinct_colors(num_classes)
+  for given, what in ((names, 'class names'), (colors, 'colors')):
     if len(given) != num_classes:
       raise UserError(
         f'Dataset {name} has {num_classes} classes but {len(given)} {what}: give one for each.'
@@ -138,7 +138,7 @@ def custom_dataset(
   return Dataset(
     name,
     names,
-    colours,
+    colors,
     layout=layout,
     reduce_zero_label=reduce_zero_label,
     ignore_labels=tuple(ignore_labels),
@@ -147,14 +147,14 @@ def custom_dataset(
 
 
 def merge_classes(dataset: Dataset, label_map: Sequence[int]) -> Dataset:
-  """Takes some classes of a dataset, in another order or several as one.
+  """Selects, reorders or merges classes of a dataset.
 
   Args:
     dataset: The dataset.
     label_map: See `transforms.label_lookup`; empty for all classes as they are.
 
   Returns:
-    The dataset; a merged class has the names of its parts and the colour of the first.
+    The dataset; a merged class has the names of its parts and the color of the first.
 
   Raises:
     UserError: If the map is longer than the classes, or leads to fewer than two without a gap.
@@ -178,7 +178,7 @@ def merge_classes(dataset: Dataset, label_map: Sequence[int]) -> Dataset:
 
 
 def read_description(source_dir: str | PathLike[str]) -> dict[str, Any]:
-  """Reads `dataset.json`, which may lie beside the images of a custom dataset.
+  """Reads the optional `dataset.json` beside the images of a custom dataset.
 
   Args:
     source_dir: The folder of the dataset.
@@ -227,7 +227,7 @@ _FIELDS = {
   'palette': (
     'a list of [red, green, blue] from 0 to 255',
     lambda value: (
-      isinstance(value, list) and all(_are_bytes(colour) and len(colour) == 3 for colour in value)
+      isinstance(value, list) and all(_are_bytes(color) and len(color) == 3 for color in value)
     ),
   ),
   'reduce_zero_label': ('true or false', lambda value: isinstance(value, bool)),
@@ -236,18 +236,18 @@ _FIELDS = {
 }
 
 
-def distinct_colours(count: int) -> tuple[Colour, ...]:
-  """Makes up to 255 different colours: hues in golden-ratio steps, in four shades by turns.
+def distinct_colors(count: int) -> tuple[Color, ...]:
+  """Returns up to 255 distinct colors: hues in golden-ratio steps, cycling through four shades.
 
   Args:
     count: How many.
 
   Returns:
-    RGB colours, 0..255.
+    RGB colors, 0..255.
   """
   shades = ((0.85, 0.95), (0.55, 0.75), (0.95, 0.55), (0.35, 0.95))
-  colours = (
+  colors = (
     colorsys.hsv_to_rgb(index * 0.618034 % 1, *shades[index % len(shades)])
     for index in range(count)
   )
-  return tuple((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colours)
+  return tuple((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in colors)

@@ -1,4 +1,4 @@
-"""The values in a dataset's label files: what share each class has, and the usual mistakes."""
+"""Statistics of the values in label files, and checks for common mistakes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _NAMES_OF_NONE = {'void', 'ignore', 'ignored', 'unlabeled', 'unlabelled', 'unkno
 
 
 class LabelValue(NamedTuple):
-  """How often a raw value occurs in the label files of a split.
+  """Counts of one raw value in the label files of a split.
 
   Attributes:
     pixels: In how many pixels.
@@ -27,7 +27,7 @@ class LabelValue(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ClassShares:
-  """How the pixels of a split are divided among the classes.
+  """Pixels of a split by class.
 
   Attributes:
     pixels: Number of pixels of each class, (classes,) int64.
@@ -51,7 +51,7 @@ class ClassShares:
 
 
 def class_shares(values: Mapping[int, LabelValue], dataset: Dataset) -> ClassShares:
-  """Adds up label values by class.
+  """Sums counts of label values by class.
 
   Args:
     values: The raw values of a split that passed `check_label_values`.
@@ -91,7 +91,7 @@ def check_label_values(values: Mapping[int, LabelValue], dataset: Dataset, *, sp
 
 
 def usual_mistakes(values: Mapping[int, LabelValue], dataset: Dataset, *, split: str) -> list[str]:
-  """Looks for what is allowed and yet is mostly a mistake.
+  """Looks for label values that are allowed but usually a mistake.
 
   Args:
     values: The raw values of a split.

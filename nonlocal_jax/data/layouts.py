@@ -1,4 +1,4 @@
-"""Where the images and label maps of a dataset lie in the folders people have."""
+"""Folder layouts of datasets: where images and label maps are."""
 
 import os
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ class Sample(NamedTuple):
 
 
 class Listing(NamedTuple):
-  """What the folders hold.
+  """The contents of the folders.
 
   Attributes:
     samples: Images with a label map; the order depends on the names alone.
@@ -83,11 +83,11 @@ def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Sp
 
 
 class _Tree(NamedTuple):
-  parents: tuple[str, ...]  # where the tree may lie below the folder given
+  parents: tuple[str, ...]  # possible locations below the given folder
   images: dict[Split, str]
   labels: dict[Split, str]
   image_suffixes: tuple[str, ...]
-  label_suffixes: tuple[str, ...]  # the first that is there counts
+  label_suffixes: tuple[str, ...]  # the first that exists is used
 
 
 _TREES = {
@@ -152,7 +152,7 @@ def _list_tree(dataset: Dataset, source: Path, split: Split) -> Listing:
 
 
 def _below(folder: Path) -> dict[str, Path]:
-  """The files of a folder by their path in it."""
+  """The files of a folder, by relative path."""
   return {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
 
 
@@ -185,7 +185,7 @@ def _list_voc(dataset: Dataset, source: Path, split: Split) -> Listing:
 
 
 def _augmented(root: Path) -> dict[str, tuple[Path, Path | None]]:
-  """The images that SBD has labels of: where they are listed, and the label map, None if missing.
+  """The images that SBD labels: the lists that name them, and their label maps, None if missing.
 
   Raises:
     UserError: If there are none.
@@ -215,7 +215,7 @@ def _augmented(root: Path) -> dict[str, tuple[Path, Path | None]]:
 
 
 def _read_ids(path: Path) -> list[str]:
-  """The image names in a list, the first word of each line."""
+  """The image names in a list: the first word of each line."""
   lines = path.read_text().splitlines() if path.is_file() else []
   return [line.split()[0] for line in lines if line.strip()]
 

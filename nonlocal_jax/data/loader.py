@@ -1,4 +1,4 @@
-"""Batches for training and samples for evaluation, made off the main thread by Grain.
+"""Batches for training and samples for evaluation, loaded in the background by Grain.
 
 A source is any sequence of `{'id': str, 'image': bytes, 'label': bytes}`, such as a
 `prepared.PreparedSplit`.
@@ -24,24 +24,24 @@ Source = Sequence[dict[str, str | bytes]]
 class TrainIterator(grain.DatasetIterator):
   """Grain iterator whose state is the number of the next batch.
 
-  So a run may be resumed with another number of workers or processes, and going to a state takes
-  the same time wherever it lies. Grain's checkpoint handlers save and restore it.
+  A run can therefore resume with another number of workers or processes, and seeking to a state
+  takes constant time. Grain's checkpoint handlers save and restore it.
   """
 
   def __init__(self, batches: grain.MapDataset, *, num_workers: int, num_threads: int):
-    """Starts before the first batch; nothing is read yet.
+    """Creates the iterator at the first batch; reads nothing yet.
 
     Args:
-      batches: The whole stream, by index.
-      num_workers: Worker processes; 0 for threads of this one.
-      num_threads: Threads in each process that makes batches.
+      batches: All batches, by index.
+      num_workers: Worker processes; 0 for threads of this process.
+      num_threads: Threads in each process that loads.
     """
     super().__init__()
     self._batches = batches
     self._num_workers = num_workers
     self._read_options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
     self._next_batch = 0
-    self._running = []  # none, or the one that makes batches
+    self._running = []  # the iterator in use, if any
     self._close_for_good = weakref.finalize(self, _close, self._running)
 
   def __next__(self) -> dict[str, np.ndarray]:
@@ -54,16 +54,16 @@ class TrainIterator(grain.DatasetIterator):
     return {key: np.array(value) for key, value in batch.items()}  # out of Grain's shared memory
 
   def get_state(self) -> dict[str, int]:
-    """Returns `{'next_batch': how many batches were given out}`."""
+    """Returns `{'next_batch': number of batches returned so far}`."""
     return {'next_batch': self._next_batch}
 
   def set_state(self, state: dict[str, int]) -> None:
-    """Goes to a state that `get_state` returned, without reading what lies between."""
+    """Seeks to a state from `get_state` without reading the batches in between."""
     _close(self._running)
     self._next_batch = state['next_batch']
 
   def start_prefetch(self) -> None:
-    """Starts to make batches in the background, unless that is under way."""
+    """Starts loading in the background if it has not started."""
     if self._running:
       return
     if self._num_workers and not flags.FLAGS.is_parsed():
@@ -79,7 +79,7 @@ class TrainIterator(grain.DatasetIterator):
     self._running.append(running)
 
   def close(self) -> None:
-    """Ends the background work, which otherwise ends with the program."""
+    """Stops the background work; otherwise it stops with the program."""
     self._close_for_good()
     super().close()
 
@@ -96,7 +96,7 @@ def train_batches(
   num_workers: int = 0,
   num_threads: int | None = None,
 ) -> TrainIterator:
-  """Makes the endless stream of training batches.
+  """Returns the infinite stream of training batches.
 
   Every epoch is shuffled anew; its last batch is filled up from the next epoch. Which image comes
   n-th, and how it is augmented, depends on `seed` and n alone. Process p of P gets the p-th of P
@@ -145,11 +145,11 @@ def train_batches(
 
 
 class EvalSample(NamedTuple):
-  """A sample as it is tested.
+  """A decoded sample of an evaluation.
 
   Attributes:
     index: Its place in the source.
-    views: The image at each size that it is tested at, (h', w', 3) uint8 RGB.
+    views: The image at each size of the protocol, (h', w', 3) uint8 RGB.
     label: (h, w) uint8, as in its file but for the lookup.
   """
 
@@ -166,7 +166,7 @@ def eval_batches(
   label_lookup: np.ndarray | None = None,
   num_threads: int | None = None,
 ) -> Iterator[list[EvalSample]]:
-  """Decodes and scales the samples of batches, a few batches ahead of the reader.
+  """Decodes and resizes the samples of batches, a few batches ahead.
 
   Args:
     source: Encoded samples.
@@ -227,11 +227,11 @@ def _num_cores() -> int:
 
 
 def _prepare_worker(*_) -> None:
-  """Ctrl-C goes to workers, too, but the main process says when they end."""
+  """Ignores Ctrl-C in workers: the main process decides when they stop."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   _use_one_thread_in_opencv()
 
 
 def _use_one_thread_in_opencv() -> None:
-  """Leaves the cores to the threads that make samples side by side."""
+  """Disables OpenCV's own threads: samples are loaded in parallel."""
   cv2.setNumThreads(0)

@@ -1,4 +1,4 @@
-"""Paths of sources: folders of this machine, and buckets."""
+"""Paths of sources: local folders and buckets."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from etils import epath
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
-  """Makes a path of a folder's name or of a bucket's URL.
+  """Returns a path for a local folder or a bucket's URL.
 
   Args:
     path: A folder, perhaps below ~, or gs://, s3://, az:// or hf:// with a path.
@@ -21,12 +21,12 @@ def as_path(path: str | os.PathLike[str]) -> Path:
 
 
 def is_remote(path: Path) -> bool:
-  """Whether a path of `as_path` is in a bucket."""
+  """Whether a path from `as_path` is in a bucket."""
   return '://' in os.fspath(path)
 
 
 def files_below(folder: Path) -> list[Path]:
-  """Lists all files of a folder and the folders in it, but hidden ones, by name.
+  """Lists the files below a folder recursively, without hidden ones, sorted by name.
 
   Args:
     folder: A path of `as_path`; links are followed.
@@ -36,7 +36,7 @@ def files_below(folder: Path) -> list[Path]:
   """
   if is_remote(folder):
     found, pattern = [], '*'
-    while level := list(folder.glob(pattern)):  # folders among them do no harm
+    while level := list(folder.glob(pattern)):  # may include folders
       found += [path for path in level if not path.name.startswith('.')]
       pattern = f'*/{pattern}'
   else:
@@ -50,7 +50,7 @@ def files_below(folder: Path) -> list[Path]:
 
 
 def version_of(path: Path) -> tuple[int, int]:
-  """Size in bytes and time of the last change: what a file that was written anew differs in.
+  """Size in bytes and modification time, which differ when a file was rewritten.
 
   Args:
     path: A path of `as_path`.

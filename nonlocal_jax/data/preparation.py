@@ -1,4 +1,4 @@
-"""Turns image folders into TFDS datasets of ArrayRecord files, once.
+"""Converts image folders to TFDS datasets of ArrayRecord files, once.
 
 The directory of a split is named after a fingerprint of the files that it was made from: changed
 folders are prepared anew, old data is never read. TensorFlow is not needed.
@@ -29,8 +29,8 @@ from nonlocal_jax.data.validation import AuditedSample, read_sample
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.progress import progress_bar
 
-_SHARD_BYTES = 128 << 20  # a shard is in memory while TFDS writes it
-_READERS = 32  # of a bucket, where waiting takes the time
+_SHARD_BYTES = 128 << 20  # TFDS holds a shard in memory while writing it
+_READERS = 32  # threads that read from a bucket, where latency dominates
 
 
 def prepare(
@@ -109,11 +109,11 @@ def _fingerprint(samples: Sequence[Sample]) -> str:
 
 
 class _Builder(ShardBasedBuilder, skip_registration=True):
-  """Writes one split of a folder; reading it back needs no builder of this class."""
+  """Writes one split of a folder; reading it does not need this class."""
 
   name = NAME
   VERSION = tfds.core.Version(VERSION)
-  url_infos = None  # nothing is downloaded, so there are no checksums to look for
+  url_infos = None  # nothing is downloaded, so there are no checksums
 
   def __init__(
     self,
@@ -136,7 +136,7 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
     super().__init__(file_format='array_record', **kwargs)
 
   def prepare_alone(self) -> None:
-    """Prepares unless another process does, then waits for it; clears away what was left over."""
+    """Prepares, or waits for another process that does; removes what a stopped one left."""
     parent = self.data_path.parent
     parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(parent / '.lock'):
@@ -204,7 +204,7 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
   def _download_and_prepare(self, *arguments, **options) -> None:
     super()._download_and_prepare(*arguments, **options)
     if self._bad and not (self._skip_bad and self.info.splits.total_num_examples):
-      raise _bad_samples(self._title, self._bad)  # while the directory can still be dropped
+      raise _bad_samples(self._title, self._bad)  # while the directory can still be removed
     self.info.metadata['left_out'] = self._bad
     self.info.metadata['record_files'] = record_files(Path(self.data_dir))
 
@@ -236,7 +236,7 @@ def _bad_samples(name: str, complaints: Sequence[str]) -> UserError:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Keeps TFDS from printing and logging; for the main thread, since others print, too."""
+  """Silences TFDS's printing and logging; for the main thread, because others print as well."""
   verbosity = absl.logging.get_verbosity()
   absl.logging.set_verbosity(absl.logging.ERROR)
   try:

@@ -1,4 +1,4 @@
-"""Opens the datasets of ArrayRecord files that `preparation.prepare` makes of image folders.
+"""Opens the ArrayRecord datasets that `preparation.prepare` writes.
 
 A prepared split holds the image and label files byte for byte (label files of Cityscapes' ids and
 of SBD as PNG files of classes). TensorFlow is not needed.
@@ -18,7 +18,7 @@ from nonlocal_jax.data.label_values import LabelValue, check_label_values, usual
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.parallel import is_first_process
 
-# Of the TFDS builder, and so of the directories.
+# Name of the TFDS builder, and so of the directories.
 NAME = 'nonlocal_jax'
 VERSION = '1.1.0'
 
@@ -61,7 +61,7 @@ class PreparedSplit(Sequence):
       self.label_values = {
         int(value): LabelValue(*found) for value, found in metadata['label_values'].items()
       }
-    except Exception as error:  # TFDS raises all kinds
+    except Exception as error:  # TFDS raises many types
       raise _damaged(name, directory, error) from error
     if record_files(self.directory) != metadata['record_files']:
       raise _damaged(name, directory, 'record files are missing or of another size')
@@ -70,14 +70,14 @@ class PreparedSplit(Sequence):
     """Returns the number of samples."""
     return self._size
 
-  # No slices: whoever reads takes one sample after the other.
+  # No slices: samples are read one by one.
   def __getitem__(self, index: int) -> dict[str, str | bytes]:  # pyrefly: ignore[bad-override]
     """Reads a sample; the order is that of `list_samples`."""
     record = self._records[range(self._size)[index]]
     return {**record, 'id': record['id'].decode()}
 
   def __getstate__(self) -> dict:
-    """Leaves out the open files."""
+    """Pickles without the open files."""
     return {key: value for key, value in self.__dict__.items() if key != '_records'}
 
   @functools.cached_property
@@ -94,7 +94,7 @@ def open_prepared(
   splits: Sequence[Split] = ('train', 'val'),
   data_dir: str | os.PathLike[str] | None = None,
 ) -> dict[Split, PreparedSplit]:
-  """Opens splits that were prepared before, where their source is not at hand.
+  """Opens splits that were prepared before, without their source.
 
   Args:
     dataset: Which dataset.
@@ -111,7 +111,7 @@ def open_prepared(
 
 
 def check_split(split: PreparedSplit, dataset: Dataset) -> list[str]:
-  """Checks what is in a prepared split against what a dataset is taken to be.
+  """Checks the contents of a prepared split against the dataset's description.
 
   Args:
     split: The prepared split.
@@ -168,7 +168,7 @@ def _damaged(name: str, directory: str | os.PathLike[str], reason: object) -> Us
 
 
 def report_split(split: PreparedSplit, dataset: Dataset) -> None:
-  """Says on stderr what a prepared split is, and what is odd about it (the first process).
+  """Prints a summary of a prepared split and its warnings to stderr (first process only).
 
   Args:
     split: The split.

@@ -1,4 +1,4 @@
-"""The demo set: the class of a shape is decided by a disc beyond the backbone's sight."""
+"""The demo set: a disc outside the backbone's receptive field decides the class of a shape."""
 
 import shutil
 from pathlib import Path
@@ -34,11 +34,11 @@ IMAGE_SIZE = 192
 _DISC_COLOURS = ((220, 40, 40), (40, 190, 60), (50, 80, 230))
 _DISC_RADIUS = 22
 _SHAPE_RADIUS = 20
-# The backbone with one block per stage and the head's convolutions see 63 pixels to each side of a
-# feature; bilinear upsampling reaches one feature further.
+# The receptive field of backbone (one block per stage) and head convolutions extends 63 pixels to
+# each side of a feature; bilinear upsampling adds one feature.
 _SIGHT = 76
 _SHAPES = 5
-_TRIALS = 100  # places at which shapes are tried
+_TRIALS = 100  # positions tried for a shape
 
 
 def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -54,8 +54,8 @@ def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
   label = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
   corner = rng.integers(2, size=2) * (IMAGE_SIZE - 1)
   disc = np.abs(corner - rng.integers(_DISC_RADIUS + 2, _DISC_RADIUS + 8, size=2))
-  colour = int(rng.integers(len(_DISC_COLOURS)))
-  _paint(image, label, _disc_mask(disc), _DISC_COLOURS[colour], 1, rng)
+  color = int(rng.integers(len(_DISC_COLOURS)))
+  _paint(image, label, _disc_mask(disc), _DISC_COLOURS[color], 1, rng)
 
   margin, centers = _SHAPE_RADIUS + 1, []
   for center in rng.integers(margin, IMAGE_SIZE - margin, size=(_TRIALS, 2)):
@@ -65,7 +65,7 @@ def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
       continue
     centers.append(center)
     shape, grey = int(rng.integers(2)), int(rng.integers(170, 200))
-    _paint(image, label, _shape_mask(center, shape), (grey,) * 3, 2 + 3 * shape + colour, rng)
+    _paint(image, label, _shape_mask(center, shape), (grey,) * 3, 2 + 3 * shape + color, rng)
   return np.clip(image, 0, 255).astype(np.uint8), label
 
 
@@ -98,7 +98,7 @@ def _disc_mask(center: np.ndarray) -> np.ndarray:
 
 
 def _shape_mask(center: np.ndarray, shape: int) -> np.ndarray:
-  """A square (0) or an upright triangle (1) within `_SHAPE_RADIUS` of its centre."""
+  """A square (0) or an upright triangle (1) within `_SHAPE_RADIUS` of its center."""
   y, x = center.tolist()
   edge = _SHAPE_RADIUS
   corners = (
@@ -110,8 +110,8 @@ def _shape_mask(center: np.ndarray, shape: int) -> np.ndarray:
   return cv2.fillPoly(mask, [np.array(corners, np.int32)], 1) == 1
 
 
-def _paint(image, label, mask, colour, value, rng) -> None:
-  image[mask] = np.asarray(colour) + rng.normal(0, 6, (int(mask.sum()), 3))
+def _paint(image, label, mask, color, value, rng) -> None:
+  image[mask] = np.asarray(color) + rng.normal(0, 6, (int(mask.sum()), 3))
   label[mask] = value
 
 

@@ -1,10 +1,10 @@
-"""What happens to one image and its label map between the file and the network.
+"""Transforms of an image and its label map between the file and the network.
 
 Pure functions on NumPy arrays. Images are RGB uint8 of shape (h, w, 3), label maps uint8 of shape
 (h, w) with 255 for pixels to ignore. A random function takes a `np.random.Generator` first and
-draws from it in the order in which mmsegmentation 1.2.2 draws: equal draws give equal pixels.
-Resizing and colour conversion are OpenCV's, with whose fixed-point arithmetic the published models
-were trained. Samples travel as uint8; the device normalises them.
+draws in the order of mmsegmentation 1.2.2: equal draws give equal pixels.
+Resizing and color conversion are OpenCV's, because the published models were trained with its
+fixed-point arithmetic. Samples are uint8 until the device normalizes them.
 """
 
 import dataclasses
@@ -244,7 +244,7 @@ def random_crop(
     image: (h, w, 3) uint8.
     label: (h, w) uint8.
     crop_size: (crop_h, crop_w); a smaller image is left smaller.
-    cat_max_ratio: 1 or more accepts every window.
+    cat_max_ratio: See above; 1 or more accepts every window.
 
   Returns:
     The windows of image and label, views of at most crop_h x crop_w pixels.
@@ -281,8 +281,8 @@ def photometric_distortion(rng: np.random.Generator, image: np.ndarray) -> np.nd
   """Distorts brightness, contrast, saturation and hue (mmseg `PhotoMetricDistortion`).
 
   Each happens with probability 1/2: brightness shifts by up to 32, contrast and saturation scale by
-  0.5 to 1.5, hue turns by -18 to 17 of OpenCV's 180 steps. Contrast comes second or last, by the
-  toss of a coin. Every step truncates to uint8.
+  0.5 to 1.5, hue shifts by -18 to 17 of OpenCV's 180 steps. Contrast comes second or last, with
+  equal probability. Every step truncates to uint8.
 
   Args:
     rng: Source of the draws.

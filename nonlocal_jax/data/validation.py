@@ -1,4 +1,4 @@
-"""Reads the two files of a sample and checks that they are whole and fit together."""
+"""Reads the two files of a sample and checks that they are intact and match."""
 
 import io
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from nonlocal_jax.data import transforms
 from nonlocal_jax.data.layouts import Sample
 from nonlocal_jax.errors import UserError
 
-# Cityscapes' label ids to the 19 classes of its benchmark; all others have none.
+# Cityscapes' label ids of the 19 evaluated classes, in order; all others are ignored.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
 _PNG_START, _PNG_END = b'\x89PNG', b'IEND\xaeB`\x82'
 
 
 class AuditedSample(NamedTuple):
-  """A sample that may be trained on.
+  """A checked sample.
 
   Attributes:
     image: The image file as it is.
@@ -90,7 +90,7 @@ def _decode(path: Path, data: bytes, decode: Callable[[bytes], np.ndarray]) -> n
 
 
 def _decode_whole(data: bytes) -> np.ndarray:
-  """Decodes an image, of which OpenCV would take a part for the whole."""
+  """Decodes an image strictly: OpenCV accepts truncated files."""
   image = transforms.decode_image(data)
   ends = {_JPEG_START: _JPEG_END, _PNG_START: _PNG_END}
   end = next((end for start, end in ends.items() if data.startswith(start)), b'')
@@ -107,7 +107,7 @@ def _decode_sbd(data: bytes) -> np.ndarray:
   """Decodes a label map of SBD: field Segmentation of the struct GTcls in a MATLAB 5 file."""
   try:
     label = scipy.io.loadmat(io.BytesIO(data))['GTcls'][0]['Segmentation'][0]
-  except Exception as error:  # SciPy raises whatever a broken file leads to
+  except Exception as error:  # SciPy raises many types on broken files
     raise ValueError('not a MATLAB file with GTcls.Segmentation, or broken') from error
   if label.dtype != np.uint8 or label.ndim != 2:
     raise ValueError(f'not a label map of 8 bits but {label.ndim} axes of {label.dtype}')

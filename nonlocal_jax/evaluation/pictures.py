@@ -15,7 +15,7 @@ if TYPE_CHECKING:
   from matplotlib.patches import Patch
 
 
-def colourise(
+def colorize(
   label: np.ndarray, palette: Sequence[tuple[int, int, int]], *, ignore_index: int = 255
 ) -> np.ndarray:
   """Maps each class to its color; ignored pixels are black.
@@ -52,7 +52,7 @@ def comparison(
     (h', w', 3) uint8 RGB.
   """
   rows = [
-    (image, colourise(truth, palette), colourise(prediction, palette))
+    (image, colorize(truth, palette), colorize(prediction, palette))
     for image, truth, prediction in examples
   ]
   labels = [label for _, *both in examples for label in both]
@@ -76,7 +76,7 @@ def write_samples(
   """
   rows = []
   for _, image, label in samples:
-    colors = colourise(label, palette)
+    colors = colorize(label, palette)
     rows.append((image, colors, image // 2 + colors // 2))
   legend = _legend([label for *_, label in samples], classes, palette)
   names = [name for name, *_ in samples]
@@ -114,7 +114,7 @@ def overlay(
     (width + 3 * text + names_width, max(height, (2 * len(present) + 1) * text)),
     'white',
   )
-  sheet.paste(Image.fromarray(cv2.addWeighted(image, 0.5, colourise(label, palette), 0.5, 0)))
+  sheet.paste(Image.fromarray(cv2.addWeighted(image, 0.5, colorize(label, palette), 0.5, 0)))
   draw = ImageDraw.Draw(sheet)
   for row, index in enumerate(present):
     left, top = width + text // 2, (2 * row + 1) * text

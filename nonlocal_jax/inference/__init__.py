@@ -1,1 +1,1 @@
-"""Predicting label maps: padded shapes, the predictor, and pretrained models."""
+"""Prediction of label maps: padded shapes, the predictor, and pretrained models."""

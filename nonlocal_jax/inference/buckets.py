@@ -1,4 +1,4 @@
-"""A few shapes for images of any size: each shape is compiled once, images are padded to it."""
+"""Chooses a few padded shapes for images of many sizes: each shape is compiled once."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
@@ -10,13 +10,13 @@ from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.protocol import EvalProtocol, Size
 
 _MOST_CANDIDATES = 256
-# A pixel of the result costs far less than one that goes through the network.
+# Cost of a pixel of the label map relative to one that goes through the network.
 _RESULT_COST = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
 class ViewShape:
-  """Room for one view of an image.
+  """Padded shape of one view of an image.
 
   Attributes:
     network: (height, width) of the network's input.
@@ -29,12 +29,12 @@ class ViewShape:
 
 @dataclasses.dataclass(frozen=True)
 class PaddedShape:
-  """Room for an image: all that a compiled program depends on.
+  """Padded shape of an image: everything that a compiled program depends on.
 
   Attributes:
-    result: (height, width) of the prediction.
+    result: (height, width) of the label map.
     views: One for each ratio of the protocol.
-    padded: Whether there may be more room than an image needs.
+    padded: Whether the network's inputs may be larger than an image needs, and are masked.
   """
 
   result: Size
@@ -43,7 +43,7 @@ class PaddedShape:
 
   @classmethod
   def from_image(cls, size: Size, protocol: EvalProtocol) -> Self:
-    """The room that an image of (height, width) `size` needs."""
+    """The shape that an image of (height, width) `size` needs, without padding."""
     views = views_of(protocol, size)
     return cls(
       size,
@@ -52,7 +52,7 @@ class PaddedShape:
     )
 
   def rounded_up(self, multiple: int) -> 'PaddedShape':
-    """Room with sides that are multiples, so that images of nearly the same size share it."""
+    """The shape with sides rounded up to multiples, which images of similar size share."""
 
     def up(size: Size) -> Size:
       return -(-size[0] // multiple) * multiple, -(-size[1] // multiple) * multiple
@@ -61,12 +61,13 @@ class PaddedShape:
     return PaddedShape(up(self.result), views)
 
   def with_room(self, *, networks: bool) -> 'PaddedShape':
-    """Sides rounded up by an eighth at most, or 63: images of nearly the same size share it.
+    """The shape with sides rounded up by at most an eighth, or 63 pixels.
 
-    Those that fill the room of the network's inputs have a faster program of their own.
+    Images of similar size share it. Those that need no padding of the network's inputs have a
+    faster program without masks.
 
     Args:
-      networks: Whether the sides of the network's inputs, too; windows are all of one size anyway.
+      networks: Whether to round the network's inputs up as well; windows are all of one size.
     """
     views = self.views
     if networks:
@@ -100,19 +101,19 @@ def _step(side: int) -> int:
 def shapes_for(
   sizes: Iterable[Size], protocol: EvalProtocol, *, most: int
 ) -> dict[Size, PaddedShape]:
-  """Chooses a few shapes so that as little as possible is padded.
+  """Chooses a few padded shapes that add few pixels.
 
-  Starting from the shapes of the images, those two are merged whose common room costs the fewest
-  pixels more, until few enough are left.
+  Greedy: starting from the shapes of the images, the two whose common shape adds the fewest pixels
+  are merged until few enough are left.
 
   Args:
     sizes: (height, width) of each image.
     protocol: How they are tested.
-    most: Most shapes to have.
+    most: Maximum number of shapes.
 
   Returns:
-    The shape for each size; their views have at most `2 * most` different network inputs. If all
-    images are of one size, it is theirs.
+    The shape for each size, with at most `2 * most` different shapes of network inputs. Images of
+    one size are not padded.
   """
   counts: dict[Size, int] = {}
   for size in sizes:
@@ -144,7 +145,7 @@ def shapes_for(
 def _sharing_networks(
   shapes: list[PaddedShape], number: np.ndarray, *, most: int
 ) -> list[PaddedShape]:
-  """Makes network inputs of different shapes and views alike until there are few."""
+  """Merges the network inputs of all shapes and views until there are few."""
   uses = [
     (view.network, n) for shape, n in zip(shapes, number, strict=True) for view in shape.views
   ]
@@ -173,7 +174,7 @@ def _merge(
   most: int,
   cost: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[np.ndarray, list[int]]:
-  """Merges vectors, each there `number` times, until there are few; says which went where."""
+  """Merges vectors with multiplicities until there are few; returns them and each one's group."""
   vectors, number = vectors.copy(), number.astype(np.float64)
   members = [[index] for index in range(len(vectors))]
   alive = np.ones(len(vectors), bool)
@@ -202,6 +203,6 @@ def _merge(
 
 
 def _cost(vectors: np.ndarray) -> np.ndarray:
-  """Pixels that go through the network, and some for those of the result."""
+  """Pixels that go through the network, plus a share of those of the label map."""
   views = vectors[..., 2:].reshape(*vectors.shape[:-1], -1, 4).astype(np.float64)
   return views.prod(axis=-1).sum(axis=-1) + _RESULT_COST * vectors[..., :2].prod(axis=-1)

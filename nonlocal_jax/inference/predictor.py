@@ -1,10 +1,11 @@
-"""From images of any size to class labels, with a few compiled programs (mmseg `EncoderDecoder`).
+"""Predicts label maps for images of any size with a few compiled programs (mmseg `EncoderDecoder`).
 
-An image's views, windows and flips go through the network padded to a shape that many images share;
-the padding has no influence. What follows is linear in rows and in columns, and so one matrix for
-each axis, given as data: no program depends on the size of an image, but for the width of the
-bands that the matrices of columns are, of which there are few. Class scores at image size are held
-for a few rows only.
+Each window of an image goes through the network padded to a shape that many images share; the
+padding is masked. Everything after the network (upsampling, cropping, averaging over windows,
+resizing) is linear along each axis and is applied as one matrix per axis. The matrices are inputs
+of the program, so that programs do not depend on the size of an image; only the width of the bands
+that column matrices are stored as is static, and there are few widths. Class scores at image size
+are computed a few rows at a time.
 """
 
 import functools
@@ -31,12 +32,12 @@ from nonlocal_jax.runtime.parallel import (
   shard_batch,
 )
 
-_PIXELS_AT_ONCE = 2**21  # that a device sends through the network: a Cityscapes image
-_COLUMNS_AT_ONCE = 128  # of the result, which are made of neighbouring columns of logits
+_PIXELS_AT_ONCE = 2**21  # per device and call of the network: one Cityscapes image
+_COLUMNS_AT_ONCE = 128  # of the label map in one block, computed from a band of logits
 
 
 class Predictor:
-  """Predicts images by a protocol.
+  """Predicts the label maps of images, as a protocol says.
 
   Attributes:
     graphdef: Static part of the network.
@@ -53,7 +54,7 @@ class Predictor:
     precision: str = 'highest',
     mesh: Mesh | None = None,
   ):
-    """Prepares what is to be compiled.
+    """Prepares the programs; they are compiled when first called.
 
     Args:
       config: The network.
@@ -117,19 +118,19 @@ class Predictor:
     *,
     batch_size: int | None = None,
   ) -> jax.Array:
-    """Predicts images that share a shape; returns before the devices are done.
+    """Predicts images that share a padded shape; returns before the devices are done.
 
     Args:
       state: Parameters and running statistics, on the mesh.
-      shape: Room for each image.
-      views: For each image, the image (h, w, channels) uint8 at the sizes of `views_of`.
-      sizes: (height, width) of each image, which the label map gets.
-      batch_size: Images of this process in a batch; fewer are filled up. None for as many as there
-        are.
+      shape: The padded shape, see `buckets.shapes_for`.
+      views: Each image (h, w, channels) uint8, resized to every size of `views_of`.
+      sizes: (height, width) of each image and of its label map.
+      batch_size: Batch size of this process, to which fewer images are padded; None for the
+        number of images.
 
     Returns:
       Labels of the whole batch, over all processes: (n, *shape.result) uint8 on the devices,
-      split along the first axis; without meaning in the padding.
+      sharded along the first axis; undefined in the padding.
     """
     n = batch_size or len(views)
     geometries = [views_of(self.protocol, size) for size in sizes]
@@ -152,7 +153,7 @@ class Predictor:
   def _chunks(
     self, shape: ViewShape, images: Sequence[np.ndarray], geometry: Sequence[View], n: int
   ) -> Iterator[dict[str, np.ndarray]]:
-    """The windows of a view, plain then mirrored, as many at a time as fit."""
+    """Yields the windows of a view in chunks, the mirrored ones last."""
     rows, columns = shape.windows
     count = self.protocol.flips * rows * columns
     channels = len(self.protocol.mean)
@@ -183,7 +184,7 @@ class Predictor:
     sizes: Sequence[Size],
     n: int,
   ) -> dict[str, np.ndarray]:
-    """The matrices of both axes of a view; columns for plain and mirrored windows."""
+    """The matrices of both axes of a view; columns also for mirrored windows."""
     flips = self.protocol.flips
     features = [feature_size(side, self._output_stride) for side in shape.network]
     rows = np.zeros((n, result[0], shape.windows[0], features[0]), np.float32)
@@ -204,7 +205,7 @@ class Predictor:
       of_rows = of_rows.toarray().reshape(size[0], len(view.tops), -1)
       of_columns = of_columns.toarray().reshape(size[1], len(view.lefts), -1)
       rows[number, : size[0], : of_rows.shape[1], : of_rows.shape[2]] = of_rows
-      for flipped in range(flips):  # a mirrored result is turned back
+      for flipped in range(flips):  # scores of mirrored windows are mirrored back
         place = columns[number, flipped, : size[1], : of_columns.shape[1], : of_columns.shape[2]]
         place[:] = of_columns[::-1] if flipped else of_columns
     starts, bands = _bands(
@@ -214,17 +215,17 @@ class Predictor:
 
 
 def _bands(matrices: np.ndarray, *, whole: bool) -> tuple[np.ndarray, np.ndarray]:
-  """What matrices hold but zeros: a few neighbouring columns for each block of rows.
+  """Stores matrices as bands: for each block of rows, the columns that are not zero.
 
   Args:
     matrices: (..., rows, columns) float32.
-    whole: Whether to take all columns, for processes which have one program together but do not
-      know of each other's matrices.
+    whole: Whether to keep all columns. Processes that run one program together need equal shapes
+      and do not see each other's matrices.
 
   Returns:
-    First columns, (..., blocks) int32, and (..., blocks, rows of a block, width) float32, the last
-    block padded. The width is that of all, or a power of two and at least a quarter of a block's
-    rows, so that there are few widths.
+    The first column of each band, (..., blocks) int32, and the bands, (..., blocks, block rows,
+    width) float32, the last block padded. The width is a power of two and at least a quarter of a
+    block's rows, so that there are few widths; with `whole` it is that of the matrices.
   """
   *batch, rows, width = matrices.shape
   num_blocks = -(-rows // _COLUMNS_AT_ONCE)
@@ -241,7 +242,7 @@ def _bands(matrices: np.ndarray, *, whole: bool) -> tuple[np.ndarray, np.ndarray
 
 
 class _LogitsOfView(NamedTuple):
-  """Logits of all windows of a view, in chunks, and the matrices to the result."""
+  """Logits of all windows of a view, in chunks, and the matrices applied to them."""
 
   logits: tuple[jax.Array, ...]  # each (n, windows, h, w, c)
   rows: jax.Array  # (n, result_h, windows * h)
@@ -256,7 +257,7 @@ def _most_likely(
   averages: bool,
   scores_at_once: int,
 ) -> jax.Array:
-  """The class of each pixel of the results, (n, result_h, at least result_w) uint8."""
+  """The most likely class of each pixel, (n, result_h, at least result_w) uint8."""
   # Each (n, h, flips, w, c).
   mosaics = [_mosaic(view, counts) for view, counts in zip(views, windows, strict=True)]
   n, _, flips, _, num_classes = mosaics[0].shape
@@ -265,7 +266,7 @@ def _most_likely(
   highest = jax.lax.Precision.HIGHEST
 
   def neighbours(scores: jax.Array, view: _LogitsOfView) -> jax.Array:
-    """Of (n, h, flips, w, c), what each block is made of: (n, flips, blocks, h, width, c)."""
+    """Slices each block's band: (n, h, flips, w, c) -> (n, flips, blocks, h, width, c)."""
     width = view.bands.shape[-1]
     take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width, axis=1)
     of_blocks = jax.vmap(take, in_axes=(None, 0))
@@ -287,9 +288,9 @@ def _most_likely(
 
 
 def _first_of_largest(scores: jax.Array, *, axis: int) -> jax.Array:
-  """`jnp.argmax` as uint8 by two reductions that XLA makes vector instructions of on CPUs.
+  """`jnp.argmax` as uint8, by two reductions that XLA vectorizes on CPUs.
 
-  Where a score is not a number the place means nothing, but is one of those that there are.
+  Where a score is NaN the result is some valid class.
   """
   places = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim + axis)
   smaller = scores < scores.max(axis=axis, keepdims=True)
@@ -297,7 +298,7 @@ def _first_of_largest(scores: jax.Array, *, axis: int) -> jax.Array:
 
 
 def _mosaic(view: _LogitsOfView, windows: Size) -> jax.Array:
-  """Logits of windows (n, flips * rows * columns, h, w, c) laid side by side."""
+  """Tiles windows: (n, flips * rows * columns, h, w, c) -> (n, rows * h, flips, columns * w, c)."""
   logits = jnp.concatenate(view.logits, axis=1)
   n, flips = view.bands.shape[:2]
   height, width, classes = logits.shape[2:]

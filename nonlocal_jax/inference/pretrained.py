@@ -26,7 +26,7 @@ from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
 
-Precision = Literal['highest', 'default']
+Precision = Literal['highest', 'high', 'default']
 
 
 def load(
@@ -50,8 +50,9 @@ def load(
     align_corners: The corner convention. By default that of the directory, or what the name of a
       released file says, or else False, mmsegmentation's own default.
     execution: How the network is computed; None for what is fastest on JAX's default backend.
-    precision: Of matrix products: 'highest' for float32 everywhere, as the published scores were
-      measured, 'default' for what JAX chooses, on recent GPUs the several times faster TF32.
+    precision: Precision of matrix products: 'highest' is float32, as for the published scores. On
+      recent GPUs 'default' is TF32, several times as fast, and 'high' computes each convolution as
+      three TF32 convolutions.
 
   Returns:
     The network, ready to predict.
@@ -96,7 +97,7 @@ class PretrainedModel:
   """A network with trained weights. Images of nearly the same size share a compiled program.
 
   Attributes:
-    description: What is known about it: network, classes, colours, test protocol.
+    description: What is known about it: network, classes, colors, test protocol.
   """
 
   def __init__(
@@ -149,12 +150,12 @@ class PretrainedModel:
     Args:
       module: The network; its weights are copied.
       classes: Name of each class; none for 'class 0', 'class 1', ...
-      palette: RGB colour of each class, in [0, 255]; none for distinct colours.
+      palette: RGB color of each class, in [0, 255]; none for distinct colors.
       protocol: How images are tested; None for whole images at their own size.
       precision: See `load`.
 
     Raises:
-      UserError: If there are not as many names or colours as classes.
+      UserError: If there are not as many names or colors as classes.
       ValueError: If `precision` is unknown.
     """
     config = module.config
@@ -182,7 +183,7 @@ class PretrainedModel:
 
   @property
   def palette(self) -> tuple[tuple[int, int, int], ...]:
-    """RGB colour of each class, in [0, 255]."""
+    """RGB color of each class, in [0, 255]."""
     return self.description.palette
 
   @property

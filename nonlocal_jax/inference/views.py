@@ -1,4 +1,4 @@
-"""What a protocol makes of an image: its sizes, its windows, and one map of all their logits."""
+"""What a protocol makes of an image: sizes, windows, and the matrices that join their logits."""
 
 import dataclasses
 import functools
@@ -13,12 +13,12 @@ from nonlocal_jax.protocol import EvalProtocol, Size
 
 @dataclasses.dataclass(frozen=True)
 class View:
-  """An image at one of its sizes, and the windows on it.
+  """One resized version of an image, and its windows.
 
   Attributes:
     size: (height, width) that the image is resized to.
-    crop: (height, width) of the part of it that is in a window.
-    network: (height, width) of what the network is to see: `crop`, or more where small windows are
+    crop: (height, width) of the part of the image in a window.
+    network: (height, width) of the network's input: `crop`, or larger where small windows are
       padded.
     tops: First row of the windows, from the first to the last.
     lefts: First column of the windows.
@@ -66,7 +66,7 @@ def window_starts(size: int, crop: int, stride: int) -> tuple[int, ...]:
 
 
 def feature_size(pixels: int, output_stride: int = 8) -> int:
-  """Features that a network makes of an axis of so many pixels."""
+  """Length of the feature map along an axis of `pixels`."""
   return -(-pixels // output_stride)
 
 
@@ -81,18 +81,18 @@ def axis_matrix(
   align_corners: bool,
   output_stride: int = 8,
 ) -> scipy.sparse.csr_array:
-  """The matrix that makes one axis of the result of the logits of all windows along it.
+  """The matrix from the logits of all windows along one axis to the scores of the label map.
 
-  Everything that happens after the network is linear and acts on rows and columns by themselves:
-  resizing a window's logits to its pixels, cutting off what was padded, averaging where windows
-  overlap, and resizing to the size of the label map.
+  It composes the linear steps after the network, which act on each axis separately: upsampling a
+  window's logits to pixels, cropping the padding, averaging where windows overlap, and resizing to
+  the size of the label map.
 
   Args:
     starts: First pixels of the windows.
     crop: Pixels of the image in a window.
     network: Pixels that the network sees, at least `crop`.
     size: Pixels of the resized image.
-    out_size: Pixels of the result.
+    out_size: Pixels of the label map.
     align_corners: See `resize.bilinear_taps`.
     output_stride: Of the network.
 
@@ -107,7 +107,7 @@ def axis_matrix(
   columns = np.concatenate([window_columns + i * features for i in range(len(starts))])
   values = np.tile(upsample.data, len(starts))
   placed = scipy.sparse.csr_array((values, (rows, columns)), (size, len(starts) * features))
-  # Each row of `upsample` sums to 1, so this is in how many windows a pixel is.
+  # Rows of `upsample` sum to 1, so the row sums of `placed` count the windows over a pixel.
   covered = scipy.sparse.diags_array(1 / placed.sum(axis=1))
   resize = _bilinear(size, out_size, align_corners=align_corners)
   return scipy.sparse.csr_array(resize @ covered @ placed)

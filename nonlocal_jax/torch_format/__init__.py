@@ -1,1 +1,1 @@
-"""Reads and writes the files of `torch.save` without PyTorch; knows of no network."""
+"""Reads and writes files of `torch.save` without PyTorch; independent of any network."""

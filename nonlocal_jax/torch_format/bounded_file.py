@@ -1,4 +1,4 @@
-"""A file that is not trusted: reads stay inside it, and its size limits the memory it may cost."""
+"""Reads untrusted files: never past the end, and with memory limited by the file's size."""
 
 import io
 
@@ -8,11 +8,11 @@ _LINE_LIMIT = 256
 
 
 class RefusedError(Exception):
-  """Why a file is not read: the rest of a sentence that begins with the file's path."""
+  """Raised for refused files; the message continues a sentence that begins with the path."""
 
 
 class BoundedFile:
-  """An open binary file with its size, and an allowance for all that is allocated on its word.
+  """An open binary file with its size and a budget for memory allocated at its request.
 
   Args:
     file: The file, seekable and buffered.
@@ -25,7 +25,7 @@ class BoundedFile:
     self._allowance = 2 * size + 2**24
 
   def read(self, nbytes: int) -> bytes:
-    """The next `nbytes` bytes.
+    """Reads the next `nbytes` bytes.
 
     Args:
       nbytes: How many.
@@ -36,7 +36,7 @@ class BoundedFile:
     Raises:
       RefusedError: If the file ends before.
     """
-    # A large read allocates its result first: it is compared with the file before.
+    # A large read would allocate its result first, so the size is checked before.
     if nbytes > 4096 and nbytes > self.size - self.file.tell():
       raise _cut_off()
     data = self.file.read(nbytes)
@@ -61,7 +61,7 @@ class BoundedFile:
       rest = rest[count:]
 
   def read_line(self) -> str:
-    """The text up to the next newline, which is read too.
+    """Reads a line without its newline.
 
     Raises:
       RefusedError: If no newline follows soon.
@@ -72,7 +72,7 @@ class BoundedFile:
     return line[:-1].decode()
 
   def allow(self, nbytes: int) -> None:
-    """Takes `nbytes` from the allowance; to be called before they are allocated.
+    """Takes `nbytes` from the budget; call it before allocating them.
 
     Args:
       nbytes: How many, 0 or more.

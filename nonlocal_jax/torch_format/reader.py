@@ -23,7 +23,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_MAGIC_BYTES = _LEGACY_MAGIC.to_bytes(10, 'little')
 _LEGACY_PROTOCOL = 1001
 
-# Beginnings of files that people take for checkpoints: position, bytes, what it is.
+# Files that are mistaken for checkpoints, by their magic bytes: offset, bytes, description.
 _OTHER_FORMATS = (
   (0, b'\x80', 'a pickle that torch.save did not write'),
   (0, b'\xff\xd8\xff', 'a JPEG image'),
@@ -39,10 +39,10 @@ _OTHER_FORMATS = (
 
 @dataclasses.dataclass(frozen=True)
 class TorchCheckpoint:
-  """The weights in a PyTorch file, and what was saved beside them.
+  """The weights in a PyTorch file and its metadata.
 
   Attributes:
-    state_dict: Each weight under its name, without the prefix `module.`; arrays may share memory.
+    state_dict: Weights by name, without the prefix `module.`; arrays may share memory.
     meta: The file's `meta`, {} if it has none. It holds e.g. CLASSES and PALETTE if
       mmsegmentation 0.x wrote it, dataset_meta and cfg if 1.x did.
   """
@@ -70,7 +70,7 @@ def read_torch_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> Any:
-  """Reads whatever `torch.save` wrote, and runs nothing of it.
+  """Reads a file of `torch.save` without executing anything in it.
 
   Args:
     path: The file, in the format of PyTorch 1.6 and later (zip) or of those before (legacy).
@@ -139,7 +139,7 @@ def _read(file: BoundedFile) -> Any:
 
 
 def _read_zip(file: BoundedFile) -> Any:
-  """PyTorch 1.6 and later: an uncompressed zip archive of data.pkl and one member a storage."""
+  """PyTorch 1.6 and later: an uncompressed zip archive with data.pkl and a member per storage."""
   members = _zip_members(file)
   roots = [match[1] for match in map(re.compile(r'([^/]+/)data\.pkl').fullmatch, members) if match]
   if not roots:
@@ -191,7 +191,7 @@ def _zip_members(file: BoundedFile) -> dict[str, zipfile.ZipInfo]:
 
 
 def _seek_member(file: BoundedFile, member: zipfile.ZipInfo) -> int:
-  """Moves to the data of a member, and returns their size."""
+  """Seeks to the data of a member and returns its size."""
   if member.compress_type != zipfile.ZIP_STORED:
     raise RefusedError(
       'is a compressed zip archive, which torch.save never writes: it is not loaded'

@@ -1,4 +1,4 @@
-"""The tensors of PyTorch files as NumPy arrays: storages, allocated once, and views of them."""
+"""Tensors of PyTorch files as NumPy arrays: storages, allocated once, and views of them."""
 
 import math
 import sys
@@ -38,7 +38,7 @@ _STORAGE_DTYPES = {
 
 
 class Storage(np.ndarray):
-  """The memory behind tensors: one contiguous dimension, in the dtype that the file gives it."""
+  """The memory behind tensors: contiguous, one-dimensional, of the dtype in the file."""
 
 
 class Storages:
@@ -46,7 +46,7 @@ class Storages:
 
   Args:
     file: The file.
-    fill: Reads the data of a new storage, given its key; None where all data follow later.
+    fill: Reads the data of a new storage, given its key; None if all data follow later.
   """
 
   def __init__(self, file: BoundedFile, fill: Callable[[str, Storage], None] | None = None):
@@ -55,7 +55,7 @@ class Storages:
     self._fill = fill
 
   def load(self, persistent_id: Any) -> Storage:
-    """The storage that a pickle means.
+    """The storage with a persistent id.
 
     Args:
       persistent_id: ('storage', class, key, device, length), and in the legacy format also None or
@@ -66,7 +66,7 @@ class Storages:
 
     Raises:
       RefusedError: If it is larger than the file.
-      ValueError: If the id makes no sense; others, too, of those that `read_pickle` translates.
+      ValueError: If the id is invalid; like others that `read_pickle` translates.
     """
     kind, storage_class, key, _device, length, *view = persistent_id
     if kind != 'storage' or type(key) is not str or not is_shape((length,)):
@@ -112,7 +112,7 @@ def tensor_names(file: BoundedFile, byte_order: str) -> Names:
   """PyTorch's names in checkpoints.
 
   Args:
-    file: The file whose allowance pays for tensors that are larger than their storage.
+    file: The file whose budget covers tensors that are larger than their storage.
     byte_order: 'little' or 'big', as in the file.
 
   Returns:

@@ -1,4 +1,4 @@
-"""Reads the pickles inside PyTorch files without running anything that they name.
+"""Reads the pickles inside PyTorch files without executing anything that they name.
 
 Python's own `pickle` imports and calls whatever a file names, with whatever state the file gives.
 Here a small machine follows the opcodes that `torch.save` writes, builds plain containers, and
@@ -30,7 +30,7 @@ Names = Mapping[str, Callable[..., Any] | None]
 
 @dataclasses.dataclass(frozen=True)
 class Inert:
-  """What is left of a class, function, dtype or foreign object in a pickle: it can do nothing.
+  """An inert placeholder for a class, function, dtype or foreign object in a pickle.
 
   Attributes:
     name: The dotted name.
@@ -80,7 +80,7 @@ def plain_names(file: BoundedFile) -> Names:
   """The names that are not PyTorch's: Python's containers, numpy's arrays, MMEngine's logs.
 
   Args:
-    file: The file whose allowance pays for the copies that the stand-ins make.
+    file: The file whose budget covers the copies that the stand-ins make.
 
   Returns:
     Names for `read_pickle`.
@@ -129,7 +129,7 @@ def _in_modules(modules: Iterable[str], names: Names) -> Names:
 
 
 def _run(file: BoundedFile, names: Names, load_persistent: Callable[[Any], Any] | None) -> Any:
-  """The machine: a stack of objects, the heights of its marks, and a memo of objects by number."""
+  """The pickle machine: a stack of objects, the positions of its marks, and a memo."""
   stack: list[Any] = []
   marks: list[int] = []
   memo: dict[int, Any] = {}
@@ -153,7 +153,7 @@ def _run(file: BoundedFile, names: Names, load_persistent: Callable[[Any], Any] 
 
   for _ in range(_OPCODES_LIMIT):
     opcode = file.read(1)
-    # The commonest come first: they are compared one after the other.
+    # Compared in order, so the most frequent come first.
     match opcode:
       case pickle.BINPUT:
         memo[unpack('<B')] = stack[-1]

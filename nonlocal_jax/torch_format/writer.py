@@ -12,7 +12,7 @@ import numpy as np
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import whole_file
 
-_ALIGNMENT = 64  # bytes: so PyTorch can map the data into memory
+_ALIGNMENT = 64  # bytes; lets PyTorch memory-map the data
 _STORAGE_CLASSES = {np.dtype(np.float32): 'FloatStorage', np.dtype(np.int64): 'LongStorage'}
 
 
@@ -22,7 +22,7 @@ def write_torch_checkpoint(
   """Writes what `torch.save({'meta': meta, 'state_dict': state_dict}, path)` would.
 
   Args:
-    path: The file; must not exist. It is there when it is complete, and not before.
+    path: The file; must not exist. It is written atomically.
     state_dict: float32 and int64 arrays by name, of any strides.
     meta: Strings, numbers, lists, tuples and dicts.
 
@@ -41,7 +41,7 @@ def write_torch_checkpoint(
 
 
 def _add(archive: zipfile.ZipFile, name: str, data: bytes | np.ndarray) -> None:
-  """Adds a member whose data begin at a multiple of the alignment, by a field that pads."""
+  """Adds a member whose data are aligned, by a padding field in its header."""
   member = zipfile.ZipInfo(name)
   assert archive.fp is not None
   unpadded = archive.fp.tell() + 30 + len(name) + 4  # a member's header, its name, the field's
@@ -53,7 +53,7 @@ def _add(archive: zipfile.ZipFile, name: str, data: bytes | np.ndarray) -> None:
 
 
 def _pickle(state_dict: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
-  """The pickle of both, each array a call of PyTorch's that rebuilds it from its storage."""
+  """Pickles both; each array is a call of PyTorch's function that rebuilds it from its storage."""
   tensors = (
     _plain(name) + _tensor(str(key), array) for key, (name, array) in enumerate(state_dict.items())
   )

@@ -1,4 +1,4 @@
-"""Weights alone with their description, written by Orbax."""
+"""Saves and loads weights with their description, by Orbax."""
 
 import dataclasses
 import os
@@ -23,7 +23,7 @@ WEIGHTS = 'weights'
 
 
 def save_weights(directory: Path, state: nnx.State, description: ModelDescription) -> None:
-  """Writes weights and their description; a directory that exists is complete.
+  """Writes weights and their description atomically: a directory that exists is complete.
 
   Args:
     directory: Where to; must not exist.
@@ -48,7 +48,7 @@ def save_weights(directory: Path, state: nnx.State, description: ModelDescriptio
 
 
 def _remove(directory: Path, *, quiet_seconds: float = 1, patience: float = 10) -> None:
-  """Removes a directory that writes abandoned by Orbax may still make anew for a moment."""
+  """Removes a directory that unfinished background writes of Orbax may recreate for a moment."""
   gone_since = None
   deadline = time.monotonic() + patience
   while time.monotonic() < deadline:
@@ -63,7 +63,7 @@ def _remove(directory: Path, *, quiet_seconds: float = 1, patience: float = 10) 
 
 
 def _array_handler() -> ocp.PyTreeCheckpointHandler:
-  """Orbax's own, but host arrays are not copied before they are written: nobody changes them."""
+  """Orbax's handler without copying host arrays before writing: nobody changes them."""
   handlers = ocp.type_handlers
   registry = handlers.create_type_handler_registry(
     (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False)),
@@ -86,7 +86,7 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
   """
   description = read_description(directory)
   like = state_shapes(description.config)
-  # Host arrays: the run may have had other devices.
+  # Host arrays, because the run may have had other devices.
   target = {
     name: ocp.utils.to_shape_dtype_struct(np.empty(array.shape, array.dtype))
     for name, array in to_arrays(like).items()
@@ -104,7 +104,7 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
 
 
 def read_description(directory: Path) -> ModelDescription:
-  """Reads what stands beside the weights in a converted directory or a workdir.
+  """Reads the description in a converted directory or a workdir.
 
   Raises:
     UserError: If it is neither.

@@ -1,4 +1,4 @@
-"""What stands beside saved weights: all that is needed to use them."""
+"""The description saved beside weights: everything needed to use them."""
 
 import dataclasses
 import json
@@ -19,11 +19,11 @@ class ModelDescription:
     protocol: How its images are tested.
     dataset: 'cityscapes', 'ade20k', 'voc12aug', 'demo' or 'custom'.
     classes: Name of each class.
-    palette: RGB colour of each class, in [0, 255].
+    palette: RGB color of each class, in [0, 255].
     source: Where the weights come from: a file, or the training run.
     sha256: The file's sha256 in hex digits, None if there was none.
-    num_batches_tracked: Training batches that the batch normalisations of each part of the network
-      have seen, by PyTorch's counters; nothing computes with them.
+    num_batches_tracked: PyTorch's counters of training batches, for each part of the network;
+      kept to write them back.
   """
 
   config: NonLocalNetConfig
@@ -36,7 +36,7 @@ class ModelDescription:
   num_batches_tracked: Mapping[str, int]
 
   def with_align_corners(self, align_corners: bool) -> Self:
-    """The same with another corner convention, of the network and of how it is tested."""
+    """The same with another corner convention, in `config` and in `protocol`."""
     return dataclasses.replace(
       self,
       config=dataclasses.replace(self.config, align_corners=align_corners),
@@ -74,7 +74,7 @@ class ModelDescription:
 
 
 def _from_before_december_2026(fields: dict[str, Any]) -> dict[str, Any]:
-  """Today's fields from a description that held parts of network and protocol one by one."""
+  """Converts the fields of older descriptions, where parts of config and protocol were flat."""
   corners = {'align_corners': fields.pop('align_corners')}
   config = {**fields.pop('architecture'), **corners}
   protocol = {'scale': fields.pop('test_scale'), **corners}

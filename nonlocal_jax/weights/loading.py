@@ -1,4 +1,4 @@
-"""Weights from wherever they are: a .pth file, a converted directory, a training run."""
+"""Reads weights from a .pth file, a converted directory or a training run."""
 
 import collections
 import dataclasses
@@ -32,14 +32,14 @@ from nonlocal_jax.weights.state_dict import (
 
 @dataclasses.dataclass(frozen=True)
 class TorchWeights:
-  """The network in a .pth file.
+  """The contents of a .pth file.
 
   Attributes:
-    description: What is known about it.
+    description: What is known about the network.
     state: Parameters and running statistics as float32 host arrays.
-    released: The release that the file is, recognised by its sha256; None for any other file.
-    skipped: How many of the file's arrays no network needs, by reason.
-    notes: What its reader should know: each a sentence.
+    released: The released model, recognized by the file's sha256; None for other files.
+    skipped: Number of arrays in the file that the network does not use, by reason.
+    notes: Remarks for the user, one sentence each.
   """
 
   description: ModelDescription
@@ -56,7 +56,7 @@ def read_weights(
 
   Args:
     path: A .pth file, a converted directory or the workdir of a training run.
-    align_corners: The corner convention, in place of what is known of the directory or file.
+    align_corners: Overrides the corner convention; None for that of the directory or file.
 
   Returns:
     The description, and parameters and running statistics as float32 host arrays.
@@ -75,15 +75,14 @@ def read_weights(
 
 
 def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> TorchWeights:
-  """Reads the .pth file of a segmentation network, and finds out what it is.
+  """Reads the .pth file of a segmentation network.
 
-  A released file is recognised by its sha256, whatever its name. Of another file, the config that
-  mmsegmentation saved in it tells how to test; what it does not tell is mmsegmentation's default:
-  half-pixel corners, whole images at their own size.
+  A released file is recognized by its sha256, whatever its name. For other files the protocol comes
+  from the config that mmsegmentation saved in them, see `mmseg_config.recorded_protocol`.
 
   Args:
     path: The file.
-    align_corners: The corner convention, in place of what is known of the file.
+    align_corners: Overrides the corner convention; None for that of the file.
 
   Raises:
     UserError: If there are no weights of a NonLocalNet, or a released file is not what its name
@@ -147,7 +146,7 @@ def read_backbone(path: Path, config: NonLocalNetConfig) -> nnx.State:
 
 
 def sha256_of(path: Path) -> str:
-  """In hex digits; '' if it cannot be read, about which the reader has more to say."""
+  """The sha256 of a file in hex digits; '' if it cannot be read, which the reader reports."""
   try:
     with open(path, 'rb') as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()
@@ -156,7 +155,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _check_name(path: Path, sha256: str, released: ReleasedModel | None) -> list[str]:
-  """Notes on what name and sha256 tell.
+  """Compares a file's name with its sha256; returns notes for the user.
 
   Raises:
     UserError: If a file with the name of a released one has other contents.
@@ -177,7 +176,7 @@ def _check_name(path: Path, sha256: str, released: ReleasedModel | None) -> list
 def _classes(
   count: int, released: ReleasedModel | None, meta: Mapping[str, Any]
 ) -> tuple[str, tuple[str, ...], tuple[tuple[int, int, int], ...]]:
-  """Dataset, names and colours of the classes; the file's meta may be anything."""
+  """Dataset, names and colors of the classes; `meta` is not trusted."""
   if released:
     dataset = PUBLISHED[released.dataset]
     return dataset.name, dataset.classes, dataset.palette
@@ -185,7 +184,7 @@ def _classes(
   names = {'classes': meta.get('CLASSES'), 'palette': meta.get('PALETTE')}  # of 0.x
   if type(later) is dict:
     names |= {key: later[key] for key in names if key in later}
-  classes, palette = _names(names['classes'], count), _colours(names['palette'], count)
+  classes, palette = _names(names['classes'], count), _colors(names['palette'], count)
   known = (dataset for dataset in PUBLISHED.values() if dataset.classes == classes)
   dataset = next(known, custom_dataset(count))
   return dataset.name, classes or dataset.classes, palette or dataset.palette
@@ -198,7 +197,7 @@ def _names(value: Any, count: int) -> tuple[str, ...] | None:
   return tuple(value) if fits else None
 
 
-def _colours(value: Any, count: int) -> tuple[tuple[int, int, int], ...] | None:
+def _colors(value: Any, count: int) -> tuple[tuple[int, int, int], ...] | None:
   if isinstance(value, np.ndarray) and value.shape == (count, 3):
     value = value.tolist()
   if not isinstance(value, list | tuple) or len(value) != count:

@@ -1,4 +1,4 @@
-"""The config text that mmsegmentation saves with its weights: how the network is to be tested."""
+"""Reads the test protocol from the config text that mmsegmentation saves with its weights."""
 
 import re
 from collections.abc import Mapping
@@ -12,16 +12,16 @@ _TEST_CFG = re.compile(r'\btest_cfg\s*=\s*dict\(((?:[^()]|\([^()]*\))*)\)')
 
 
 def recorded_protocol(meta: Mapping[str, Any]) -> tuple[EvalProtocol, tuple[str, ...]]:
-  """Reads how to test from the `meta` of a checkpoint.
+  """Reads the test protocol from the `meta` of a checkpoint.
 
-  What the config does not say is mmsegmentation's default: half-pixel corners, whole images at
+  What the config does not say takes mmsegmentation's default: half-pixel corners, whole images at
   their own size.
 
   Args:
-    meta: Of any origin. mmsegmentation 0.x has the config's text as 'config', 1.x as 'cfg'.
+    meta: Not trusted. mmsegmentation 0.x stores the config's text as 'config', 1.x as 'cfg'.
 
   Returns:
-    The protocol, and the names of the fields that the config should say but does not.
+    The protocol, and the names of fields that the config leaves open and that matter.
   """
   texts = [text for text in (meta.get('cfg'), meta.get('config')) if type(text) is str]
   text = texts[0][:1_000_000] if texts else ''

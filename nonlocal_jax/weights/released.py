@@ -1,4 +1,4 @@
-"""The 16 released checkpoints and what was published of them (mmseg `nonlocal_net/README`)."""
+"""The 16 released checkpoints and their published scores (mmseg `nonlocal_net/README`)."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ class ReleasedModel:
     file: Name of the released file; its last eight digits begin the file's sha256.
     miou: Published mIoU in percent, single scale.
     miou_ms_flip: Published mIoU in percent with multi-scale and flip, None if there is none.
-    replaced: Whether a later file under the same name took this one's place.
+    replaced: Whether a later file of the same model replaced this one.
   """
 
   name: str

@@ -1,4 +1,4 @@
-"""The Orbax checkpoints of a training run: network, optimizer and place in the data."""
+"""The Orbax checkpoints of a training run: network, optimizer and data iterator."""
 
 import sys
 from pathlib import Path
@@ -20,13 +20,13 @@ SET_ASIDE = 'unreadable_checkpoints'
 
 
 def has_checkpoint(workdir: Path) -> bool:
-  """Whether there is a complete checkpoint in `workdir`; those under way have other names."""
+  """Whether `workdir` holds a complete checkpoint; unfinished ones have other names."""
   directory = workdir / CHECKPOINTS
   return directory.is_dir() and any(entry.name.isdigit() for entry in directory.iterdir())
 
 
 class Restored(NamedTuple):
-  """A checkpoint that was read.
+  """A restored checkpoint.
 
   Attributes:
     step: Steps taken.
@@ -42,13 +42,13 @@ class Restored(NamedTuple):
 
 
 class RunCheckpoints:
-  """The checkpoints below a workdir. What can be read is as it was saved: checksums are compared.
+  """The checkpoints in a workdir, verified by checksums when they are read.
 
   Use as a context manager: leaving waits for what is still being written.
   """
 
   def __init__(self, workdir: Path, *, keep: int | None):
-    """Opens the checkpoints in `workdir`; the newest `keep` stay, None: nothing will be written."""
+    """Opens the checkpoints in `workdir`; keeps the newest `keep`, or is read-only for None."""
     self._workdir = workdir
     self._directory = (workdir / CHECKPOINTS).absolute()
     self._what = f'the checkpoints in {self._directory} cannot be written'
@@ -61,7 +61,7 @@ class RunCheckpoints:
       )
 
   def __enter__(self) -> Self:
-    """Errors of background writes are raised here and by `save` and `wait`, not printed."""
+    """From here on, errors of background writes are raised by `save` and `wait`, not printed."""
     self._quiet = QuietThreads().__enter__()
     return self
 
@@ -89,7 +89,7 @@ class RunCheckpoints:
     training: Any = None,
     data: dict[str, int] | None = None,
   ) -> None:
-    """Writes in the background; nothing if `step` is there already.
+    """Saves a checkpoint in the background; does nothing if `step` is already saved.
 
     Args:
       step: Steps taken.
@@ -98,7 +98,7 @@ class RunCheckpoints:
       data: State of the iterator over training batches.
 
     Raises:
-      UserError: If this or the save before cannot be written.
+      UserError: If this checkpoint or the previous one cannot be written.
     """
     if step == self.latest_step():
       return
@@ -114,7 +114,7 @@ class RunCheckpoints:
       self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
   def wait(self) -> None:
-    """Waits for what is being written.
+    """Waits until pending checkpoints are written.
 
     Raises:
       UserError: If it cannot be written.
@@ -123,9 +123,9 @@ class RunCheckpoints:
       self._manager.wait_until_finished()
 
   def restore(self, *, model: nnx.State, training: Any) -> Restored:
-    """Reads the newest checkpoint that can be read, with a warning about newer ones.
+    """Restores the newest readable checkpoint.
 
-    Those are moved out of the way, to be looked at or deleted by hand.
+    Newer ones that cannot be read are moved out of the way, with a warning.
 
     Args:
       model: Parameters and running statistics of the same structure, shapes and shardings.
@@ -148,7 +148,7 @@ class RunCheckpoints:
     raise UserError(f'no checkpoint in {self._directory} can be read: {reasons}.')
 
   def restore_model(self, target: Arrays) -> tuple[int, Arrays]:
-    """Reads the step and the network of the newest checkpoint, arrays like `target`.
+    """Restores step and network of the newest checkpoint, as arrays like `target`.
 
     Raises:
       UserError: If there is no checkpoint, or it cannot be read.
