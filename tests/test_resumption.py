@@ -65,7 +65,7 @@ def test_a_continued_run_ends_bit_by_bit_as_one_that_never_stopped(
   np.testing.assert_array_equal(continued.confusion, trained[1].confusion)
   assert_same_run(stopped_at_2, trained[0])
   said = capsys.readouterr().out
-  assert f'goes on at step 2 of {stopped_at_2}; none.pth is not read again' in said
+  assert f'resumes at step 2 of {stopped_at_2}; none.pth is not read again' in said
 
 
 def test_an_evaluation_that_was_cut_off_is_made_up_for(training_config, trained, stopped_at_2):
@@ -138,7 +138,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(training_config, trained, tmp_
   assert [path.name for path in (workdir / 'unreadable_checkpoints').iterdir()] == ['4']
   said = capsys.readouterr()
   assert re.search(r'warning: the checkpoint of step 4 in .* cannot be read: .*moved to', said.err)
-  assert f'goes on at step 2 of {workdir}' in said.out
+  assert f'resumes at step 2 of {workdir}' in said.out
 
 
 def test_where_all_are_damaged_nothing_is_touched(training_config, trained, tmp_path):
@@ -201,7 +201,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
     compiled.append(compiled_programs())
   finished = subprocess.run(command, capture_output=True, text=True)
   assert finished.returncode == 0, finished.stderr
-  assert 'goes on at step 2 of' in finished.stdout
+  assert 'resumes at step 2 of' in finished.stdout
   assert_same_run(workdir, trained[0])
   assert compiled[0] == compiled[1] == compiled_programs()
 

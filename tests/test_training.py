@@ -209,11 +209,12 @@ def test_the_first_lines_say_what_the_run_is(averaged):
   size = sum(array.size for array in jax.tree.leaves(nnx.split_state(model, nnx.Param, ...)[0]))
   assert 'custom: from scratch\n' in said
   assert (
-    "4 device(s) (cpu) of 1 process(es), mesh {'data': 4}; batch 8, 2 on each device, in 2" in said
+    "4 device(s) (cpu) of 1 process(es), mesh {'data': 4}; batch 8, 2 on each device, "
+    'accumulated over 2 parts\n' in said
   )
   assert re.search(rf'{size:,} parameters; a training step needs 0\.\d\d GiB on each device', said)
   assert '4 steps of SGD: learning rate 0.01 to 0.0001, poly 0.9 (v0), heads x 1.0' in said
-  assert 'global batch normalisation; bfloat16; average of weights with decay 0.5\n' in said
+  assert 'global batch normalization; bfloat16; averaged weights with decay 0.5\n' in said
   table = {
     cells[1].strip(): cells[3].strip()
     for cells in (x.split('|') for x in said.splitlines())
@@ -243,7 +244,7 @@ def test_fine_tuning_with_other_classes_needs_a_word(training_config, trained, t
   config.train.steps = 1
   config.optimizer.learning_rate = config.optimizer.min_learning_rate = 0.0
   with pytest.raises(
-    UserError, match=r'8 classes, but .* 9 classes; to go on with other classes, '
+    UserError, match=r'8 classes, but .* 9 classes; to fine-tune it on other classes, '
   ):
     train_and_evaluate(config, tmp_path / 'workdir', checkpoint=trained[0])
   assert not (tmp_path / 'workdir').exists()

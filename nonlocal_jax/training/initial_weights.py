@@ -55,7 +55,7 @@ def read_initial_weights(
   with_their_classes = dataclasses.replace(network, num_classes=found.num_classes)
   if not found.predicts_like(with_their_classes if new_classifier else network):
     hint = (
-      '; to go on with other classes, set new_classifier'
+      '; to fine-tune it on other classes, set new_classifier'
       if found.predicts_like(with_their_classes)
       else '; use its own config, or set the model to match'
     )

@@ -107,7 +107,7 @@ class TrainingRun:
       step_gib: Memory of a step on each device, in GiB.
     """
     schedule, optimizer, augment, step = self.schedule, self.optimizer, self.augment, self.step
-    parts = f', in {step.accumulate} parts one after the other' if step.accumulate > 1 else ''
+    parts = f', accumulated over {step.accumulate} parts' if step.accumulate > 1 else ''
     poly = f'poly {optimizer.power} ({optimizer.schedule})'
     return (
       f'{self.name}: {source}\n'
@@ -121,18 +121,18 @@ class TrainingRun:
       f'{"" if optimizer.decay_norm_and_bias else " (kernels only)"}\n'
       f'crop {augment.crop} of images scaled into {augment.scale} times {augment.ratio_range}; '
       f'auxiliary loss x {step.loss.auxiliary_weight}; {self.execution.batch_norm} batch '
-      f'normalisation; {step.dtype}; {self._extras()}'
+      f'normalization; {step.dtype}; {self._extras()}'
     )
 
   def _extras(self) -> str:
     """Returns the enabled options that are not part of the published recipe."""
     loss, execution = self.step.loss, self.execution
     extras = {
-      'mean over labelled pixels': loss.avg_non_ignore,
+      'mean over labeled pixels': loss.avg_non_ignore,
       'class weights': loss.class_weights,
       f'OHEM below {loss.ohem and loss.ohem.thresh}': loss.ohem,
-      f'average of weights with decay {self.step.ema_decay}': self.step.ema_decay,
-      'rematerialised blocks': execution.rematerialize,
+      f'averaged weights with decay {self.step.ema_decay}': self.step.ema_decay,
+      'rematerialized blocks': execution.rematerialize,
       f'{execution.attention} attention': execution.attention != 'blocks',
       'no non-local block': not self.network.non_local,
     }
@@ -177,7 +177,7 @@ def train_and_evaluate(
         state = jax.device_put(with_weights(state, initial.state), replicated(mesh))
     else:
       state = restore(checkpoints, state, batches)
-      source = f'goes on at step {int(state.step):,} of {workdir}'
+      source = f'resumes at step {int(state.step):,} of {workdir}'
       if ignored_checkpoint is not None:
         source += f'; {ignored_checkpoint} is not read again'
     start, steps = int(state.step), plan.steps
@@ -218,8 +218,8 @@ def train_and_evaluate(
         save(checkpoints, state, batches)
         checkpoints.wait()
         raise RunStopped(
-          f'stopped by {stop.received or "a signal"} after step {step:,}, which is saved; the same '
-          'command goes on from there.'
+          f'stopped by {stop.received or "a signal"} after step {step:,}, which is saved; run the '
+          'same command again to resume.'
         )
 
       evaluation = None
