@@ -148,7 +148,7 @@ def test_the_core_says_what_training_needs(tmp_path):
     assert result.returncode == 1
     assert re.fullmatch(
       rf'error: nonlocal-jax {command} needs the package \w+, which the core installation leaves '
-      r"out: pip install 'nonlocal-jax\[train\]'\.\n",
+      r"out; in a clone, run: pip install '\.\[train\]'\.\n",
       result.stderr,
     ), result.stderr
     assert not list(tmp_path.iterdir())

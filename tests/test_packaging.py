@@ -107,4 +107,4 @@ except nonlocal_jax.UserError as error:
 """
   result = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
   assert result.returncode == 0, result.stderr
-  assert 'pip install nonlocal-jax[plot]' in result.stdout
+  assert "pip install '.[plot]'" in result.stdout

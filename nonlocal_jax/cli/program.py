@@ -122,8 +122,8 @@ def needs_extra(command: str) -> Iterator[None]:
     if package not in TRAIN_PACKAGES:
       raise
     raise UserError(
-      f'nonlocal-jax {command} needs the package {package}, which the core installation leaves '
-      "out: pip install 'nonlocal-jax[train]'."
+      f'nonlocal-jax {command} needs the package {package}, which the core installation '
+      "leaves out; in a clone, run: pip install '.[train]'."
     ) from error
 
 

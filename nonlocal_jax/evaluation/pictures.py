@@ -170,10 +170,10 @@ def _sheet(
 
 @contextlib.contextmanager
 def _plot_extra() -> Iterator[None]:
-  """Says how to install matplotlib where it is missing."""
+  """Converts a missing matplotlib to a `UserError` that says how to install it."""
   try:
     yield
   except ImportError as error:
     raise UserError(
-      f'these pictures need matplotlib ({error}); install it with: pip install nonlocal-jax[plot]'
+      f"these pictures need matplotlib ({error}); in a clone, run: pip install '.[plot]'"
     ) from error
