@@ -124,7 +124,7 @@ class EvalProtocol:
 
   @classmethod
   def from_json(cls, text: str) -> Self:
-    """Reads what `to_json` wrote.
+    """Creates a protocol from the result of `to_json`.
 
     Raises:
       ValueError: If the text is not JSON, a field is unknown or its value is out of range.
@@ -132,7 +132,7 @@ class EvalProtocol:
     return cls.from_dict(json.loads(text))
 
   def to_dict(self) -> dict[str, Any]:
-    """The fields as values that JSON can hold."""
+    """Returns the fields as a dictionary of JSON values."""
     return dataclasses.asdict(self)
 
   def to_json(self) -> str:

@@ -172,7 +172,7 @@ def report_split(split: PreparedSplit, dataset: Dataset) -> None:
 
   Args:
     split: The split.
-    dataset: What it is taken to be.
+    dataset: The dataset whose classes its labels are checked against.
 
   Raises:
     UserError: If a label value is no class and not ignored.

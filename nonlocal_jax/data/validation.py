@@ -39,8 +39,8 @@ class AuditedSample(NamedTuple):
 def read_sample(sample: Sample) -> AuditedSample:
   """Reads and decodes both files of a sample.
 
-  Label maps in Cityscapes' ids (`*_labelIds.png`) become maps of its 19 classes, and those of SBD
-  (`.mat`) PNG files.
+  Cityscapes label ids (`*_labelIds.png`) are mapped to its 19 classes; SBD labels (`.mat`) are
+  converted to PNG.
 
   Args:
     sample: What to read.

@@ -68,7 +68,7 @@ def read_pickle(
 
 
 def is_shape(value: Any) -> bool:
-  """Whether `value` can be the shape of an array, or its strides counted in elements."""
+  """Returns whether `value` is a valid shape, or valid strides counted in elements."""
   return (
     type(value) is tuple
     and len(value) <= _NDIM_LIMIT

@@ -154,7 +154,20 @@ def pixel_losses(
 def reduced_pixel_losses(
   logits: jax.Array, labels: jax.Array, factor: int, align_corners: bool, ignore_index: int
 ) -> PixelLosses:
-  """Computes `pixel_losses` in one reduction over the classes of upsampled logits."""
+  """Computes `pixel_losses` in one reduction over the classes of upsampled logits.
+
+  Upsampled logits are never materialized. Reverse mode only.
+
+  Args:
+    logits: (n, h, w, c) floats.
+    labels: (n, out_h, out_w) integers in [0, c) or `ignore_index`.
+    factor: See `ops.upsampling.upsampling_factor`.
+    align_corners: See `pixel_losses`.
+    ignore_index: Label of pixels without a class.
+
+  Returns:
+    Losses of the dtype of `logits`, and hits.
+  """
   return _reduced_forwards(logits, labels, factor, align_corners, ignore_index)[0]
 
 

@@ -73,16 +73,16 @@ def _array_handler() -> ocp.PyTreeCheckpointHandler:
 
 
 def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
-  """Reads the weights that `save_weights` wrote, or the newest of a training run's workdir.
+  """Loads weights from a directory written by `save_weights` or a training run.
 
   Args:
-    directory: The directory.
+    directory: The directory; of a run's workdir the newest checkpoint is loaded.
 
   Returns:
     The description, and parameters and running statistics as host arrays.
 
   Raises:
-    UserError: If there are none.
+    UserError: If `directory` holds no weights, or they cannot be read.
   """
   description = read_description(directory)
   like = state_shapes(description.config)

@@ -49,7 +49,7 @@ class ModelDescription:
 
   @classmethod
   def from_json(cls, text: str, *, source: str) -> Self:
-    """Reads what `to_json` of this or an earlier version wrote.
+    """Creates a description from the result of `to_json`, of this or an earlier version.
 
     Args:
       text: The JSON.

@@ -46,7 +46,7 @@ class ReleasedModel:
 
   @property
   def align_corners(self) -> bool:
-    """Whether logits are resized corner on corner: so in the 769x769 models alone."""
+    """Whether logits are resized with aligned corners, which only the 769x769 models are."""
     return self.crop == (769, 769)
 
   @property
