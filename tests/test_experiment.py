@@ -88,13 +88,16 @@ def test_auto_attention_is_in_blocks_on_cpus():
   assert experiment.execution.attention == experiment.eval_execution.attention == 'blocks'
 
 
-def test_memory_is_trimmed_after_each_compilation(monkeypatch):
+def test_memory_is_trimmed_after_long_compilations(monkeypatch):
   trimmed = []
   library = types.SimpleNamespace(malloc_trim=trimmed.append)
   monkeypatch.setattr(ctypes, 'CDLL', lambda _: library)
   monkeypatch.setattr('sys.platform', 'linux')
   trim_memory_after_compiling()
-  run = jax.jit(lambda x: x * 3.25 + 1)
+  jax.jit(lambda x: x * 3.25 + 1)(jnp.ones(7))
+  assert not trimmed  # a short one
+  monkeypatch.setattr('nonlocal_jax.runtime.compilation._LONG_SECS', 0.0)
+  run = jax.jit(lambda x: x * 3.5 + 1)
   run(jnp.ones(7))
   count = len(trimmed)
   assert count > 0

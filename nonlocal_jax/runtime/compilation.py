@@ -15,6 +15,7 @@ from nonlocal_jax.runtime.parallel import Platform
 # Schedules operations for low memory instead of concurrency.
 _CPU_OPTIONS = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
 _COMPILED = '/jax/core/compile/backend_compile_duration'  # JAX's monitoring event
+_LONG_SECS = 2.0
 _MAX_CACHE_BYTES = 4 * 2**30
 
 
@@ -24,7 +25,7 @@ def compiler_options(platform: Platform) -> dict[str, str]:
 
 
 def trim_memory_after_compiling() -> None:
-  """Returns freed memory to the system after each compilation, about 0.5 GiB.
+  """Returns freed memory to the system after each long compilation, about 0.5 GiB.
 
   Registers a listener for all later compilations of this process. Does nothing without glibc.
   """
@@ -33,8 +34,9 @@ def trim_memory_after_compiling() -> None:
     return
 
   def listener(event: str, duration_secs: float, **unused: Any) -> None:
-    del duration_secs, unused
-    if event == _COMPILED:
+    del unused
+    # Short compilations free little, and what is trimmed has to be mapped again.
+    if event == _COMPILED and duration_secs >= _LONG_SECS:
       trim(0)
 
   jax.monitoring.register_event_duration_secs_listener(listener)
