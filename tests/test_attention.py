@@ -18,6 +18,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 
 from nonlocal_jax import NonLocalBlock, UserError
 from nonlocal_jax.ops.attention import check_attention, cudnn_attention, fastest_attention
+from nonlocal_jax.ops.flash_attention import flash_attention
 
 FORWARDS, BACKWARDS = '@__cudnn$fmhaSoftmax(', '@__cudnn$fmhaSoftmaxBackward('
 
@@ -177,3 +178,13 @@ def test_the_fastest_attention_that_loses_no_accuracy():
     (256, jax.devices(), 'default', True, 'blocks'),
   ):
     assert fastest_attention(channels, devices, precision=precision, train=train) == expected
+
+
+def test_channels_that_the_kernel_takes():
+  check_attention('flash', 256, gpu('H100', '9.0'))
+  for channels in (8, 96, 512):
+    with pytest.raises(UserError, match=f'flash, which takes 16, .*, and .* has {channels}; leave'):
+      check_attention('flash', channels, gpu('H100', '9.0'))
+  x = jnp.zeros((1, 4, 512))
+  with pytest.raises(ValueError, match='queries have 512 channels, expected one of 16, 32'):
+    flash_attention(x, x, x, scale=1.0)

@@ -13,6 +13,8 @@ from nonlocal_jax.ops.blocks import map_blocks
 
 Attention = Literal['blocks', 'cudnn', 'flash']
 
+# Of the kernel in `flash_attention`; more do not fit into a GPU's shared memory.
+FLASH_CHANNELS = (16, 32, 64, 128, 256)
 # From this compute capability on, cuDNN supports 256 channels instead of 128.
 _HOPPER = (9, 0)
 
@@ -240,8 +242,8 @@ def fastest_attention(
     return 'blocks'
   if precision in (None, 'default', 'tensorfloat32'):
     return 'cudnn'
-  is_measured = device.compute_capability == '9.0' and channels & (channels - 1) == 0
-  return 'flash' if is_measured and channels >= 16 and len(devices) == 1 and not train else 'blocks'
+  is_measured = device.compute_capability == '9.0' and channels in FLASH_CHANNELS
+  return 'flash' if is_measured and len(devices) == 1 and not train else 'blocks'
 
 
 def _most_cudnn_channels(device: jax.Device) -> int:
@@ -271,10 +273,10 @@ def check_attention(attention: Attention, channels: int, device: jax.Device) -> 
       f'{device.device_kind}; leave it at blocks.'
     )
   if attention == 'flash':
-    if channels & (channels - 1) or channels < 16:
+    if channels not in FLASH_CHANNELS:
       raise UserError(
-        'attention is flash, which takes a power of two of at least 16 inner channels, and the '
-        f'non-local block has {channels}; leave it at blocks, or change the width.'
+        f'attention is flash, which takes {", ".join(map(str, FLASH_CHANNELS))} inner channels, '
+        f'and the non-local block has {channels}; leave it at blocks, or change the width.'
       )
     return
   capability = device.compute_capability

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from nonlocal_jax.ops.attention import softmax_attention
+from nonlocal_jax.ops.attention import FLASH_CHANNELS, softmax_attention
 
 _MASKED = -1e30  # a score whose weight is zero
 _LARGEST = 8  # float16 operands are scaled to below 2^8, so that few of them are subnormal
@@ -56,7 +56,7 @@ def flash_attention(
   `attention.softmax_attention`.
 
   Args:
-    queries: (n, q, d) floats, d a power of two.
+    queries: (n, q, d) floats, d one of `attention.FLASH_CHANNELS`.
     keys: (n, k, d), the same dtype.
     values: (n, k, d), the same dtype.
     scale: Factor of the scores.
@@ -69,7 +69,15 @@ def flash_attention(
 
   Returns:
     (n, q, d), the dtype of `values`.
+
+  Raises:
+    ValueError: If the kernel does not support d channels.
   """
+  if queries.shape[-1] not in FLASH_CHANNELS:
+    raise ValueError(
+      f'queries have {queries.shape[-1]} channels, expected one of '
+      f'{", ".join(map(str, FLASH_CHANNELS))}; use softmax_attention'
+    )
   if queries.dtype.itemsize == 2:
     parts = 1
   elif parts is None:
