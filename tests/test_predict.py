@@ -11,6 +11,7 @@ from PIL import Image
 import nonlocal_jax
 from nonlocal_jax.cli import predict
 from nonlocal_jax.evaluation.pictures import overlay
+from nonlocal_jax.inference import pretrained
 from nonlocal_jax.inference.buckets import PaddedShape
 from nonlocal_jax.inference.images import read_image
 from nonlocal_jax.protocol import EvalProtocol
@@ -104,6 +105,24 @@ def test_convolutions_and_products_are_computed_as_asked_and_agree(
   assert 'HIGHEST' not in network
   fast, direct = (np.array(Image.open(tmp_path / name / 'a.png')) for name in ('0', '1'))
   assert np.mean(fast == direct) > 0.999
+
+
+def test_attention_is_computed_as_asked(folder, peer_checkpoint, script, monkeypatch, tmp_path):
+  arguments = [folder / 'a.png', f'--checkpoint={peer_checkpoint}', f'--out={tmp_path}/out', *SCALE]
+  status, said = script(predict, *arguments, '--attention=cudnn')
+  assert status == 1
+  assert said.startswith('error: attention is cudnn, which needs an NVIDIA GPU, and this program')
+  asked = []
+  monkeypatch.setattr(pretrained, 'chosen_attention', lambda name, *_, **__: asked.append(name))
+  with pytest.raises(ValueError, match='attention is None'):
+    script(predict, *arguments, '--attention=auto')
+  assert asked == ['auto']
+  monkeypatch.setattr(pretrained, 'chosen_attention', lambda *_, **__: 'flash')
+  model = nonlocal_jax.load(peer_checkpoint, attention='auto')
+  images = nonlocal_jax.normalize(image_of((48, 56))[None])
+  assert 'pallas_call' in str(jax.make_jaxpr(model.logits)(images))
+  model = nonlocal_jax.load(peer_checkpoint)
+  assert 'pallas_call' not in str(jax.make_jaxpr(model.logits)(images))
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from nonlocal_jax.evaluation.pictures import overlay
 from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
 from nonlocal_jax.inference.stream import PIXELS_AHEAD, Prediction
 from nonlocal_jax.models import Execution
+from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.runtime.files import whole_file
 from nonlocal_jax.runtime.pipeline import in_threads
 from nonlocal_jax.runtime.progress import progress_bar
@@ -77,6 +78,13 @@ def main(arguments: Sequence[str]) -> None:
     help="precision of matrix products: 'highest' is float32; on recent GPUs 'default' is TF32, "
     "several times as fast, and 'high' three TF32 convolutions in place of one (default: highest)",
   )
+  parser.add_argument(
+    '--attention',
+    choices=[*get_args(Attention), 'auto'],
+    default='blocks',
+    help="how attention is computed: 'flash' and 'cudnn' (which rounds to float16) are for NVIDIA "
+    "GPUs, 'auto' is the fastest that suits the precision (default: blocks)",
+  )
   options = parser.parse(arguments)
   images = find_images(options.inputs)
   execution = Execution.for_platform()
@@ -87,6 +95,7 @@ def main(arguments: Sequence[str]) -> None:
     align_corners=options.align_corners,
     execution=execution,
     precision=options.precision,
+    attention=options.attention,
     devices=jax.local_devices()[: len(images)],
   )
   if options.scale:

@@ -18,9 +18,11 @@ from nonlocal_jax.inference.images import ImageLike
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.stream import Prediction, predictions
 from nonlocal_jax.models import Execution, NonLocalNet
+from nonlocal_jax.models.config import chosen_attention
+from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.compilation import compiler_options
-from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh, replicated
+from nonlocal_jax.runtime.parallel import data_mesh, platform_of, platform_of_mesh, replicated
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
@@ -34,6 +36,7 @@ def load(
   align_corners: bool | None = None,
   execution: Execution | None = None,
   precision: Precision = 'highest',
+  attention: Attention | Literal['auto'] | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> 'PretrainedModel':
   """Loads a trained network to predict with.
@@ -53,6 +56,9 @@ def load(
     precision: Precision of matrix products: 'highest' is float32, as for the published scores. On
       recent GPUs 'default' is TF32, several times as fast, and 'high' computes each convolution as
       three TF32 convolutions.
+    attention: How attention is computed: 'blocks', on NVIDIA GPUs also 'flash' or 'cudnn', or
+      'auto' for the fastest that suits `precision`; None for that of `execution`. 'cudnn' rounds
+      queries, keys and values to float16.
     devices: The devices of this process that share the images of a list, e.g.
       `jax.local_devices()`; None for the first one.
 
@@ -60,11 +66,21 @@ def load(
     The network, ready to predict.
 
   Raises:
-    UserError: If there are no weights of a NonLocalNet.
+    UserError: If there are no weights of a NonLocalNet, or network or devices do not support
+      `attention`.
     ValueError: If `precision` is unknown.
   """
-  weights = read_weights(Path(path), align_corners=align_corners)
-  return PretrainedModel(*weights, execution=execution, precision=precision, devices=devices)
+  description, state = read_weights(Path(path), align_corners=align_corners)
+  devices = devices or jax.local_devices()[:1]
+  execution = execution or Execution.for_platform(platform_of(devices))
+  if attention is not None:
+    attention = chosen_attention(
+      attention, description.config, devices, precision=precision, train=False
+    )
+    execution = dataclasses.replace(execution, attention=attention)
+  return PretrainedModel(
+    description, state, execution=execution, precision=precision, devices=devices
+  )
 
 
 def load_module(
