@@ -329,7 +329,7 @@ def test_checks_of_a_gpu_run_the_commands(tmp_path):
     '--config.model.depth=14',
     '--config.data.num_classes=8',
     '--config.train.steps=2',
-    '--config.train.batch_size=2',
+    '--config.train.batch_size=4',
     '--config.train.crop=(64, 64)',
     '--config.train.scale=(96, 96)',
     '--config.eval.scale=(96, 96)',
