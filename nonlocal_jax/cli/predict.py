@@ -11,6 +11,7 @@ blended with these colors. The images of a folder keep their subfolders.
 import argparse
 import dataclasses
 import glob
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -46,6 +47,12 @@ def main(arguments: Sequence[str]) -> None:
     '--submission',
     action='store_true',
     help='write the label values that the servers of Cityscapes and ADE20K expect, and no overlays',
+  )
+  parser.add_argument(
+    '--overlays',
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help='whether to write the blended images beside the label maps (default: yes)',
   )
   parser.add_argument(
     '--multi-scale-flip',
@@ -110,10 +117,13 @@ def main(arguments: Sequence[str]) -> None:
       save(Image.fromarray(values[label]), Path(f'{target}.png'))
       return
     save(with_palette(label, model.palette), Path(f'{target}.png'))
+    if not options.overlays:
+      return
     picture = overlay(prediction.image, label, classes=model.classes, palette=model.palette)
     save(Image.fromarray(picture), Path(f'{target}_overlay.jpg'))
 
   failures: dict[int, str] = {}
+  started = time.perf_counter()
   with progress_bar(len(images), 'Predicting', unit='img') as bar:
 
     def note_failure(index: int, error: UserError) -> None:
@@ -131,7 +141,9 @@ def main(arguments: Sequence[str]) -> None:
       eager=True,
     ):
       bar.update()
-  print(f'{len(images) - len(failures)} of {len(images)} images were predicted, to {options.out}.')
+  seconds = time.perf_counter() - started
+  predicted = len(images) - len(failures)
+  print(f'{predicted} of {len(images)} images were predicted in {seconds:.1f} s, to {options.out}.')
   if failures:
     listed = [failures[index] for index in sorted(failures)]
     raise UserError('\n  '.join([f'{len(failures)} images failed:', *listed]))
