@@ -20,8 +20,8 @@ from nonlocal_jax.data.datasets import (
 from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import Execution, NonLocalNetConfig
-from nonlocal_jax.models.config import STAGE_BLOCKS
-from nonlocal_jax.ops.attention import Attention, check_attention, fastest_attention
+from nonlocal_jax.models.config import STAGE_BLOCKS, chosen_attention
+from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh
 from nonlocal_jax.training.loop import ScheduleConfig
@@ -249,17 +249,13 @@ def _attention(
   Raises:
     UserError: If the devices do not support the one that the config names.
   """
-  attention, channels = config.model.attention, network.inner_channels
   devices = list(mesh.devices.flat)
-  if attention == 'auto':
-    if not network.non_local:
-      return 'blocks'
-    return fastest_attention(channels, devices, precision=precision, train=train)
   try:
-    check_attention(attention, channels, devices[0])
+    return chosen_attention(
+      config.model.attention, network, devices, precision=precision, train=train
+    )
   except UserError as error:
     raise UserError(f'config.model.{error}') from error
-  return attention
 
 
 def _check_values(config: ConfigDict) -> None:

@@ -204,7 +204,13 @@ class Experiment:
     released = released_model_of_sha256(description.sha256) if description.sha256 else None
     published = None
     if released is not None:
-      published = comparable_miou(released, self.dataset, self.protocol, images=len(split))
+      published = comparable_miou(
+        released,
+        self.dataset,
+        self.protocol,
+        images=len(split),
+        attention=self.eval_execution.attention,
+      )
     show_evaluation(evaluation, self.dataset, more=self.evaluation.more_scores)
     if published is not None and is_first_process():
       print(published_line(100 * evaluation.scores.mean_iou, published, self.dataset.name))
