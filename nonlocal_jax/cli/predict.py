@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
 
+import jax
 import numpy as np
 from PIL import Image
 
@@ -27,7 +28,9 @@ from nonlocal_jax.evaluation.pictures import overlay
 from nonlocal_jax.inference.images import read_image
 from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
 from nonlocal_jax.models import Execution
+from nonlocal_jax.runtime.devices import say_devices
 from nonlocal_jax.runtime.files import whole_file
+from nonlocal_jax.runtime.parallel import data_mesh
 from nonlocal_jax.runtime.progress import progress_bar
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
@@ -77,6 +80,7 @@ def main(arguments: Sequence[str]) -> None:
   )
   options = parser.parse(arguments)
   images = find_images(options.inputs)
+  say_devices(data_mesh(jax.local_devices()[:1]))
   execution = Execution.for_platform()
   if options.convolution == 'direct':
     execution = dataclasses.replace(execution, convolution='direct')

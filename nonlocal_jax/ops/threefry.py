@@ -5,6 +5,7 @@ for the initial weights of ResNet-50, and under 2 s with the rounds written out.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,8 +60,8 @@ def _random_bits(key: jax.Array, bit_width: int, shape: Sequence[int]) -> jax.Ar
   return high ^ low
 
 
-def _fold_in(key: jax.Array, data: jax.Array) -> jax.Array:
-  return jnp.stack(threefry2x32(key, jnp.uint32(0), data.astype(jnp.uint32)))
+def _fold_in(key: jax.Array, data: Any) -> jax.Array:
+  return jnp.stack(threefry2x32(key, jnp.uint32(0), jnp.asarray(data, jnp.uint32)))
 
 
 _IMPLEMENTATION = define_prng_impl(

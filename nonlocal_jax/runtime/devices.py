@@ -6,13 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
+from jax.sharding import Mesh
 
-from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.runtime.parallel import is_first_process, platform_of_mesh
 
 # The oldest driver of each CUDA that JAX is built for.
 _OLDEST_DRIVERS = {13: 580, 12: 525}
@@ -33,7 +33,9 @@ class NvidiaDriver(NamedTuple):
   def extra(self) -> str | None:
     """The extra of the package jax for this driver: 'cuda13', 'cuda12', None if it is too old."""
     major = int(self.version.partition('.')[0] or _OLDEST_DRIVERS[12])
-    return next((f'cuda{cuda}' for cuda, oldest in _OLDEST_DRIVERS.items() if major >= oldest), None)
+    return next(
+      (f'cuda{cuda}' for cuda, oldest in _OLDEST_DRIVERS.items() if major >= oldest), None
+    )
 
 
 def nvidia_driver(root: Path = Path('/'), search_path: str | None = None) -> NvidiaDriver | None:
@@ -101,24 +103,31 @@ def advice_on_cuda(driver: NvidiaDriver | None, plugins: Collection[str]) -> str
   here = f'This machine has an NVIDIA GPU{driver.version and f" (driver {driver.version})"}, but '
   if driver.extra is None:
     return f'{here}its driver is too old for JAX: install {_OLDEST_DRIVERS[12]} or later.'
-  return f"{here}JAX is installed without CUDA and uses the CPU; run: pip install 'jax[{driver.extra}]'"
+  install = f"pip install 'jax[{driver.extra}]'"
+  return f'{here}JAX is installed without CUDA and uses the CPU; run: {install}'
 
 
-def describe(devices: Sequence[jax.Device]) -> str:
-  """Returns count and kind of devices, and the number of processes.
+def describe(kind: str, count: int, processes: int = 1) -> str:
+  """Returns kind and count of devices, and the number of processes.
 
-  >>> describe(jax.devices('cpu')[:1])
-  '1 device(s) (cpu) of 1 process(es)'
+  >>> describe('NVIDIA H100', 4)
+  '4 device(s) (NVIDIA H100) of 1 process(es)'
   """
+  return f'{count} device(s) ({kind}) of {processes} process(es)'
+
+
+def describe_mesh(mesh: Mesh) -> str:
+  """Returns kind and count of the devices of a mesh, and the number of processes they belong to."""
+  devices = mesh.devices.flat
   processes = len({device.process_index for device in devices})
-  return f'{len(devices)} device(s) ({devices[0].device_kind}) of {processes} process(es)'
+  return describe(devices[0].device_kind, mesh.size, processes)
 
 
-def say_devices(devices: Sequence[jax.Device]) -> None:
+def say_devices(mesh: Mesh) -> None:
   """Prints on stderr what a program runs on, and `advice_on_cuda`; only in the first process."""
   if is_first_process() and SAID not in os.environ:
-    print(f'Runs on {describe(devices)}', file=sys.stderr)
-    say_advice_on_cuda(devices[0].platform)
+    print(f'Runs on {describe_mesh(mesh)}', file=sys.stderr)
+    say_advice_on_cuda(platform_of_mesh(mesh))
 
 
 def say_advice_on_cuda(platform: str) -> None:
@@ -127,9 +136,7 @@ def say_advice_on_cuda(platform: str) -> None:
   Args:
     platform: The platform of the devices that the program runs on.
   """
-  if platform != 'cpu' or not is_first_process() or SAID in os.environ:
-    return
-  if cpu_is_chosen(os.environ):
-    return
-  if advice := advice_on_cuda(nvidia_driver(), cuda_plugins()):
-    print(advice, file=sys.stderr)
+  if platform == 'cpu' and is_first_process() and not cpu_is_chosen(os.environ):
+    advice = advice_on_cuda(nvidia_driver(), cuda_plugins())
+    if advice is not None:
+      print(advice, file=sys.stderr)
