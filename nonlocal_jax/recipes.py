@@ -73,6 +73,8 @@ def base_config() -> ConfigDict:
   config.train.accumulate = 1  # gradient accumulation steps
   config.train.dtype = 'float32'  # of activations: float32 or bfloat16; weights are float32
   config.train.rematerialize = False  # recomputes blocks in the backward pass to save memory
+  # On GPUs: the same bits in every run, also in a resumed one, but slower; on CPUs they always are.
+  config.train.deterministic = False
   config.train.ema_decay = 0.0  # decay of averaged weights, which are then evaluated; 0: off
   config.train.precision = 'default'  # matmul precision (jax_default_matmul_precision)
   config.train.log_every = 50

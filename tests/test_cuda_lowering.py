@@ -185,6 +185,7 @@ def test_training_step(model, monkeypatch):
     program, state = training_program(experiment)
   (options,) = made
   assert options['compiler_options'] == {}
+  assert 'scatter' not in program
   # Each forwards and both gradients, but for that of the images: none by Winograd or as a product.
   convolutions = decode_convolutions(model.depth) + 2
   assert program.count('stablehlo.convolution') == 3 * convolutions - 1
@@ -233,3 +234,43 @@ def test_attention_through_cudnn_reaches_training_and_evaluation(monkeypatch):
   assert not re.search(r'(9409|9410)x(9409|9410)', program)
   network = evaluation_programs(experiment, monkeypatch).texts['window_logits']
   assert re.findall(r'@__cudnn\$(\w+)\(', network) == calls[:1]
+
+
+@pytest.mark.parametrize(
+  'options',
+  [
+    {'accumulate': 2},
+    {'rematerialize': True},
+    {'dtype': 'bfloat16'},
+    {'batch_norm': 'per_device'},
+    {'batch_norm': 'frozen', 'ema_decay': 0.9},
+    {'ohem': True, 'class_weights': (1.0,) * 19, 'avg_non_ignore': True},
+  ],
+  ids=lambda options: next(iter(options)),
+)
+def test_deterministic_training(options, monkeypatch):
+  """Gradients are not scattered, which a GPU does in any order, and XLA is told to keep it so."""
+  config = published_config('cityscapes', 50, '769x769_40k')
+  config.model.depth, config.model.width = 14, 8
+  config.train.batch_size, config.train.crop, config.train.deterministic = 2, (65, 65), True
+  config.train.update(options)
+  experiment = Experiment.from_config(config, jax.devices()[:1])
+  names = ('batch_norm', 'rematerialize', 'deterministic')
+  experiment = on_gpu(experiment, **{name: getattr(experiment.execution, name) for name in names})
+  made, jit = [], jax.jit
+
+  def keep_options(function, **options):
+    made.append(options)
+    return jit(function, **options)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(jax, 'jit', keep_options)
+    program, _ = training_program(experiment)
+  assert 'scatter' not in program
+  deterministic = {'xla_gpu_deterministic_ops': True, 'xla_gpu_exclude_nondeterministic_ops': True}
+  assert [options['compiler_options'] for options in made] == [deterministic]
+  programs = evaluation_programs(experiment, monkeypatch)
+  assert [x['compiler_options'] for x in programs.options.values()] == [deterministic] * 2
+  scattering = dataclasses.replace(experiment.execution, max_pool='scatter')
+  program, _ = training_program(dataclasses.replace(experiment, execution=scattering))
+  assert program.count('select_and_scatter') > 0

@@ -48,6 +48,15 @@ def test_an_experiment_is_frozen_and_holds_no_config():
   assert experiment.schedule.batch_size == experiment.values['train']['batch_size'] == 8
 
 
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_a_deterministic_run_is_so_in_evaluation_as_well(deterministic):
+  config = tiny_config()
+  config.train.deterministic = deterministic
+  experiment = Experiment.from_config(config)
+  assert experiment.execution.deterministic == deterministic
+  assert experiment.eval_execution.deterministic == deterministic
+
+
 def test_the_step_is_lowered_for_the_devices_given():
   experiment = Experiment.from_config(tiny_config(), devices=jax.devices()[:2])
   assert experiment.execution.batch_norm_groups == experiment.mesh.size == 2

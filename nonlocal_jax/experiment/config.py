@@ -125,10 +125,15 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
       batch_norm=train.batch_norm,
       batch_norm_groups=mesh.size if train.batch_norm == 'per_device' else 1,
       rematerialize=train.rematerialize,
+      deterministic=train.deterministic,
       **chosen,
     ),
     'eval_execution': Execution.for_platform(
-      platform, attention=eval_attention, batch_norm='folded', **chosen
+      platform,
+      attention=eval_attention,
+      batch_norm='folded',
+      deterministic=train.deterministic,
+      **chosen,
     ),
     'protocol': protocol,
     'augment': AugmentConfig(

@@ -249,7 +249,9 @@ class Experiment:
       logits,
       in_shardings=(replicated(self.mesh), over),
       out_shardings=over,
-      compiler_options=compiler_options(platform_of_mesh(self.mesh)),
+      compiler_options=compiler_options(
+        platform_of_mesh(self.mesh), deterministic=self.eval_execution.deterministic
+      ),
     )
     images = jax.ShapeDtypeStruct((batch, *size, self.network.in_channels), jnp.float32)
     with jax.default_matmul_precision(precision or self.evaluation.precision):

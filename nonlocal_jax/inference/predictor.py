@@ -101,7 +101,7 @@ class Predictor:
       )
       return labels[:, : result[0], : result[1]]
 
-    options = compiler_options(platform)
+    options = compiler_options(platform, deterministic=execution.deterministic)
     self._window_logits = jax.jit(
       window_logits, static_argnames=['padded'], compiler_options=options
     )

@@ -133,7 +133,8 @@ class PretrainedModel:
       return nnx.merge(self._graphdef, state)(images)
 
     self._traced_logits = logits
-    self._logits = jax.jit(logits, compiler_options=compiler_options(platform))
+    options = compiler_options(platform, deterministic=self._execution.deterministic)
+    self._logits = jax.jit(logits, compiler_options=options)
 
   @classmethod
   def from_module(

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self, get_args
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.ops.convolution import Convolution
+from nonlocal_jax.ops.pooling import MaxPool
 from nonlocal_jax.runtime.parallel import Platform, platform_of
 
 STAGE_BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -163,7 +164,10 @@ class Execution:
     batch_norm_groups: Number of equal parts of the batch that 'per_device' normalizes separately,
       which is the number of devices.
     pixel_loss: Implementation of the loss of upsampled logits, see `training.loss.pixel_losses`.
+    max_pool: Implementation of the gradient of max pooling, see `ops.pooling.max_pool`.
     scores_at_once: Maximum number of class scores at image size that a device holds in prediction.
+    deterministic: Whether programs give the same bits in every process on GPUs of one kind; they
+      are slower, because no algorithm is chosen by trials. On CPUs and TPUs all programs do.
   """
 
   convolution: Convolution = 'direct'
@@ -176,18 +180,22 @@ class Execution:
   batch_norm: BatchNormMode = 'global'
   batch_norm_groups: int = 1
   pixel_loss: PixelLoss = 'row_blocks'
+  max_pool: MaxPool = 'scatter'
   scores_at_once: int = 2**22
+  deterministic: bool = False
 
   def __post_init__(self):
     """Checks the literals, which may come from a config at run time.
 
     Raises:
-      ValueError: If `attention`, `batch_norm`, `convolution` or `pixel_loss` is unknown.
+      ValueError: If `attention`, `batch_norm`, `convolution`, `max_pool` or `pixel_loss` is
+        unknown.
     """
     choices = {
       'attention': Attention,
       'batch_norm': BatchNormMode,
       'convolution': Convolution,
+      'max_pool': MaxPool,
       'pixel_loss': PixelLoss,
     }
     for name, literal in choices.items():
@@ -217,6 +225,11 @@ _DEFAULTS: Mapping[Platform, Mapping[str, Any]] = {
     # A scan also keeps XLA from merging recomputed values with the original ones (CSE).
     'scan_blocks': True,
   },
-  'gpu': {'convolution': 'sub_images', 'pixel_loss': 'reductions', 'scores_at_once': 2**26},
+  'gpu': {
+    'convolution': 'sub_images',
+    'pixel_loss': 'reductions',
+    'max_pool': 'selections',
+    'scores_at_once': 2**26,
+  },
   'tpu': {'pixel_loss': 'reductions'},
 }

@@ -9,6 +9,7 @@ from flax import nnx
 from nonlocal_jax.models.config import Execution, NonLocalNetConfig
 from nonlocal_jax.models.layers import KEPT, LayerFactory
 from nonlocal_jax.ops.masking import mask_padding, strided_sizes
+from nonlocal_jax.ops.pooling import MaxPool, max_pool
 
 EXPANSION = 4
 
@@ -109,6 +110,7 @@ class ResNet(nnx.Module):
     self.layer1, self.layer2, self.layer3, self.layer4 = stages
     self.rematerialize = execution.rematerialize
     self.scan_blocks = execution.scan_blocks
+    self.max_pool: MaxPool = execution.max_pool
 
   def __call__(
     self, images: jax.Array, *, train: bool = False, sizes: jax.Array | None = None
@@ -131,7 +133,7 @@ class ResNet(nnx.Module):
     for layer in (self.stem[1], self.stem[2]):
       x = layer(mask_padding(x, sizes), train=train)
     # After a ReLU, zero padding equals the -inf padding of max pooling.
-    x = nnx.max_pool(mask_padding(x, sizes), (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    x = max_pool(mask_padding(x, sizes), self.max_pool)
     sizes = strided_sizes(sizes, 2)
     features = []
     for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

@@ -14,14 +14,29 @@ from nonlocal_jax.runtime.parallel import Platform
 
 # Schedules operations for low memory instead of concurrency.
 _CPU_OPTIONS = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+# No kernels that add in any order, and no algorithms chosen by trials.
+_DETERMINISTIC_GPU_OPTIONS = {
+  'xla_gpu_deterministic_ops': True,
+  'xla_gpu_exclude_nondeterministic_ops': True,
+}
 _COMPILED = '/jax/core/compile/backend_compile_duration'  # JAX's monitoring event
 _LONG_SECS = 2.0
 _MAX_CACHE_BYTES = 4 * 2**30
 
 
-def compiler_options(platform: Platform) -> dict[str, str]:
-  """Returns options for `jax.jit(compiler_options=...)`; empty except on CPUs."""
-  return dict(_CPU_OPTIONS) if platform == 'cpu' else {}
+def compiler_options(
+  platform: Platform, *, deterministic: bool = False
+) -> dict[str, str | bool | int | float]:
+  """Returns options for `jax.jit(compiler_options=...)`.
+
+  Args:
+    platform: Platform to compile for.
+    deterministic: Whether the program must give the same bits in every process on GPUs of one kind,
+      with one version of JAX and of the CUDA libraries. It does so on CPUs and TPUs anyway.
+  """
+  if platform == 'cpu':
+    return dict(_CPU_OPTIONS)
+  return dict(_DETERMINISTIC_GPU_OPTIONS) if platform == 'gpu' and deterministic else {}
 
 
 def trim_memory_after_compiling() -> None:

@@ -133,6 +133,7 @@ class TrainingRun:
       f'OHEM below {loss.ohem and loss.ohem.thresh}': loss.ohem,
       f'averaged weights with decay {self.step.ema_decay}': self.step.ema_decay,
       'rematerialized blocks': execution.rematerialize,
+      'deterministic': execution.deterministic,
       f'{execution.attention} attention': execution.attention != 'blocks',
       'no non-local block': not self.network.non_local,
     }

@@ -23,6 +23,7 @@ _FREE = (
   'data.palette',
   'train.log_every',
   'train.rematerialize',
+  'train.deterministic',
   'model.attention',
   'model.convolution',
 )

@@ -295,7 +295,9 @@ def lower_train_step(
     in_shardings=(everywhere, over, over),
     out_shardings=(everywhere, everywhere),
     donate_argnums=0,
-    compiler_options=compiler_options(platform or platform_of_mesh(mesh)),
+    compiler_options=compiler_options(
+      platform or platform_of_mesh(mesh), deterministic=execution.deterministic
+    ),
   )
   images = batch.size, *batch.crop
   arrays = {
