@@ -85,9 +85,11 @@ def as_markdown(machine: Record, settings: Mapping[str, Any], records: Sequence[
   ]
   measured = [record for record in records if 'error' not in record]
   tables = {
+    'ceiling': ceiling_table,
     'inference': timed_table,
     'training': timed_table,
-    'evaluation': evaluation_table,
+    'evaluation': folder_table,
+    'folder': folder_table,
     'pipeline': pipeline_table,
     'compile': compile_table,
     'network': network_table,
@@ -108,9 +110,14 @@ def as_markdown(machine: Record, settings: Mapping[str, Any], records: Sequence[
 
 
 NOTES = {
+  'ceiling': (
+    'What the device reaches: a large matrix product in float32, in the default precision for '
+    'float32 and in bfloat16, and a copy of a large array, whose bytes count when read and when '
+    'written.'
+  ),
   'inference': (
     '`PretrainedModel.predict` on one random uint8 image, whole and at its own size, from the '
-    'image to the labels on the host, random weights, float32 throughout. It pads sides by an '
+    'image to the labels on the host, random weights, by precision. It pads sides by an '
     'eighth at most (769 to 832). MMSegmentation: normalization, `encode_decode`, argmax. '
     '"First result" is from the start of the process, with an empty compilation cache and with a '
     'filled one; peak GiB the same. Ratios are ours / theirs, with the filled cache, medians over '
@@ -129,6 +136,11 @@ NOTES = {
     'MMSegmentation: its test pipeline and `IoUMetric` at the same scale, with the same weights; '
     'it prepares and compiles nothing. Unless a checkpoint was given, the weights are random, and '
     'mIoU says only whether both compute the same.'
+  ),
+  'folder': (
+    '`nonlocal-jax predict --no-overlays` on the images of a folder at their own sizes, from the '
+    'files to the label maps. "Total" is the whole process. MMSegmentation: its test pipeline, '
+    'which reads in four processes, and `IoUMetric(format_only=True)`, which writes label maps.'
   ),
   'pipeline': 'Training batches without the network: decoding, augmentation, batching.',
   'compile': (
@@ -151,12 +163,15 @@ NOTES = {
 GPU_NOTES = {
   'inference': (
     'TFLOP/s are the FLOPs listed under Network divided by the time, which includes copying images '
-    'to the device and labels to the host. Matrix products are in full float32. Shares are of the '
-    'peak that NVIDIA states. Published figures are images/s of a V100, on the images named.'
+    'to the device and labels to the host. Shares are of the peak that NVIDIA states. Published '
+    'figures are images/s of a V100, on the images named. MMSegmentation runs in its fastest '
+    'setting: `cudnn.benchmark`, channels last, and TF32 where our precision is `default`.'
   ),
   'training': (
     'A step counts as three forward passes without the auxiliary head. Matrix products have '
     "XLA's default precision for the dtype on the device: TF32 for float32 if supported. "
+    '"Queued" waits for the last of all steps only, as training does. MMSegmentation runs in its '
+    'fastest setting: `cudnn.benchmark`, channels last, TF32, `torch.autocast` for bfloat16. '
     'Published figures are the memory of a V100 in the same training, in float32.'
   ),
 }
@@ -176,6 +191,7 @@ def timed_table(records: Sequence[Record], measured: Sequence[Record], machine: 
   head = ['size', 'seconds', first, 'with cache', 'peak GiB', 'with cache']
   head += ['compile s'] if training else []
   head += ['theirs: seconds', first, 'peak GiB', 'time ratio', 'memory ratio']
+  head += ['queued s', 'theirs', 'ratio'] if training else []
   gpu = machine['backend'] == 'gpu'
   head += ['images/s', 'TFLOP/s', 'share of peak', 'published (V100)'] if gpu else []
   rows = []
@@ -189,31 +205,42 @@ def timed_table(records: Sequence[Record], measured: Sequence[Record], machine: 
       for figure in ('seconds', 'start_seconds', 'peak_gib')
     ]
     cells += [number(median_ratio(group, figure)) for figure in ('seconds', 'peak_gib')]
+    if training:
+      queued = (median_of(group, side, 'queued_seconds') for side in ('ours', 'theirs'))
+      cells += [*map(number, queued), number(median_ratio(group, 'queued_seconds'))]
     rows.append(cells + (speed_cells(group, measured, machine) if gpu else []))
   return _table(head, rows)
 
 
-def evaluation_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
-  """Formats the evaluation, with a row for each side and one for the ratios."""
-  head = ['', 'images', 'total s', 'images/s', 'evaluation s', 'images/s', 'peak GiB', 'mIoU']
+def ceiling_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
+  """Formats what the device reaches."""
+  head = ['float32 TFLOP/s', 'default', 'bfloat16', 'copy TB/s']
+  figures = ('highest', 'default', 'bfloat16', 'copy_tb')
+  return _table(head, [[number(record[figure]) for figure in figures] for record in records])
+
+
+def folder_table(records: Sequence[Record], measured: Sequence[Record], machine: Record) -> str:
+  """Formats evaluation or folders, by precision a row for each side and one for the ratios."""
+  head = ['', '', 'images', 'total s', 'images/s', 'without the start s', 'images/s', 'peak GiB']
+  head += ['mIoU']
   names = {'first': 'empty cache', 'ours': 'filled cache', 'theirs': 'MMSegmentation'}
   rows = []
-  for side, name in names.items():
-    of_side = [record for record in records if record['side'] == side]
-    if not of_side:
-      continue
+  for label, group in _by_label(records).items():
+    for side, name in names.items():
+      of_side = [record for record in group if record['side'] == side]
+      if not of_side:
+        continue
+      total, alone = (median_of(group, side, key) for key in ('total_seconds', 'seconds'))
+      images = of_side[0]['images']
+      rates = (total, images / total, alone, alone and images / alone)
+      more = (median_of(group, side, 'peak_gib'), of_side[0].get('mIoU'))
+      rows.append([label, name, str(images), *map(number, (*rates, *more))])
     total, alone, peak = (
-      statistics.median(record[figure] for record in of_side)
-      for figure in ('total_seconds', 'seconds', 'peak_gib')
+      median_ratio(group, key) for key in ('total_seconds', 'seconds', 'peak_gib')
     )
-    images = of_side[0]['images']
-    rates = (total, images / total, alone, images / alone, peak, of_side[0]['mIoU'])
-    rows.append([name, str(images), *map(number, rates)])
-  total, alone, peak = (
-    median_ratio(records, key) for key in ('total_seconds', 'seconds', 'peak_gib')
-  )
-  if total is not None:
-    rows.append(['ratio', '', number(total), '', number(alone), '', number(peak), ''])
+    if total is not None:
+      cells = [number(total), '', number(alone), '', number(peak), '']
+      rows.append([label, 'ratio', '', *cells])
   return _table(head, rows)
 
 
@@ -314,7 +341,8 @@ def write_scaling(path: Path, records: Iterable[Record]) -> None:
 def median_ratio(records: Sequence[Record], figure: str) -> float | None:
   """Returns the median of ours / theirs over pairs that were measured one after the other."""
   ours, theirs = (
-    [record[figure] for record in records if record['side'] == side] for side in ('ours', 'theirs')
+    [record[figure] for record in records if record['side'] == side and figure in record]
+    for side in ('ours', 'theirs')
   )
   ratios = [mine / other for mine, other in zip(ours, theirs, strict=False)]
   return statistics.median(ratios) if ratios else None
@@ -336,7 +364,7 @@ def speed_cells(group: Sequence[Record], measured: Sequence[Record], machine: Re
   size = 'x'.join(map(str, options['size']))
   passes = _TRAINING_PASSES if training else 1
   teraflops = passes * batch * network['flops'][size] / seconds / 1e12
-  peak = peak_of(machine['device'], options['dtype'] if training else 'highest')
+  peak = peak_of(machine['device'], options['dtype' if training else 'precision'])
   share = peak and f'{teraflops / peak[0]:.1%} of {peak[0]} ({peak[1]})'
   published, unit = PUBLISHED_RATES.get(size), ''
   if training:
@@ -352,13 +380,13 @@ def peak_of(device: str, arithmetic: str) -> tuple[float, str] | None:
 
   Args:
     device: The device kind that JAX reports.
-    arithmetic: 'highest' (see `jax_default_matmul_precision`), or the dtype of activations at the
+    arithmetic: A precision (see `jax_default_matmul_precision`), or the dtype of activations at the
       default precision, where XLA uses TF32 for float32 if the device supports it.
   """
   peaks = next((peaks for part, peaks in PEAK_TFLOPS.items() if part in device), {})
-  name = {'highest': 'float32', 'float32': 'TF32' if 'TF32' in peaks else 'float32'}.get(
-    arithmetic, arithmetic
-  )
+  default = 'TF32' if 'TF32' in peaks else 'float32'
+  names = {'highest': 'float32', 'default': default, 'float32': default}
+  name = names.get(arithmetic, arithmetic)
   return (peaks[name], name) if name in peaks else None
 
 

@@ -4,6 +4,7 @@ What goes into cuDNN and what comes out of it is held against PyTorch in float64
 attention in cuDNN's place; that cuDNN is called is read off the programs for CUDA.
 """
 
+import dataclasses
 import functools
 import re
 import types
@@ -17,6 +18,8 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
 from nonlocal_jax import NonLocalBlock, UserError
+from nonlocal_jax.models import NonLocalNetConfig
+from nonlocal_jax.models.config import chosen_attention
 from nonlocal_jax.ops.attention import check_attention, cudnn_attention, fastest_attention
 from nonlocal_jax.ops.flash_attention import flash_attention
 
@@ -178,6 +181,31 @@ def test_the_fastest_attention_that_loses_no_accuracy():
     (256, jax.devices(), 'default', True, 'blocks'),
   ):
     assert fastest_attention(channels, devices, precision=precision, train=train) == expected
+
+
+def test_attention_suits_the_network_and_the_devices():
+  h100 = [gpu('H100', '9.0')]
+  network = NonLocalNetConfig.from_depth(50, num_classes=19)
+  without = dataclasses.replace(network, non_local=False)
+  gaussian = dataclasses.replace(network, mode='gaussian')
+  for attention, config, devices, precision, expected in (
+    ('auto', network, h100, 'highest', 'flash'),
+    ('auto', network, h100, 'default', 'cudnn'),
+    ('cudnn', network, h100, 'highest', 'cudnn'),
+    ('auto', without, h100, 'default', 'blocks'),
+    ('auto', gaussian, h100, 'highest', 'blocks'),
+    ('blocks', without, jax.devices(), 'highest', 'blocks'),
+    ('auto', network, jax.devices(), 'default', 'blocks'),
+  ):
+    found = chosen_attention(attention, config, devices, precision=precision, train=False)
+    assert found == expected
+  for config, devices, message in (
+    (network, jax.devices(), 'attention is cudnn, which needs an NVIDIA GPU'),
+    (without, h100, 'attention is cudnn, which computes the embedded Gaussian'),
+    (gaussian, h100, 'this network does not have it; leave it at blocks'),
+  ):
+    with pytest.raises(UserError, match=message):
+      chosen_attention('cudnn', config, devices, precision='highest', train=False)
 
 
 def test_channels_that_the_kernel_takes():

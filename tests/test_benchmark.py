@@ -3,16 +3,18 @@
 import importlib.util
 import json
 import math
+import operator
 import sys
 import time
 
 import pytest
 from PIL import Image
 
-from benchmarks import compare, peer, report
+from benchmarks import compare, gpu, peer, report
 from benchmarks.report import as_markdown, peak_of
 from nonlocal_jax.cli import benchmark
 from nonlocal_jax.cli.measurements import forward_flops, measure
+from nonlocal_jax.data.synthetic import write_demo_set
 from nonlocal_jax.models.config import STAGE_BLOCKS, NonLocalNetConfig
 
 MACHINE = {'jax': '0', 'backend': 'cpu', 'device': 'cpu', 'devices': 1}
@@ -45,8 +47,8 @@ def test_tiny_run(in_this_process, script, tmp_path, monkeypatch, capsys):
   sides = [(record['section'], record['label'], record['side']) for record in records]
   assert sides == [
     ('network', '', 'ours'),
-    ('inference', '64x96', 'first'),
-    ('inference', '64x96', 'ours'),
+    ('inference', '64x96, highest', 'first'),
+    ('inference', '64x96, highest', 'ours'),
     ('training', '32x64, batch 2, float32', 'first'),
     ('training', '32x64, batch 2, float32', 'ours'),
     ('non_local', '', 'ours'),
@@ -54,7 +56,7 @@ def test_tiny_run(in_this_process, script, tmp_path, monkeypatch, capsys):
   for record in records:
     timed = {name: value for name, value in record.items() if name.endswith('seconds')}
     assert all(0 < seconds < 1000 for seconds in timed.values())
-    assert len(timed) == (3 if record['section'] in ('inference', 'training') else 0)
+    assert len(timed) == {'inference': 3, 'training': 4}.get(record['section'], 0)
     assert 0 < record['peak_gib'] < 100
     assert f'{record["section"]} {record["label"]}'.strip() in printed
   assert sorted(records[0]['flops']) == ['32x64', '64x96']
@@ -63,7 +65,13 @@ def test_tiny_run(in_this_process, script, tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(sys, 'argv', ['report.py', str(out)])
   report.main()
   text = (out / 'results.md').read_text()
-  for part in ('| 64x96 |', '| 32x64, batch 2, float32 |', 'R-14, width 8', '| 256 |', 'cores'):
+  for part in (
+    '| 64x96, highest |',
+    '| 32x64, batch 2, float32 |',
+    'R-14, width 8',
+    '| 256 |',
+    'cores',
+  ):
     assert part in text
   assert 'theirs: ' not in text  # columns of what was not measured are left out
   with Image.open(out / 'scaling.png') as picture:
@@ -82,20 +90,23 @@ def test_on_a_folder_beside_the_peer_in_a_process_of_its_own(script, tmp_path, m
     return figures  # of the command eval
 
   monkeypatch.setattr(benchmark, 'run_child', run_some)
-  arguments = ('--only', 'evaluation', 'pipeline', '--limit=2', '--eval-scale=96x96')
+  arguments = ('--only', 'evaluation', 'folder', 'pipeline', '--limit=2', '--eval-scale=96x96')
   assert script(compare, *TINY, f'--out={tmp_path}', *arguments, '--rounds=1') == (None, '')
   results = json.loads((tmp_path / 'results.json').read_text())
   assert results['machine']['backend'] == 'cpu'
-  first, ours, theirs, pipeline = results['measurements']
-  assert [r['side'] for r in (first, ours, theirs)] == ['first', 'ours', 'theirs']
+  records = results['measurements']
+  assert [r['side'] for r in records] == [*2 * ('first', 'ours', 'theirs'), 'ours']
+  _, ours, theirs, *_, folder, pipeline = records
+  assert (folder['section'], folder['images']) == ('folder', 2)
+  assert 0 < folder['seconds'] < folder['total_seconds'] < 1000
   assert 0 < theirs['seconds'] < theirs['total_seconds'] < 1000
   assert (theirs['images'], pipeline['images'], pipeline['crop']) == (2, 2, [512, 512])
   assert 0 <= theirs['mIoU'] <= 100
   assert pipeline['seconds'] > 0
   text = (tmp_path / 'results.md').read_text()
   assert '| 512x512 | 16 |' in text
-  (row,) = (line.split('|') for line in text.splitlines() if line.startswith('| ratio'))
-  ratios = [float(cell) for cell in row[1:-1] if cell.strip() not in ('ratio', '')]
+  row, _ = (line.split('|') for line in text.splitlines() if line.startswith('| highest | ratio'))
+  ratios = [float(cell) for cell in row[1:-1] if cell.strip() not in ('highest', 'ratio', '')]
   expected = [ours[key] / theirs[key] for key in ('total_seconds', 'seconds', 'peak_gib')]
   assert ratios == pytest.approx(expected, rel=0.01)
 
@@ -105,7 +116,7 @@ def test_times_of_the_peer(measure_name):
   options = {'classes': 8, 'width': 8, 'depth': 14, 'stage_blocks': STAGE_BLOCKS[14]}
   options |= {'repeats': 1, 'device': 'cpu', 'started': time.time(), 'size': (32, 64)}
   if measure_name == 'inference':
-    figures = peer.measure_inference(**options)
+    figures = peer.measure_inference(precision='highest', **options)
   else:
     dtype = 'bfloat16' if 'bfloat16' in measure_name else 'float32'
     figures = peer.measure_training(batch=2, dtype=dtype, **options)
@@ -189,11 +200,59 @@ def test_plan_on_a_gpu(script, tmp_path, monkeypatch):
   assert {child.options.get('device') for child, _ in training} == {None, 'cuda'}
 
 
+@pytest.fixture
+def measured_on_a_gpu(monkeypatch, tmp_path):
+  """Runs benchmarks/gpu.py without a GPU; returns the measurements that it asked for."""
+  monkeypatch.setattr(gpu, '_FOLDER_IMAGES', 2)
+
+  def run(*arguments, figures=None):
+    asked = []
+
+    def run_child(child, folder, *, timeout=None):
+      if child.measure == 'machine':
+        return {**MACHINE, 'backend': 'gpu', 'device': 'NVIDIA H100 80GB HBM3'}
+      assert 0 < timeout <= 1000
+      asked.append((child.section, child.label, child.side))
+      return figures or {'seconds': 0.5, 'total_seconds': 4.0, 'images': 2, 'peak_gib': 1.0}
+
+    monkeypatch.setattr(gpu, 'run_child', run_child)
+    gpu.main([f'--out={tmp_path}', '--budget-seconds=1000', *arguments])
+    return asked
+
+  return run
+
+
+def test_measurements_on_a_gpu_are_within_the_budget_and_merged(measured_on_a_gpu, tmp_path):
+  parts = ('--only', 'step', 'prediction', 'folder')
+  asked = measured_on_a_gpu(*parts)
+  step = ('training', '512x512, batch 4, float32')
+  assert asked[:3] == [(*step, 'first'), (*step, 'ours'), (*step, 'theirs')]
+  assert {section for section, _, _ in asked} == {'training', 'inference', 'folder'}
+  path = tmp_path / 'nvidia_h100_80gb_hbm3.json'
+  before = json.loads(path.read_text())
+
+  # A step of ours takes up to 75 seconds; MMSegmentation's half of that.
+  assert measured_on_a_gpu('--only', 'step', '--budget-seconds=60', figures={'seconds': 0.25}) == [
+    (section, label, side)
+    for section, label, side in asked
+    if section == 'training' and side != 'first'
+  ]
+  after = json.loads(path.read_text())
+  key = operator.itemgetter('section', 'label', 'side')
+  assert sorted(map(key, after)) == sorted(map(key, before))
+  again = {key(record): record['seconds'] for record in after}
+  assert again[(*step, 'ours')] == 0.25
+  assert again[(*step, 'first')] == 0.5
+  text = path.with_suffix('.md').read_text()
+  assert '| 512x512, batch 4, float32 | 0.25 |' in text
+  assert '| 1024x2048, highest | 0.5 |' in text
+
+
 def test_speed_on_a_gpu():
   machine = {**MACHINE, 'date': '2026-01-01', 'processor': 'P', 'cores': 16}
   machine |= {'backend': 'gpu', 'device': 'NVIDIA H100 80GB HBM3'}
   settings = {'depth': 50, 'width': 64, 'classes': 150}
-  options = {'size': [512, 512], 'depth': 50}
+  options = {'size': [512, 512], 'depth': 50, 'precision': 'highest'}
   cost = {'seconds': 0.02, 'peak_gib': 1.0, 'start_seconds': 9.0, 'compile_seconds': 5.0}
   flops = {'parameters': 1, 'flops': {'512x512': 1e12}}
   training = [
@@ -227,6 +286,7 @@ def test_speed_on_a_gpu():
     ('Tesla V100-SXM2-16GB', 'bfloat16', None),
     ('NVIDIA A100-SXM4-80GB', 'float32', (156, 'TF32')),
     ('NVIDIA A100-SXM4-80GB', 'highest', (19.5, 'float32')),
+    ('NVIDIA A100-SXM4-80GB', 'default', (156, 'TF32')),
     ('NVIDIA H100 PCIe', 'bfloat16', (756, 'bfloat16')),
     ('another', 'highest', None),
   ],
@@ -259,3 +319,25 @@ def test_a_measurement_that_fails_is_told(script, tmp_path, monkeypatch):
   assert found[0] == 1
   assert '1 of 1 measurements failed' in found[1]
   assert 'no memory' in (tmp_path / 'results.md').read_text()
+
+
+def test_checks_of_a_gpu_run_the_commands(tmp_path):
+  """On a CPU everything that they compare has to be equal."""
+  data = tmp_path / 'demo'
+  write_demo_set(data, train=4, val=2)
+  fields = (
+    '--config.model.depth=14',
+    '--config.data.num_classes=8',
+    '--config.train.steps=2',
+    '--config.train.batch_size=4',
+    '--config.train.crop=(64, 64)',
+    '--config.train.scale=(96, 96)',
+    '--config.eval.scale=(96, 96)',
+    '--config.model.width=8',
+  )
+  checks = gpu.Checks(data, fields, tmp_path, platform='cpu')
+  assert 0 <= checks.curve('float32')['mIoU'] <= 100
+  assert checks.pixels(['default']) == {'pixels': 2 * 192 * 192, 'default': 1.0}
+  stopped = checks.deterministic('--config.model.width=8')
+  assert 5 <= stopped['stopped_at'] < 12
+  assert stopped['arrays_with_the_same_bits'] == stopped['arrays'] > 10

@@ -38,7 +38,7 @@ def code_blocks(path: Path) -> list[str]:
 
 def test_the_examples_of_the_python_api_run(folder):
   blocks = code_blocks(ROOT / 'docs/python_api.md')
-  assert len(blocks) == 6
+  assert len(blocks) == 7
   names = {}
   for number, block in enumerate(blocks):
     exec(compile(block, f'python_api.md, block {number}', 'exec'), names)

@@ -1,6 +1,7 @@
 """predict.py: images in, label maps and pictures out."""
 
 import dataclasses
+import re
 
 import cv2
 import jax
@@ -11,6 +12,7 @@ from PIL import Image
 import nonlocal_jax
 from nonlocal_jax.cli import predict
 from nonlocal_jax.evaluation.pictures import overlay
+from nonlocal_jax.inference import pretrained
 from nonlocal_jax.inference.buckets import PaddedShape
 from nonlocal_jax.inference.images import read_image
 from nonlocal_jax.protocol import EvalProtocol
@@ -106,6 +108,24 @@ def test_convolutions_and_products_are_computed_as_asked_and_agree(
   assert np.mean(fast == direct) > 0.999
 
 
+def test_attention_is_computed_as_asked(folder, peer_checkpoint, script, monkeypatch, tmp_path):
+  arguments = [folder / 'a.png', f'--checkpoint={peer_checkpoint}', f'--out={tmp_path}/out', *SCALE]
+  status, said = script(predict, *arguments, '--attention=cudnn')
+  assert status == 1
+  assert said.startswith('error: attention is cudnn, which needs an NVIDIA GPU, and this program')
+  asked = []
+  monkeypatch.setattr(pretrained, 'chosen_attention', lambda name, *_, **__: asked.append(name))
+  with pytest.raises(ValueError, match='attention is None'):
+    script(predict, *arguments, '--attention=auto')
+  assert asked == ['auto']
+  monkeypatch.setattr(pretrained, 'chosen_attention', lambda *_, **__: 'flash')
+  model = nonlocal_jax.load(peer_checkpoint, attention='auto')
+  images = nonlocal_jax.normalize(image_of((48, 56))[None])
+  assert 'pallas_call' in str(jax.make_jaxpr(model.logits)(images))
+  model = nonlocal_jax.load(peer_checkpoint)
+  assert 'pallas_call' not in str(jax.make_jaxpr(model.logits)(images))
+
+
 @pytest.mark.parametrize(
   ('dataset', 'values'),
   [
@@ -131,12 +151,13 @@ def test_images_that_cannot_be_read_are_listed_and_the_others_done(
 ):
   (folder / 'bad.png').write_bytes(b'')
   out = tmp_path / 'out'
-  arguments = [f'--checkpoint={peer_checkpoint}', f'--out={out}', *SCALE]
+  arguments = [f'--checkpoint={peer_checkpoint}', f'--out={out}', '--no-overlays', *SCALE]
   status, said = script(predict, f'{folder}/*.png', *arguments)
   assert status == 1
   assert said == (f'error: 1 images failed:\n  File {folder}/bad.png is not an image, or broken.')
-  assert (out / 'a.png').exists()
-  assert f'1 of 2 images were predicted, to {out}.' in capsys.readouterr().out
+  assert [path.name for path in out.iterdir()] == ['a.png']
+  said = capsys.readouterr().out
+  assert re.fullmatch(rf'1 of 2 images were predicted in \d+\.\d s, to {out}\.', said.strip())
 
 
 def test_wrong_inputs_are_a_sentence(folder, peer_checkpoint, script, tmp_path):

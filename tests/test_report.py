@@ -13,6 +13,7 @@ import pytest
 
 from nonlocal_jax.data.datasets import PUBLISHED, custom_dataset
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.evaluation.evaluate import comparable_miou
 from nonlocal_jax.evaluation.report import (
   ReportFacts,
   peak_memory_gib,
@@ -20,6 +21,7 @@ from nonlocal_jax.evaluation.report import (
   write_report,
 )
 from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.weights.released import released_model_of_file
 
 DATASET = custom_dataset(classes=['sky', 'tree', 'lake', 'sand'], name='park')
 CONFUSION = np.array([[5, 3, 1, 0], [0, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
@@ -236,3 +238,24 @@ def test_peak_memory_is_that_of_this_process():
   resident = psutil.Process().memory_info().rss / 2**30
   assert after >= max(before, resident - 0.01)
   assert peak_memory_gib()['device'] is None  # which the CPU does not tell
+
+
+@pytest.mark.parametrize(
+  ('attention', 'images', 'reason'),
+  [
+    ('blocks', 2000, None),
+    ('flash', 2000, None),
+    ('cudnn', 2000, 'attention was not rounded to float16, as cudnn does'),
+    ('cudnn', 7, '7 images were tested, not 2000; attention was not rounded to float16, as '),
+  ],
+)
+def test_scores_that_compare_with_published_ones(attention, images, reason, capsys):
+  model = released_model_of_file('nonlocal_r50-d8_512x512_80k_ade20k_20200615_015801-5ae0aa33.pth')
+  dataset = PUBLISHED['ade20k']
+  found = comparable_miou(model, dataset, model.protocol, images=images, attention=attention)
+  said = capsys.readouterr().out
+  if reason is None:
+    assert (found, said) == (40.75, '')
+  else:
+    assert found is None
+    assert f'was published with mIoU 40.75, which cannot be compared: {reason}' in said

@@ -22,13 +22,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 
 from nonlocal_jax.cli.program import Parser, child_environment
 from nonlocal_jax.data.synthetic import DEMO, write_demo_set
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.inference.pretrained import Precision
 from nonlocal_jax.models.config import STAGE_BLOCKS, NonLocalNetConfig
 from nonlocal_jax.runtime.devices import describe, say_advice_on_cuda
 from nonlocal_jax.runtime.files import write_whole
@@ -39,12 +40,22 @@ from nonlocal_jax.weights.state_dict import to_state_dict
 Record = Mapping[str, Any]
 
 RESULTS = 'results.json'
-SECTIONS = ('inference', 'training', 'evaluation', 'pipeline', 'compile', 'network', 'non_local')
-_ON_FOLDERS = ('evaluation', 'pipeline')
+SECTIONS = (
+  'ceiling',
+  'inference',
+  'training',
+  'evaluation',
+  'folder',
+  'pipeline',
+  'compile',
+  'network',
+  'non_local',
+)
+_ON_FOLDERS = ('evaluation', 'folder', 'pipeline')
 _POSITIONS = (1024, 4096, 16384, 65536, 131072)
 _SIZES = ((512, 512), (512, 1024), (769, 769), (1024, 2048))
 _PIPELINE_BATCHES = 20
-_NO_FIGURES = ('section', 'label', 'side', 'options')
+_NO_FIGURES = ('section', 'label', 'side', 'options', 'run', 'jax')
 
 
 class Defaults(NamedTuple):
@@ -52,12 +63,20 @@ class Defaults(NamedTuple):
 
   train_sizes: Sequence[tuple[int, int, int]]
   dtypes: Sequence[str]
+  precisions: Sequence[str]
   repeats: int
 
 
-_ON_CPU = Defaults([(256, 256, 2), (512, 512, 1)], ['float32'], repeats=3)
+_ON_CPU = Defaults([(256, 256, 2), (512, 512, 1)], ['float32'], ['highest'], repeats=3)
 # Batches of 4 are one GPU's part of a published batch. Short measurements are repeated more often.
-_ON_GPU = Defaults([*_ON_CPU.train_sizes, (512, 512, 4)], ['float32', 'bfloat16'], repeats=20)
+_ON_GPU = Defaults(
+  [(512, 512, 4), (769, 769, 2)],
+  ['float32', 'bfloat16'],
+  ['highest', 'high', 'default'],
+  repeats=20,
+)
+# Products and copies that fill the device, and are done in a second.
+_CEILING = {False: {'side': 2048, 'gib': 0.25}, True: {'side': 8192, 'gib': 2.0}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +246,12 @@ def make_parser(program: str, description: str | None, *, out: str = 'runs/bench
     help='dtypes of activations in training; default: float32, both on a GPU',
   )
   add(
+    '--precisions',
+    nargs='+',
+    choices=get_args(Precision),
+    help='of predictions; default: highest, on a GPU all of highest, high and default',
+  )
+  add(
     '--positions',
     type=at_least_one,
     nargs='+',
@@ -306,7 +331,10 @@ def planned(
   data = {}
   if wanted.intersection(_ON_FOLDERS):
     data = evaluated_folder(options, folder)
+    data |= {'width': options.width, 'depth': options.depth}
   children = []
+  if 'ceiling' in wanted:
+    children.append(Child('ceiling', '', 'ceiling', _CEILING[gpu]))
   if 'network' in wanted:
     sizes = [*options.sizes, *(size[:2] for size in options.train_sizes)]
     children.append(Child('network', '', 'network', {**network, 'sizes': sizes}))
@@ -319,12 +347,14 @@ def planned(
       children.append(ours)
       continue
     of_peer = {'stage_blocks': STAGE_BLOCKS[options.depth], 'device': 'cuda' if gpu else 'cpu'}
+    if measure == 'folder':  # we read these from the checkpoint
+      of_peer |= {name: data[name] for name in ('num_classes', 'width', 'depth')}
     theirs = Child(
       measure, label, measure, {**given, **of_peer}, side='theirs', program=(str(peer),)
     )
     children += [ours, theirs] * options.rounds
   if 'pipeline' in wanted:
-    batches = {key: value for key, value in data.items() if key != 'checkpoint'}
+    batches = {name: data[name] for name in ('data', 'num_classes', 'ignore_labels')}
     batches['batches'] = _PIPELINE_BATCHES
     children.append(Child('pipeline', '', 'pipeline', batches))
   if 'compile' in wanted:
@@ -333,7 +363,7 @@ def planned(
       *size, batch = options.train_sizes[0]
       training = {**once, 'size': size, 'batch': batch, 'dtype': options.dtypes[0]}
       children.append(Child('compile', f'training R-{depth}', 'training', training))
-      inference = {**once, 'size': options.sizes[0]}
+      inference = {**once, 'size': options.sizes[0], 'precision': options.precisions[0]}
       children.append(Child('compile', f'inference R-{depth}', 'inference', inference))
   if 'non_local' in wanted:
     block = {'channels': 8 * options.width, 'positions': options.positions}
@@ -392,22 +422,27 @@ def timed_calls(
   """Yields label, name and options of the measurements that both sides run."""
   repeated = {**network, 'repeats': options.repeats}
   for size in options.sizes:
-    yield 'x'.join(map(str, size)), 'inference', {**repeated, 'size': size}
+    for precision in options.precisions:
+      label = f'{size[0]}x{size[1]}, {precision}'
+      yield label, 'inference', {**repeated, 'size': size, 'precision': precision}
   for *size, batch in options.train_sizes:
     for dtype in options.dtypes:
       label = f'{size[0]}x{size[1]}, batch {batch}, {dtype}'
       yield label, 'training', {**repeated, 'size': size, 'batch': batch, 'dtype': dtype}
   if data:
-    size = {'width': options.width, 'depth': options.depth}
-    yield '', 'evaluation', {**data, **size, 'scale': options.eval_scale}
+    for precision in options.precisions:
+      yield precision, 'evaluation', {**data, 'scale': options.eval_scale, 'precision': precision}
+      folder = {'data': data['data'], 'checkpoint': data['checkpoint'], 'precision': precision}
+      yield precision, 'folder', folder
 
 
-def run_child(child: Child, folder: Path) -> dict[str, Any]:
+def run_child(child: Child, folder: Path, *, timeout: float | None = None) -> dict[str, Any]:
   """Runs a measurement; returns its results, or an `error` if it fails.
 
   Args:
     child: The measurement.
     folder: A folder for the compilation caches.
+    timeout: The seconds after which it is stopped, which is an error; None for no limit.
   """
   with subprocess.Popen(
     [sys.executable, *child.program, child.measure, json.dumps(started(child))],
@@ -417,7 +452,10 @@ def run_child(child: Child, folder: Path) -> dict[str, Any]:
     text=True,
   ) as process:
     try:
-      stdout, stderr = process.communicate()
+      stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      return {'error': f'took longer than {timeout:.0f} s'}
     except BaseException:
       process.terminate()
       raise

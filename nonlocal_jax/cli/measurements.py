@@ -26,10 +26,11 @@ from nonlocal_jax.cli.program import child_environment, needs_extra, run_program
 from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS, peak_memory_gib
-from nonlocal_jax.inference.pretrained import PretrainedModel
+from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
 from nonlocal_jax.models import Execution, NonLocalBlock, NonLocalNet
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import state_shapes
+from nonlocal_jax.ops.attention import fastest_attention
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import custom_config
 from nonlocal_jax.runtime.parallel import platform_of, shard_batch
@@ -76,6 +77,7 @@ def measure_inference(
   classes: int,
   width: int,
   depth: int,
+  precision: Precision,
   repeats: int,
   started: float,
 ) -> Figures:
@@ -86,6 +88,7 @@ def measure_inference(
     classes: Number of classes.
     width: Base channels of the network.
     depth: Layers of the backbone.
+    precision: See `nonlocal_jax.load`. Attention is the fastest for it.
     repeats: Number of timed predictions, after a first one.
     started: `time.time()` at the start of the process.
 
@@ -105,7 +108,13 @@ def measure_inference(
     sha256=None,
     num_batches_tracked={},
   )
-  model = PretrainedModel(description, random_state(config))
+  attention = fastest_attention(
+    config.inner_channels, jax.local_devices()[:1], precision=precision, train=False
+  )
+  execution = Execution.for_platform(attention=attention)
+  model = PretrainedModel(
+    description, random_state(config), execution=execution, precision=precision
+  )
   rng = np.random.default_rng(0)
 
   def predict() -> float:
@@ -138,7 +147,7 @@ def measure_training(
   Args:
     size: (height, width) of the crops.
     batch: Crops in a batch.
-    dtype: The dtype of activations, see nonlocal_jax/recipes.py.
+    dtype: The dtype of activations, see nonlocal_jax/recipes.py. Attention is the fastest for it.
     classes: Number of classes.
     width: Base channels of the network.
     depth: Layers of the backbone.
@@ -146,14 +155,17 @@ def measure_training(
     started: `time.time()` at the start of the process.
 
   Returns:
-    `seconds`, the median time of a step; `compile_seconds`, for tracing, lowering and compiling it;
-    `start_seconds`, from the start of the process to the end of the first step.
+    `seconds`, the median time of a step that is waited for; `queued_seconds`, the time of a step
+    where only the last of all is waited for, as between two lines of a training log;
+    `compile_seconds`, for tracing, lowering and compiling the step; `start_seconds`, from the start
+    of the process to the end of the first step; `step_gib`, the memory of the compiled step.
   """
   from nonlocal_jax.experiment import Experiment
   from nonlocal_jax.training.train_step import initial_state
 
   config = _config(classes=classes, width=width, depth=depth)
   config.train.batch_size, config.train.crop, config.train.dtype = batch, tuple(size), dtype
+  config.model.attention = 'auto'
   experiment = Experiment.from_config(config, jax.local_devices()[:1])
   mesh, (_, tx) = experiment.mesh, experiment.optimizer.make(experiment.schedule.steps)
   state = initial_state(experiment.network, tx, seed=0, keep_ema=False, mesh=mesh)
@@ -163,28 +175,47 @@ def measure_training(
   rng = np.random.default_rng(0)
   stop = shard_batch({'flag': np.zeros(1, np.bool)}, mesh)['flag']
 
-  def step() -> float:
-    samples = {
+  def samples() -> dict[str, np.ndarray]:
+    return {
       'image': rng.integers(0, 256, (batch, *size, 3), dtype=np.uint8),
       'label': rng.integers(0, classes, (batch, *size), dtype=np.uint8),
       'size': np.tile(np.array(size, np.int32), (batch, 1)),
     }
 
-    def take() -> None:
-      nonlocal state
-      state, metrics = train_step(state, shard_batch(samples, mesh), stop)
-      jax.block_until_ready((state, metrics))
+  def take(batches: Sequence[dict[str, np.ndarray]]) -> None:
+    nonlocal state
+    metrics = None
+    for each in batches:
+      state, metrics = train_step(state, shard_batch(each, mesh), stop)
+    jax.block_until_ready((state, metrics))
 
-    return seconds_of(take)
+  def step() -> float:
+    given = [samples()]
+    return seconds_of(lambda: take(given))
 
   step()
   start = time.time() - started
   later = [step() for _ in range(repeats)]
+  several = [samples() for _ in range(repeats)]
   return {
     'seconds': statistics.median(later),
+    'queued_seconds': seconds_of(lambda: take(several)) / repeats,
     'compile_seconds': compile_seconds,
     'start_seconds': start,
+    'step_gib': _program_gib(train_step),
   }
+
+
+def _program_gib(program: Any) -> float:
+  """Returns the memory of a compiled program: arguments, results and temporary memory, in GiB."""
+  memory = program.memory_analysis()
+  total = (
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+  )
+  return total / 2**30
 
 
 def measure_evaluation(
@@ -196,6 +227,7 @@ def measure_evaluation(
   ignore_labels: Sequence[int],
   width: int,
   depth: int,
+  precision: str,
 ) -> Figures:
   """Times the command `eval` on a folder that was not prepared before.
 
@@ -207,6 +239,7 @@ def measure_evaluation(
     ignore_labels: Label values without a class, beside 255.
     width: Base channels of the network.
     depth: Layers of its backbone.
+    precision: See nonlocal_jax/recipes.py. Attention is the fastest for it.
 
   Returns:
     `total_seconds`, the time of the whole process; `seconds`, that of the evaluation alone; the
@@ -216,9 +249,8 @@ def measure_evaluation(
     UserError: If the command fails.
   """
   with tempfile.TemporaryDirectory() as folder:
-    command = [
-      sys.executable,
-      *('-m', 'nonlocal_jax', 'eval'),
+    total, _ = run_command(
+      'eval',
       '--config=custom',
       f'--checkpoint={checkpoint}',
       f'--workdir={folder}/workdir',
@@ -227,20 +259,11 @@ def measure_evaluation(
       f'--config.data.num_classes={num_classes}',
       f'--config.data.ignore_labels={tuple(ignore_labels)}',
       f'--config.eval.scale={tuple(scale)}',
+      f'--config.eval.precision={precision}',
+      '--config.model.attention=auto',
       f'--config.model.width={width}',
       f'--config.model.depth={depth}',
-    ]
-    begun = time.perf_counter()
-    done = subprocess.run(
-      command,
-      env=child_environment(),
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.PIPE,
-      text=True,
     )
-    total = time.perf_counter() - begun
-    if done.returncode != 0:
-      raise UserError(f'eval says: {done.stderr.strip().splitlines()[-1]}')
     report = json.loads((Path(folder) / 'workdir' / METRICS).read_text())
   return {
     **of_device_or_host(report['peak_memory_gib']),
@@ -249,6 +272,97 @@ def measure_evaluation(
     'images': report['images'],
     'mIoU': report['mIoU'],
   }
+
+
+def run_command(*arguments: str) -> tuple[float, str]:
+  """Runs a command of `nonlocal-jax` in a process of its own.
+
+  Returns:
+    The seconds that it took, and what it printed.
+
+  Raises:
+    UserError: If the command fails.
+  """
+  begun = time.perf_counter()
+  done = subprocess.run(
+    [sys.executable, '-m', 'nonlocal_jax', *arguments],
+    env=child_environment(),
+    capture_output=True,
+    text=True,
+  )
+  if done.returncode != 0:
+    raise UserError(f'{arguments[0]} says: {done.stderr.strip().splitlines()[-1]}')
+  return time.perf_counter() - begun, done.stdout
+
+
+def measure_folder(*, data: str, checkpoint: str, precision: str) -> Figures:
+  """Times the command `predict` on the val images of a folder, from files to label maps.
+
+  Args:
+    data: The folder, with images/val.
+    checkpoint: The weights.
+    precision: See `nonlocal_jax.load`. Attention is the fastest for it.
+
+  Returns:
+    `total_seconds`, the time of the whole process; `seconds`, that without the start and loading
+    the weights; and the number of `images`.
+
+  Raises:
+    UserError: If the command fails.
+  """
+  images = Path(data, 'images', 'val')
+  with tempfile.TemporaryDirectory() as folder:
+    total, printed = run_command(
+      'predict',
+      f'--checkpoint={checkpoint}',
+      f'--precision={precision}',
+      '--attention=auto',
+      '--no-overlays',
+      str(images),
+      f'--out={folder}',
+    )
+    written = len(list(Path(folder).glob('*.png')))
+  seconds = float(printed.rpartition(' predicted in ')[-1].partition(' s,')[0])
+  return {'seconds': seconds, 'total_seconds': total, 'images': written}
+
+
+def measure_ceiling(*, side: int, gib: float) -> Figures:
+  """Times a large matrix product and a large copy on the first device.
+
+  Args:
+    side: Of the square matrices.
+    gib: Size of the array that is copied.
+
+  Returns:
+    TFLOP/s of products in float32 ('highest'), in the default precision ('default', TF32 on recent
+    GPUs) and in bfloat16, and `copy_tb`, the TB/s that a copy reads and writes.
+  """
+
+  def teraflops(dtype: Any, precision: str) -> float:
+    a = jnp.ones((side, side), dtype)
+    product = jax.jit(lambda a, b: jnp.dot(a, b, precision=precision))
+    return 2 * side**3 / _seconds_in_a_row(lambda: product(a, a)) / 1e12
+
+  array = jnp.ones(int(gib * 2**28), jnp.float32)
+  copy = jax.jit(lambda x: x + 1)
+  return {
+    'highest': teraflops(jnp.float32, 'highest'),
+    'default': teraflops(jnp.float32, 'default'),
+    'bfloat16': teraflops(jnp.bfloat16, 'default'),
+    'copy_tb': 2 * array.nbytes / _seconds_in_a_row(lambda: copy(array)) / 1e12,
+  }
+
+
+def _seconds_in_a_row(call: Callable[[], jax.Array], *, calls: int = 10, rounds: int = 3) -> float:
+  """Returns the median over rounds of the time of a call, the last of each round waited for."""
+  jax.block_until_ready(call())
+
+  def several() -> None:
+    for _ in range(calls - 1):
+      call()
+    jax.block_until_ready(call())
+
+  return statistics.median(seconds_of(several) for _ in range(rounds)) / calls
 
 
 def measure_pipeline(
@@ -362,9 +476,11 @@ MEASURES: Mapping[str, Callable[..., Figures]] = {
   'inference': measure_inference,
   'training': measure_training,
   'evaluation': measure_evaluation,
+  'folder': measure_folder,
   'pipeline': measure_pipeline,
   'network': measure_network,
   'non_local': measure_non_local,
+  'ceiling': measure_ceiling,
 }
 
 

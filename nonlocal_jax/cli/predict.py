@@ -11,6 +11,7 @@ blended with these colors. The images of a folder keep their subfolders.
 import argparse
 import dataclasses
 import glob
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import get_args
@@ -25,12 +26,14 @@ from nonlocal_jax.data.paths import files_below
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
-from nonlocal_jax.inference.images import read_image
 from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
+from nonlocal_jax.inference.stream import PIXELS_AHEAD, Prediction
 from nonlocal_jax.models import Execution
+from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.runtime.devices import say_devices
 from nonlocal_jax.runtime.files import whole_file
 from nonlocal_jax.runtime.parallel import data_mesh
+from nonlocal_jax.runtime.pipeline import in_threads
 from nonlocal_jax.runtime.progress import progress_bar
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
@@ -46,6 +49,12 @@ def main(arguments: Sequence[str]) -> None:
     '--submission',
     action='store_true',
     help='write the label values that the servers of Cityscapes and ADE20K expect, and no overlays',
+  )
+  parser.add_argument(
+    '--overlays',
+    action=argparse.BooleanOptionalAction,
+    default=True,
+    help='whether to write the blended images beside the label maps (default: yes)',
   )
   parser.add_argument(
     '--multi-scale-flip',
@@ -78,9 +87,17 @@ def main(arguments: Sequence[str]) -> None:
     help="precision of matrix products: 'highest' is float32; on recent GPUs 'default' is TF32, "
     "several times as fast, and 'high' three TF32 convolutions in place of one (default: highest)",
   )
+  parser.add_argument(
+    '--attention',
+    choices=[*get_args(Attention), 'auto'],
+    default='blocks',
+    help="how attention is computed: 'flash' and 'cudnn' (which rounds to float16) are for NVIDIA "
+    "GPUs, 'auto' is the fastest that suits the precision (default: blocks)",
+  )
   options = parser.parse(arguments)
   images = find_images(options.inputs)
-  say_devices(data_mesh(jax.local_devices()[:1]))
+  devices = jax.local_devices()[: len(images)]
+  say_devices(data_mesh(devices))
   execution = Execution.for_platform()
   if options.convolution == 'direct':
     execution = dataclasses.replace(execution, convolution='direct')
@@ -89,31 +106,51 @@ def main(arguments: Sequence[str]) -> None:
     align_corners=options.align_corners,
     execution=execution,
     precision=options.precision,
+    attention=options.attention,
+    devices=devices,
   )
   if options.scale:
     protocol = dataclasses.replace(model.protocol, scale=tuple(options.scale))
     model = model.with_protocol(protocol)
   values = submission_values(model) if options.submission else None
-  failures = []
+  targets = [options.out / name for name in images]
+
+  def write(prediction: Prediction) -> None:
+    target, label = targets[prediction.index], prediction.labels
+    if values is not None:
+      save(Image.fromarray(values[label]), Path(f'{target}.png'))
+      return
+    save(with_palette(label, model.palette), Path(f'{target}.png'))
+    if not options.overlays:
+      return
+    picture = overlay(prediction.image, label, classes=model.classes, palette=model.palette)
+    save(Image.fromarray(picture), Path(f'{target}_overlay.jpg'))
+
+  failures: dict[int, str] = {}
+  started = time.perf_counter()
   with progress_bar(len(images), 'Predicting', unit='img') as bar:
-    for name, path in images.items():
-      try:
-        image = read_image(path)
-      except UserError as error:
-        failures.append(str(error))
-      else:
-        label = model.predict(image, multi_scale_flip=options.multi_scale_flip).astype(np.uint8)
-        target = options.out / name
-        if values is not None:
-          save(Image.fromarray(values[label]), Path(f'{target}.png'))
-        else:
-          save(with_palette(label, model.palette), Path(f'{target}.png'))
-          picture = overlay(image, label, classes=model.classes, palette=model.palette)
-          save(Image.fromarray(picture), Path(f'{target}_overlay.jpg'))
+
+    def note_failure(index: int, error: UserError) -> None:
+      failures[index] = str(error)
       bar.update()
-  print(f'{len(images) - len(failures)} of {len(images)} images were predicted, to {options.out}.')
+
+    predictions = model.predict_many(
+      list(images.values()), multi_scale_flip=options.multi_scale_flip, on_error=note_failure
+    )
+    for _ in in_threads(
+      write,
+      predictions,
+      size=lambda prediction: prediction.labels.size,
+      most=PIXELS_AHEAD,
+      eager=True,
+    ):
+      bar.update()
+  seconds = time.perf_counter() - started
+  predicted = len(images) - len(failures)
+  print(f'{predicted} of {len(images)} images were predicted in {seconds:.1f} s, to {options.out}.')
   if failures:
-    raise UserError('\n  '.join([f'{len(failures)} images failed:', *failures]))
+    listed = [failures[index] for index in sorted(failures)]
+    raise UserError('\n  '.join([f'{len(failures)} images failed:', *listed]))
 
 
 def find_images(inputs: Sequence[str]) -> dict[str, Path]:

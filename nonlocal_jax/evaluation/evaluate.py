@@ -10,6 +10,7 @@ from nonlocal_jax.evaluation.evaluator import Evaluation
 from nonlocal_jax.evaluation.metrics import undefined_reasons
 from nonlocal_jax.evaluation.pictures import comparison
 from nonlocal_jax.evaluation.report import ReportFacts, write_report
+from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.files import whole_file
 from nonlocal_jax.runtime.parallel import is_first_process
@@ -62,7 +63,12 @@ def picture_of(evaluation: Evaluation, dataset: Dataset) -> np.ndarray:
 
 
 def comparable_miou(
-  released: ReleasedModel, dataset: Dataset, protocol: EvalProtocol, *, images: int
+  released: ReleasedModel,
+  dataset: Dataset,
+  protocol: EvalProtocol,
+  *,
+  images: int,
+  attention: Attention,
 ) -> float | None:
   """Returns the published mIoU of a released model if it is comparable, else prints why it is not.
 
@@ -71,6 +77,7 @@ def comparable_miou(
     dataset: The dataset of this evaluation.
     protocol: The protocol of this evaluation.
     images: The number of images in this evaluation.
+    attention: The implementation of attention in this evaluation, see `Execution.attention`.
 
   Returns:
     The mIoU in percent, or None if it is not comparable.
@@ -80,6 +87,8 @@ def comparable_miou(
     print(f'The mIoU of {released.name} with multi-scale and flip was not published.')
     return None
   differences = _differences(released, dataset, protocol, images)
+  if attention == 'cudnn':
+    differences.append('attention was not rounded to float16, as cudnn does')
   if differences:
     print(
       f'{released.name} was published with mIoU {published:.2f}, which cannot be compared: '

@@ -20,8 +20,8 @@ from nonlocal_jax.data.datasets import (
 from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import Execution, NonLocalNetConfig
-from nonlocal_jax.models.config import STAGE_BLOCKS
-from nonlocal_jax.ops.attention import Attention, check_attention, fastest_attention
+from nonlocal_jax.models.config import STAGE_BLOCKS, chosen_attention
+from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh
 from nonlocal_jax.training.loop import ScheduleConfig
@@ -54,13 +54,14 @@ class EvalConfig:
   """How an evaluation is computed; `EvalProtocol` says what is computed.
 
   Attributes:
-    batch_size: Images per device and batch.
+    batch_size: Maximum number of images per device and batch; None for what is fast, see
+      `batches.images_at_once`.
     shapes: Maximum number of padded shapes that the images are grouped into.
     precision: Matmul precision of the network, see `jax_default_matmul_precision`.
     more_scores: Whether to also report Dice, Fscore, Precision and Recall.
   """
 
-  batch_size: int
+  batch_size: int | None
   shapes: int
   precision: str
   more_scores: bool
@@ -249,17 +250,13 @@ def _attention(
   Raises:
     UserError: If the devices do not support the one that the config names.
   """
-  attention, channels = config.model.attention, network.inner_channels
   devices = list(mesh.devices.flat)
-  if attention == 'auto':
-    if not network.non_local:
-      return 'blocks'
-    return fastest_attention(channels, devices, precision=precision, train=train)
   try:
-    check_attention(attention, channels, devices[0])
+    return chosen_attention(
+      config.model.attention, network, devices, precision=precision, train=train
+    )
   except UserError as error:
     raise UserError(f'config.model.{error}') from error
-  return attention
 
 
 def _check_values(config: ConfigDict) -> None:
@@ -269,9 +266,11 @@ def _check_values(config: ConfigDict) -> None:
     UserError: If a value is out of range; the message names its key.
   """
   counts = ('train.steps', 'train.batch_size', 'train.log_every', 'eval.every', 'checkpoint.every')
-  counts += ('eval.batch_size', 'eval.shapes', 'train.accumulate', 'train.ohem_min_kept')
+  counts += ('eval.shapes', 'train.accumulate', 'train.ohem_min_kept')
   pairs = ('train.scale', 'train.crop', 'train.ratio_range', 'eval.scale')
   windows = ('eval.window_crop', 'eval.window_stride')
+  if config.eval.batch_size is not None:
+    counts += ('eval.batch_size',)
   for key in (*counts, 'checkpoint.keep'):
     _expect(_value(config, key) >= 1, config, key, 'a number of at least 1')
   _expect(config.model.width >= 2, config, 'model.width', 'a number of at least 2')

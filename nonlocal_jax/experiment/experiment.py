@@ -195,7 +195,13 @@ class Experiment:
     released = released_model_of_sha256(description.sha256) if description.sha256 else None
     published = None
     if released is not None:
-      published = comparable_miou(released, self.dataset, self.protocol, images=len(split))
+      published = comparable_miou(
+        released,
+        self.dataset,
+        self.protocol,
+        images=len(split),
+        attention=self.eval_execution.attention,
+      )
     show_evaluation(evaluation, self.dataset, more=self.evaluation.more_scores)
     if published is not None and is_first_process():
       print(published_line(100 * evaluation.scores.mean_iou, published, self.dataset.name))
@@ -293,7 +299,7 @@ class Experiment:
       split,
       num_classes=self.dataset.num_classes,
       label_lookup=self.dataset.label_lookup,
-      batch_size=self.evaluation.batch_size * self.mesh.size,
+      images_per_device=self.evaluation.batch_size,
       most_shapes=self.evaluation.shapes,
     )
 

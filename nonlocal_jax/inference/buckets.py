@@ -1,17 +1,22 @@
 """Chooses a few padded shapes for images of many sizes: each shape is compiled once."""
 
+import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Self
 
 import numpy as np
 
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.protocol import EvalProtocol, Size
+from nonlocal_jax.runtime.parallel import Platform
 
 _MOST_CANDIDATES = 256
 # Cost of a pixel of the label map relative to one that goes through the network.
 _RESULT_COST = 0.02
+_MOST_WITH_ROOM = 4
+# Pixels through the network that take as long as compiling the programs of a shape.
+_PIXELS_OF_COMPILATION: Mapping[Platform, float] = {'cpu': 2**20, 'gpu': 2**28, 'tpu': 2**28}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +120,45 @@ def shapes_for(
     The shape for each size, with at most `2 * most` different shapes of network inputs. Images of
     one size are not padded.
   """
-  counts: dict[Size, int] = {}
-  for size in sizes:
-    counts[size] = counts.get(size, 0) + 1
+  counts = collections.Counter(sizes)
   exact = {size: PaddedShape.from_image(size, protocol) for size in counts}
-  shape_of, multiple = exact, 8
+  return _merged_shapes(exact, counts, exact, most=most)
+
+
+def shapes_with_room(
+  sizes: Iterable[Size], protocol: EvalProtocol, *, platform: Platform
+) -> dict[Size, PaddedShape]:
+  """Chooses padded shapes as `PaddedShape.with_room` does, fewer where that saves time.
+
+  Shapes are merged while compiling another program takes longer than computing what the merged one
+  adds. They have sides that other images share: programs are found in the compilation cache.
+
+  Args:
+    sizes: (height, width) of each image.
+    protocol: How they are tested.
+    platform: The platform that compiles and computes.
+
+  Returns:
+    The shape for each size, at most four different ones.
+  """
+  counts = collections.Counter(sizes)
+  exact = {size: PaddedShape.from_image(size, protocol) for size in counts}
+  is_whole = protocol.window_crop is None
+  roomy = {size: shape.with_room(networks=is_whole) for size, shape in exact.items()}
+  worth = _PIXELS_OF_COMPILATION[platform]
+  return _merged_shapes(roomy, counts, exact, most=_MOST_WITH_ROOM, worth=worth)
+
+
+def _merged_shapes(
+  shape_of: dict[Size, PaddedShape],
+  counts: Mapping[Size, int],
+  exact: Mapping[Size, PaddedShape],
+  *,
+  most: int,
+  worth: float = 0,
+) -> dict[Size, PaddedShape]:
+  """Merges shapes until `most` are left, and further ones that add less than `worth` pixels."""
+  multiple = 8
   while len(set(shape_of.values())) > max(most, _MOST_CANDIDATES):
     shape_of = {size: shape.rounded_up(multiple) for size, shape in exact.items()}
     multiple *= 2
@@ -129,7 +168,7 @@ def shapes_for(
   for size, shape in shape_of.items():
     number[place[shape]] += counts[size]
   vectors, group_of = _merge(
-    np.array([c._as_vector() for c in candidates]), number, most=most, cost=_cost
+    np.array([c._as_vector() for c in candidates]), number, most=most, cost=_cost, worth=worth
   )
   number = np.bincount(group_of, weights=number)
   merged = _sharing_networks(
@@ -173,8 +212,12 @@ def _merge(
   *,
   most: int,
   cost: Callable[[np.ndarray], np.ndarray],
+  worth: float = 0,
 ) -> tuple[np.ndarray, list[int]]:
-  """Merges vectors with multiplicities until there are few; returns them and each one's group."""
+  """Merges vectors with multiplicities until there are few; returns them and each one's group.
+
+  Merges also beyond `most`, those that add less than `worth` to the cost.
+  """
   vectors, number = vectors.copy(), number.astype(np.float64)
   members = [[index] for index in range(len(vectors))]
   alive = np.ones(len(vectors), bool)
@@ -189,7 +232,7 @@ def _merge(
 
   for index in range(len(vectors)):
     update(index)
-  while alive.sum() > most:
+  while alive.sum() > most or dearer.min(initial=np.inf) < worth:
     kept, gone = divmod(int(np.argmin(dearer)), len(vectors))
     vectors[kept] = np.maximum(vectors[kept], vectors[gone])
     number[kept] += number[gone]

@@ -1,18 +1,29 @@
 """Images as they come: files, PIL images and arrays, all as uint8 RGB arrays."""
 
 import os
+import struct
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from nonlocal_jax.data.transforms import decode_image
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.protocol import Size
+from nonlocal_jax.runtime.pipeline import num_cores
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
 _SIXTEEN_BITS = ('I;16', 'I;16L', 'I;16B', 'I;16N')
 _UNBOUNDED = ('I', 'F')  # modes of PIL without a largest value
+_PIL_ERRORS = (
+  *(OSError, SyntaxError, ValueError, TypeError, struct.error),
+  Image.DecompressionBombError,
+)
+_QUARTER_TURNS = (5, 6, 7, 8)  # values of the EXIF orientation
 
 
 def as_array(image: ImageLike, *, channels: int = 3) -> np.ndarray:
@@ -64,6 +75,38 @@ def read_image(path: Path) -> np.ndarray:
     raise UserError(f'File {path} cannot be read: {error.strerror}.') from error
   except ValueError as error:
     raise UserError(f'File {path} is {error}.') from error
+
+
+def sizes_of(images: Sequence[ImageLike]) -> list[Size | None]:
+  """Finds the sizes of images without decoding them.
+
+  Returns:
+    (height, width) of each as `as_array` returns it; None where it is not known before. A file
+    whose header promises another size than its pixels have is possible.
+  """
+  with warnings.catch_warnings(), ThreadPoolExecutor(num_cores()) as pool:
+    warnings.simplefilter('ignore')  # of large images and odd metadata
+    return list(pool.map(_size_of, images))
+
+
+def _size_of(image: ImageLike) -> Size | None:
+  if isinstance(image, np.ndarray):
+    return image.shape[:2] if image.ndim == 3 else None
+  try:
+    if isinstance(image, Image.Image):
+      return _oriented(image)
+    if isinstance(image, str | os.PathLike):
+      with Image.open(image) as file:
+        return _oriented(file)
+  except _PIL_ERRORS:
+    pass  # `as_array` reads the file in another way, or says what is wrong
+  return None
+
+
+def _oriented(image: Image.Image) -> Size:
+  width, height = image.size
+  is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) in _QUARTER_TURNS
+  return (width, height) if is_turned else (height, width)
 
 
 def _from_pil(image: Image.Image) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, cast, overload
 
@@ -13,15 +13,16 @@ import numpy as np
 from flax import nnx
 
 from nonlocal_jax.data.datasets import custom_dataset
-from nonlocal_jax.data.transforms import resize_to
-from nonlocal_jax.inference.buckets import PaddedShape
-from nonlocal_jax.inference.images import ImageLike, as_array
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.inference.images import ImageLike
 from nonlocal_jax.inference.predictor import Predictor
-from nonlocal_jax.inference.views import views_of
+from nonlocal_jax.inference.stream import Prediction, predictions
 from nonlocal_jax.models import Execution, NonLocalNet
+from nonlocal_jax.models.config import chosen_attention
+from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.compilation import compiler_options
-from nonlocal_jax.runtime.parallel import platform_of
+from nonlocal_jax.runtime.parallel import data_mesh, platform_of, platform_of_mesh, replicated
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
@@ -35,6 +36,8 @@ def load(
   align_corners: bool | None = None,
   execution: Execution | None = None,
   precision: Precision = 'highest',
+  attention: Attention | Literal['auto'] | None = None,
+  devices: Sequence[jax.Device] | None = None,
 ) -> 'PretrainedModel':
   """Loads a trained network to predict with.
 
@@ -53,16 +56,31 @@ def load(
     precision: Precision of matrix products: 'highest' is float32, as for the published scores. On
       recent GPUs 'default' is TF32, several times as fast, and 'high' computes each convolution as
       three TF32 convolutions.
+    attention: How attention is computed: 'blocks', on NVIDIA GPUs also 'flash' or 'cudnn', or
+      'auto' for the fastest that suits `precision`; None for that of `execution`. 'cudnn' rounds
+      queries, keys and values to float16.
+    devices: The devices of this process that share the images of a list, e.g.
+      `jax.local_devices()`; None for the first one.
 
   Returns:
     The network, ready to predict.
 
   Raises:
-    UserError: If there are no weights of a NonLocalNet.
+    UserError: If there are no weights of a NonLocalNet, or network or devices do not support
+      `attention`.
     ValueError: If `precision` is unknown.
   """
-  weights = read_weights(Path(path), align_corners=align_corners)
-  return PretrainedModel(*weights, execution=execution, precision=precision)
+  description, state = read_weights(Path(path), align_corners=align_corners)
+  devices = devices or jax.local_devices()[:1]
+  execution = execution or Execution.for_platform(platform_of(devices))
+  if attention is not None:
+    attention = chosen_attention(
+      attention, description.config, devices, precision=precision, train=False
+    )
+    execution = dataclasses.replace(execution, attention=attention)
+  return PretrainedModel(
+    description, state, execution=execution, precision=precision, devices=devices
+  )
 
 
 def load_module(
@@ -107,24 +125,26 @@ class PretrainedModel:
     *,
     execution: Execution | None = None,
     precision: Precision = 'highest',
+    devices: Sequence[jax.Device] | None = None,
   ):
-    """Puts the weights on the default device.
+    """Puts the weights on the devices.
 
     Args:
       description: What the weights are.
       state: Parameters and running statistics.
       execution: How the network is computed; None for what is fastest on JAX's default backend.
       precision: See `load`.
+      devices: See `load`.
 
     Raises:
       ValueError: If `precision` is unknown.
     """
     self.description = description
-    device = jax.local_devices()[0]
-    platform = platform_of([device])
+    self._mesh = data_mesh(devices or jax.local_devices()[:1])
+    platform = platform_of_mesh(self._mesh)
     self._execution = execution or Execution.for_platform(platform)
     self._precision: Precision = precision
-    self._state = jax.device_put(state, device)
+    self._state = jax.device_put(state, replicated(self._mesh))
     self._graphdef = nnx.graphdef(NonLocalNet.abstract(description.config, self._execution))
     self._predictor_of = functools.cache(self._make_predictor)
 
@@ -220,18 +240,44 @@ class PretrainedModel:
       TypeError: If it is none of these.
     """
     if isinstance(image, list | tuple):
-      return [self._predict(each, multi_scale_flip) for each in image]
-    return self._predict(cast(ImageLike, image), multi_scale_flip)
+      several = self.predict_many(image, multi_scale_flip=multi_scale_flip)
+      found = {index: labels.astype(np.int32) for index, _, labels in several}
+      return [found[index] for index in range(len(image))]
+    ((_, _, labels),) = self.predict_many(
+      [cast(ImageLike, image)], multi_scale_flip=multi_scale_flip
+    )
+    return labels.astype(np.int32)
 
-  def _predict(self, image: ImageLike, multi_scale_flip: bool | None) -> np.ndarray:
-    array = as_array(image, channels=self.description.config.in_channels)
-    size = array.shape[:2]
-    predictor = self._predictor_of(multi_scale_flip)
-    protocol = predictor.protocol
-    views = [resize_to(array, view.size) for view in views_of(protocol, size)]
-    shape = PaddedShape.from_image(size, protocol).with_room(networks=protocol.window_crop is None)
-    labels = predictor(self._state, shape, [views], [size])
-    return np.asarray(labels)[0, : size[0], : size[1]].astype(np.int32)
+  def predict_many(
+    self,
+    images: Sequence[ImageLike],
+    *,
+    multi_scale_flip: bool | None = None,
+    on_error: Callable[[int, UserError], object] | None = None,
+  ) -> Iterator[Prediction]:
+    """Predicts images while others are read; holds a few of them at a time.
+
+    Images of similar size share a compiled program, and on GPUs and TPUs go through it together.
+
+    Args:
+      images: See `predict`.
+      multi_scale_flip: See `predict`.
+      on_error: Called with the index of a file that cannot be read and the error, in place of its
+        prediction; None to raise the error.
+
+    Yields:
+      The predictions, images of similar size one after another.
+
+    Raises:
+      UserError, ValueError, TypeError: See `predict`.
+    """
+    yield from predictions(
+      images,
+      self._predictor_of(multi_scale_flip),
+      self._state,
+      channels=self.description.config.in_channels,
+      on_error=on_error,
+    )
 
   def logits(self, images: np.ndarray | jax.Array) -> jax.Array:
     """Logits of whole images at their own size.
@@ -253,7 +299,11 @@ class PretrainedModel:
     """
     description = dataclasses.replace(self.description, protocol=protocol)
     return PretrainedModel(
-      description, self._state, execution=self._execution, precision=self._precision
+      description,
+      self._state,
+      execution=self._execution,
+      precision=self._precision,
+      devices=list(self._mesh.devices.flat),
     )
 
   def _make_predictor(self, multi_scale_flip: bool | None) -> Predictor:
@@ -261,7 +311,11 @@ class PretrainedModel:
     if multi_scale_flip is not None:
       protocol = protocol.with_multi_scale_flip(multi_scale_flip)
     return Predictor(
-      self.description.config, protocol, execution=self._execution, precision=self._precision
+      self.description.config,
+      protocol,
+      execution=self._execution,
+      precision=self._precision,
+      mesh=self._mesh,
     )
 
   def save(self, directory: str | os.PathLike[str]) -> None:

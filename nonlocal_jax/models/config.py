@@ -1,11 +1,13 @@
 """Configuration of a network: its architecture, and how it is computed."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
+import jax
+
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.ops.attention import Attention
+from nonlocal_jax.ops.attention import Attention, check_attention, fastest_attention
 from nonlocal_jax.ops.convolution import Convolution
 from nonlocal_jax.ops.pooling import MaxPool
 from nonlocal_jax.runtime.parallel import Platform, platform_of
@@ -213,6 +215,40 @@ class Execution:
     """
     platform = platform_of() if platform is None else platform
     return cls(**{**_DEFAULTS.get(platform, {}), **overrides})
+
+
+def chosen_attention(
+  attention: Attention | Literal['auto'],
+  config: NonLocalNetConfig,
+  devices: Sequence[jax.Device],
+  *,
+  precision: str | None,
+  train: bool,
+) -> Attention:
+  """Returns the attention implementation to use.
+
+  Args:
+    attention: See `Execution.attention`; 'auto' for the fastest, see `fastest_attention`.
+    config: The network.
+    devices: The devices that share a batch.
+    precision: Matmul precision, see `jax_default_matmul_precision`.
+    train: Whether gradients are needed.
+
+  Raises:
+    UserError: If the network or the devices do not support it.
+  """
+  fits = config.non_local and config.mode == 'embedded_gaussian'
+  if attention == 'auto':
+    if not fits:
+      return 'blocks'
+    return fastest_attention(config.inner_channels, devices, precision=precision, train=train)
+  if attention != 'blocks' and not fits:
+    raise UserError(
+      f'attention is {attention}, which computes the embedded Gaussian, and this network does not '
+      'have it; leave it at blocks.'
+    )
+  check_attention(attention, config.inner_channels, devices[0])
+  return attention
 
 
 _DEFAULTS: Mapping[Platform, Mapping[str, Any]] = {
