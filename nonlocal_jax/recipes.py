@@ -97,7 +97,8 @@ def base_config() -> ConfigDict:
   config.eval.multi_scale_flip = False  # averages six scales, each plain and flipped
   # Images smaller than a window: True pads them, False shrinks the window; None: v0 pads.
   config.eval.pad_windows = config_dict.placeholder(bool)
-  config.eval.batch_size = 1  # images per device
+  # Maximum number of images per device; None: what is fast on GPUs and TPUs of one process, else 1.
+  config.eval.batch_size = config_dict.placeholder(int)
   config.eval.shapes = 4  # maximum number of padded shapes; each is compiled once
   config.eval.more_scores = False  # also reports Dice, F-score, precision and recall
   config.eval.precision = 'highest'

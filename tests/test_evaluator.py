@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
+from configs import custom
 from nonlocal_jax.data.transforms import decode_label
 from nonlocal_jax.evaluation import evaluator
+from nonlocal_jax.experiment import Experiment
 from tests.conftest import run_two_processes
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +51,30 @@ def test_two_processes_of_two_devices_count_each_image_once(
   assert not (tmp_path / 'process1').exists()
 
 
+def test_images_go_through_together_where_that_is_fast(
+  photos, peer_checkpoint, tmp_path, monkeypatch
+):
+  """As many as the device takes, or as the config says; each counts once."""
+  config = custom.get_config()
+  config.data.source_dir, config.data.data_dir = str(photos), str(tmp_path / 'prepared')
+  config.data.num_classes, config.data.ignore_labels = 19, (20,)
+  config.model.width, config.eval.scale, config.eval.shapes = 8, (96, 72), 1
+  monkeypatch.setattr(evaluator, 'images_at_once', lambda *_: 3)
+  sizes, confusions = [], []
+  for given in (None, 2, 1):
+    config.eval.batch_size = given
+    experiment = Experiment.from_config(config, devices=jax.devices()[:1])
+    split = experiment.open_splits(tmp_path, ['val'])['val']
+    sizes.append([len(batch.indices) for batch in experiment.evaluator(split)._batches])
+    confusions.append(experiment.evaluate(peer_checkpoint, tmp_path / 'out').confusion)
+  assert sizes == [[3], [2, 1], [1, 1, 1]]
+  alone = confusions[-1]
+  assert alone.sum() > 10_000
+  for found in confusions:
+    np.testing.assert_array_equal(found.sum(axis=1), alone.sum(axis=1))
+    assert np.abs(found - alone).sum() <= 2 * alone.sum() // 1000  # up to ties at rounding
+
+
 def test_an_interrupted_evaluation_leaves_no_result(arguments, program, tmp_path, monkeypatch):
   scores, calls = evaluator.scores, []
 
@@ -69,6 +96,10 @@ def test_an_interrupted_evaluation_leaves_no_result(arguments, program, tmp_path
   ('extra', 'sentence'),
   [
     (['--config.eval.protocol=v2'], 'config.eval.protocol is v2; it must be v0 or v1'),
+    (
+      ['--config.eval.batch_size=0'],
+      'config.eval.batch_size is 0; it must be a number of at least',
+    ),
     (['--config.eval.shapes=0'], 'config.eval.shapes is 0; it must be a number of at least 1'),
   ],
 )

@@ -1,5 +1,7 @@
 """Many images at once: the labels of one by one, few programs, few images in memory."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -60,23 +62,21 @@ def test_batches_have_one_size_and_every_image_once():
   ]
 
 
-class _Gpu:
-  """A device with some memory."""
-
-  platform = 'cuda'
-
-  def __init__(self, gibibytes):
-    self._bytes = gibibytes * 2**30
-
-  def memory_stats(self):
-    return {'bytes_limit': self._bytes}
+def gpus(gibibytes, *, processes=(0,)):
+  """Stands for a mesh of GPUs with some memory each."""
+  limit = {'bytes_limit': gibibytes * 2**30}
+  devices = [
+    types.SimpleNamespace(platform='cuda', process_index=index, memory_stats=lambda: limit)
+    for index in processes
+  ]
+  return types.SimpleNamespace(devices=np.array(devices))
 
 
 @pytest.mark.parametrize(
   ('size', 'gibibytes', 'expected'),
   [
     ((512, 512), 80, 16),
-    ((512, 512), 4, 8),
+    ((512, 512), 4, 4),
     ((1024, 2048), 80, 2),
     ((4096, 4096), 80, 1),
     ((4096, 4096), 1, 1),
@@ -85,14 +85,15 @@ class _Gpu:
 def test_batches_suit_the_memory(size, gibibytes, expected):
   protocol = EvalProtocol()
   shape = PaddedShape.from_image(size, protocol)
-  assert images_at_once(shape, protocol, _Gpu(gibibytes)) == expected
+  assert images_at_once(shape, protocol, gpus(gibibytes)) == expected
   flipped = EvalProtocol(flip=True)
-  assert images_at_once(shape, flipped, _Gpu(gibibytes)) == max(expected // 2, 1)
-  assert images_at_once(shape, protocol, jax.devices()[0]) == 1
+  assert images_at_once(shape, flipped, gpus(gibibytes)) == max(expected // 2, 1)
+  assert images_at_once(shape, protocol, data_mesh()) == 1
+  assert images_at_once(shape, protocol, gpus(80, processes=(0, 1))) == 1
   # Label maps of photographs that are tested smaller, and their images, take memory, too.
   small = EvalProtocol(scale=(64, 64))
   shape = PaddedShape.from_image((4000, 6000), small)
-  assert images_at_once(shape, small, _Gpu(80)) == 1
+  assert images_at_once(shape, small, gpus(80)) == 1
 
 
 def test_photographs_of_several_sizes_share_programs():

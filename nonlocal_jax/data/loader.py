@@ -4,7 +4,6 @@ A source is any sequence of `{'id': str, 'image': bytes, 'label': bytes}`, such 
 `prepared.PreparedSplit`.
 """
 
-import os
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from absl import flags
 
 from nonlocal_jax.data import transforms
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.pipeline import num_cores
 
 Source = Sequence[dict[str, str | bytes]]
 
@@ -140,7 +140,7 @@ def train_batches(
     .pipe(_PartOfEachBatch, batch_size // process_count, process_index, process_count)
     .batch(batch_size // process_count)
   )
-  num_threads = num_threads or max(1, _num_cores() // max(1, num_workers))
+  num_threads = num_threads or max(1, num_cores() // max(1, num_workers))
   return TrainIterator(batches, num_workers=num_workers, num_threads=num_threads)
 
 
@@ -188,7 +188,7 @@ def eval_batches(
     return EvalSample(index, views, label)
 
   _use_one_thread_in_opencv()
-  num_threads = num_threads or _num_cores()
+  num_threads = num_threads or num_cores()
   loaded = grain.MapDataset.range(len(batches)).map(load)
   return iter(loaded.to_iter_dataset(grain.ReadOptions(num_threads, num_threads)))
 
@@ -220,10 +220,6 @@ def _decode(record: dict[str, Any], lookup: np.ndarray | None) -> tuple[np.ndarr
   if lookup is not None:
     label = cv2.LUT(label, lookup)
   return transforms.decode_image(record['image']), label
-
-
-def _num_cores() -> int:
-  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def _prepare_worker(*_) -> None:

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,17 +14,18 @@ from nonlocal_jax.data.loader import EvalSample, eval_batches
 from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.evaluation.metrics import Scores, scores
-from nonlocal_jax.inference.buckets import PaddedShape, shapes_for
+from nonlocal_jax.inference.batches import batches_of, images_at_once
+from nonlocal_jax.inference.buckets import shapes_for
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.ops.confusion import confusion_matrix
 from nonlocal_jax.runtime.compilation import compiler_options
 from nonlocal_jax.runtime.parallel import platform_of_mesh, replicated, shard_batch
+from nonlocal_jax.runtime.pipeline import one_behind
 from nonlocal_jax.runtime.progress import progress_bar
 
 _EXAMPLES = 4
-T = TypeVar('T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Evaluation:
   seconds: float
 
 
-class _Batch(NamedTuple):
+class _Evaluated(NamedTuple):
   """A batch that is being evaluated.
 
   Attributes:
@@ -75,7 +76,7 @@ class Evaluator:
     *,
     num_classes: int,
     label_lookup: np.ndarray,
-    batch_size: int,
+    images_per_device: int | None = None,
     most_shapes: int,
   ):
     """Plans the evaluation.
@@ -86,7 +87,8 @@ class Evaluator:
       split: The prepared images and labels.
       num_classes: The number of classes.
       label_lookup: Maps label values to classes, see `transforms.label_lookup`.
-      batch_size: The number of images per batch, over all devices and processes.
+      images_per_device: The largest number of images per device and batch; None for what is fast,
+        see `batches.images_at_once`.
       most_shapes: The largest number of padded shapes, see `buckets.shapes_for`.
     """
     self._predictor = predictor
@@ -106,12 +108,13 @@ class Evaluator:
     self._num_classes = num_classes
     self._label_lookup = label_lookup
     shape_of = shapes_for(split.sizes, predictor.protocol, most=most_shapes)
-    self._batches = [
-      (shape, indices[start : start + batch_size])
-      for shape, indices in _by_shape(shape_of[size] for size in split.sizes).items()
-      for start in range(0, len(indices), batch_size)
-    ]
-    self._local_batch_size = batch_size // jax.process_count()
+    self._batches = batches_of(
+      [shape_of[size] for size in split.sizes],
+      most=lambda shape: (
+        images_per_device or images_at_once(shape, predictor.protocol, predictor.mesh)
+      ),
+      num_devices=predictor.mesh.size,
+    )
 
   def prepared(self, state: nnx.State) -> nnx.State:
     """Folds batch normalization into the convolutions and replicates the result over the devices.
@@ -133,7 +136,7 @@ class Evaluator:
     confusion = np.zeros((self._num_classes, self._num_classes), np.int64)
     shown = {}
     with progress_bar(len(self._split), 'Evaluating', unit='img', leave=False) as bar:
-      for indices, samples, predictions, counts in _one_behind(self._evaluated(weights)):
+      for indices, samples, predictions, counts in one_behind(self._evaluated(weights)):
         confusion += np.asarray(counts)
         wanted = [place for place, sample in enumerate(samples) if sample.index in examples]
         if wanted:
@@ -149,45 +152,32 @@ class Evaluator:
     in_order = [shown[index] for index in sorted(shown)]
     return Evaluation(confusion, scores(confusion), in_order, seconds)
 
-  def _evaluated(self, weights: nnx.State) -> Iterator[_Batch]:
+  def _evaluated(self, weights: nnx.State) -> Iterator[_Evaluated]:
     """Yields the batches; their arrays may still be computing."""
-    first = jax.process_index() * self._local_batch_size
+    process, processes = jax.process_index(), jax.process_count()
+    local_sizes = [batch.size // processes for batch in self._batches]
     loaded = eval_batches(
       self._split,
-      [indices[first : first + self._local_batch_size] for _, indices in self._batches],
+      [
+        batch.indices[process * size : (process + 1) * size]
+        for batch, size in zip(self._batches, local_sizes, strict=True)
+      ],
       view_sizes=lambda size: [view.size for view in views_of(self._predictor.protocol, size)],
       label_lookup=self._label_lookup,
     )
-    for (shape, indices), samples in zip(self._batches, loaded, strict=True):
+    for batch, size, samples in zip(self._batches, local_sizes, loaded, strict=True):
       predictions = self._predictor(
         weights,
-        shape,
+        batch.shape,
         [sample.views for sample in samples],
         [sample.label.shape for sample in samples],
-        batch_size=self._local_batch_size,
+        batch_size=size,
       )
-      labels = np.full((self._local_batch_size, *shape.result), IGNORE, np.uint8)
+      labels = np.full((size, *batch.shape.result), IGNORE, np.uint8)
       for padded, sample in zip(labels, samples, strict=False):
         padded[: sample.label.shape[0], : sample.label.shape[1]] = sample.label
       on_devices = shard_batch({'labels': labels}, self._predictor.mesh)['labels']
-      yield _Batch(indices, samples, predictions, self._count(predictions, on_devices))
-
-
-def _by_shape(shapes: Iterable[PaddedShape]) -> dict[PaddedShape, list[int]]:
-  """Groups the indices of images by padded shape."""
-  indices: dict[PaddedShape, list[int]] = {}
-  for index, shape in enumerate(shapes):
-    indices.setdefault(shape, []).append(index)
-  return indices
-
-
-def _one_behind(items: Iterable[T]) -> Iterator[T]:
-  """Yields each item after requesting the next, so that loading overlaps with computing."""
-  before = []
-  for item in items:
-    yield from before
-    before = [item]
-  yield from before
+      yield _Evaluated(batch.indices, samples, predictions, self._count(predictions, on_devices))
 
 
 def _local_rows(array: jax.Array) -> np.ndarray:

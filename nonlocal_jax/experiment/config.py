@@ -54,13 +54,14 @@ class EvalConfig:
   """How an evaluation is computed; `EvalProtocol` says what is computed.
 
   Attributes:
-    batch_size: Images per device and batch.
+    batch_size: Maximum number of images per device and batch; None for what is fast, see
+      `batches.images_at_once`.
     shapes: Maximum number of padded shapes that the images are grouped into.
     precision: Matmul precision of the network, see `jax_default_matmul_precision`.
     more_scores: Whether to also report Dice, Fscore, Precision and Recall.
   """
 
-  batch_size: int
+  batch_size: int | None
   shapes: int
   precision: str
   more_scores: bool
@@ -265,9 +266,11 @@ def _check_values(config: ConfigDict) -> None:
     UserError: If a value is out of range; the message names its key.
   """
   counts = ('train.steps', 'train.batch_size', 'train.log_every', 'eval.every', 'checkpoint.every')
-  counts += ('eval.batch_size', 'eval.shapes', 'train.accumulate', 'train.ohem_min_kept')
+  counts += ('eval.shapes', 'train.accumulate', 'train.ohem_min_kept')
   pairs = ('train.scale', 'train.crop', 'train.ratio_range', 'eval.scale')
   windows = ('eval.window_crop', 'eval.window_stride')
+  if config.eval.batch_size is not None:
+    counts += ('eval.batch_size',)
   for key in (*counts, 'checkpoint.keep'):
     _expect(_value(config, key) >= 1, config, key, 'a number of at least 1')
   _expect(config.model.width >= 2, config, 'model.width', 'a number of at least 2')

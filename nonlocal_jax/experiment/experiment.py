@@ -308,7 +308,7 @@ class Experiment:
       split,
       num_classes=self.dataset.num_classes,
       label_lookup=self.dataset.label_lookup,
-      batch_size=self.evaluation.batch_size * self.mesh.size,
+      images_per_device=self.evaluation.batch_size,
       most_shapes=self.evaluation.shapes,
     )
 

@@ -3,16 +3,16 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax
+from jax.sharding import Mesh
 
 from nonlocal_jax.inference.buckets import PaddedShape
 from nonlocal_jax.protocol import EvalProtocol
-from nonlocal_jax.runtime.parallel import platform_of
+from nonlocal_jax.runtime.parallel import is_shared_by_processes, platform_of_mesh
 
 # Pixels per device that keep a GPU busy: twelve images of 512x683.
 _PIXELS = 2**22
-# Upper bound of the memory that a pixel needs: some 0.5 KiB in R-50 with float32.
-_BYTES_OF_PIXEL = 2**11
+# Bytes of a device's memory for each pixel: a batch needs a quarter of it at most.
+_MEMORY = 2**12
 # Pixels of a label map, and of the image in host memory, that weigh as much as one of the network.
 _RESULT_PIXELS = 8
 
@@ -64,21 +64,22 @@ def batches_of(
   return batches
 
 
-def images_at_once(shape: PaddedShape, protocol: EvalProtocol, device: jax.Device) -> int:
+def images_at_once(shape: PaddedShape, protocol: EvalProtocol, mesh: Mesh) -> int:
   """Returns the number of images of a padded shape that a device predicts fastest together.
 
   Args:
     shape: Padded shape of the images.
     protocol: How they are tested.
-    device: Where; its memory limits the number.
+    mesh: The devices; their memory limits the number.
 
   Returns:
-    1 on CPUs, which gain nothing and whose caches are small; otherwise at least 1.
+    1 on CPUs, which gain nothing and whose caches are small, and for several processes, which would
+    have to agree; otherwise at least 1.
   """
-  if platform_of([device]) == 'cpu':
+  if platform_of_mesh(mesh) == 'cpu' or is_shared_by_processes(mesh):
     return 1
   (height, width), flips = shape.result, protocol.flips
   of_views = (v.network[0] * v.network[1] * v.windows[0] * v.windows[1] for v in shape.views)
   pixels = max(max(of_views) * flips, height * width // _RESULT_PIXELS)
-  memory = (device.memory_stats() or {}).get('bytes_limit', _PIXELS * _BYTES_OF_PIXEL)
-  return max(min(_PIXELS, memory // _BYTES_OF_PIXEL) // pixels, 1)
+  memory = (mesh.devices.flat[0].memory_stats() or {}).get('bytes_limit', _PIXELS * _MEMORY)
+  return max(min(_PIXELS, memory // _MEMORY) // pixels, 1)

@@ -17,7 +17,7 @@ from nonlocal_jax.inference.images import ImageLike, as_array, sizes_of
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.protocol import Size
-from nonlocal_jax.runtime.parallel import platform_of
+from nonlocal_jax.runtime.parallel import platform_of_mesh
 from nonlocal_jax.runtime.pipeline import in_threads, one_behind
 
 PIXELS_AHEAD = 2**25  # of images that wait for the next stage: 100 MB as RGB
@@ -86,10 +86,9 @@ def _computing(
   on_error: Callable[[int, UserError], object] | None,
 ) -> Iterator[tuple[list[_Read], jax.Array]]:
   """Yields batches and their label maps, which devices may still be computing."""
-  protocol, num_devices = predictor.protocol, predictor.mesh.size
-  device = predictor.mesh.devices.flat[0]
+  protocol, mesh = predictor.protocol, predictor.mesh
   shapes_for_sizes = functools.partial(
-    shapes_with_room, protocol=protocol, platform=platform_of([device])
+    shapes_with_room, protocol=protocol, platform=platform_of_mesh(mesh)
   )
 
   def read(index: int) -> _Read | UserError:
@@ -113,8 +112,8 @@ def _computing(
   shape_of = shapes_for_sizes(sizes)
   batches = batches_of(
     [shape_of[size] for size in sizes],
-    most=lambda shape: images_at_once(shape, protocol, device),
-    num_devices=num_devices,
+    most=lambda shape: images_at_once(shape, protocol, mesh),
+    num_devices=mesh.size,
   )
   loaded = in_threads(
     read,
@@ -134,6 +133,6 @@ def _computing(
         together.append(found)
       else:
         shape = shapes_for_sizes([found.size])[found.size]
-        yield dispatch(shape, [found], num_devices)
+        yield dispatch(shape, [found], mesh.size)
     if together:
       yield dispatch(batch.shape, together, batch.size)
