@@ -31,6 +31,7 @@ from nonlocal_jax.data.synthetic import DEMO, write_demo_set
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.pretrained import Precision
 from nonlocal_jax.models.config import STAGE_BLOCKS, NonLocalNetConfig
+from nonlocal_jax.runtime.devices import describe, say_advice_on_cuda
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
@@ -128,6 +129,8 @@ def run(
     machine = run_child(Child('machine', '', 'machine', {}), Path(folder))
     if 'error' in machine:
       raise UserError(f'JAX does not run here: {machine["error"]}')
+    print(f'Runs on {describe(machine["device"], machine["devices"])}', file=sys.stderr)
+    say_advice_on_cuda(machine['backend'])
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     machine = {**machine, 'processor': processor(), 'cores': os.cpu_count(), 'date': today}
     gpu = machine['backend'] == 'gpu'

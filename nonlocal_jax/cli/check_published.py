@@ -12,6 +12,7 @@ was stopped. The exit status is 0 if all scores that could be checked agree. Tak
 
 import dataclasses
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from nonlocal_jax.cli.program import Parser, child_environment
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
 from nonlocal_jax.recipes import variant_name
+from nonlocal_jax.runtime.devices import SAID
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.weights.loading import sha256_of
@@ -70,7 +72,12 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument('--out', type=Path, default=Path('published'), help='default: published')
   options, settings = parser.parse_with_config(arguments)
   files = find_released(options.checkpoints)
-  rows = check_all(CHECKS, files, options.data, options.out, settings, run=run_and_time)
+  started = itertools.count()
+
+  def run(arguments: list[str]) -> dict[str, Any]:
+    return run_and_time(arguments, says_devices=next(started) == 0)
+
+  rows = check_all(CHECKS, files, options.data, options.out, settings, run=run)
   print(as_markdown(rows))
   checked = [row for row in rows if row['measured'] is not None]
   wrong = [row for row in rows if row['verdict'] not in ('agrees', 'missing')]
@@ -187,16 +194,23 @@ def _row(check: Check, workdir: Path | None) -> dict[str, Any]:
   return row
 
 
-def run_and_time(arguments: list[str]) -> dict[str, Any]:
+def run_and_time(arguments: list[str], *, says_devices: bool = True) -> dict[str, Any]:
   """Runs the command `eval` in a subprocess and forwards its stderr.
+
+  Args:
+    arguments: The arguments of the command.
+    says_devices: Whether it says on what it runs.
 
   Returns:
     Its exit `status`, its last line on stderr as `error`, and its `seconds`.
   """
   started, tail = time.perf_counter(), b''
+  environment = child_environment()
+  if not says_devices:
+    environment[SAID] = '1'
   with subprocess.Popen(
     [*EVALUATE, *arguments],
-    env=child_environment(),
+    env=environment,
     stdout=subprocess.DEVNULL,
     stderr=subprocess.PIPE,
   ) as process:

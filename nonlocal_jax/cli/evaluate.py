@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from nonlocal_jax.cli.run_options import make_parser, parse
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.devices import say_devices
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -24,4 +25,6 @@ def main(arguments: Sequence[str]) -> None:
 
   from nonlocal_jax.experiment import Experiment
 
-  Experiment.from_config(config).evaluate(options.checkpoint, options.workdir)
+  experiment = Experiment.from_config(config)
+  say_devices(experiment.mesh)
+  experiment.evaluate(options.checkpoint, options.workdir)

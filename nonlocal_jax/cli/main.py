@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
   'browse': ('browse', 'Draw augmented training samples and count the pixels of each class.'),
   'check-published': ('check_published', 'Reproduce the published scores of released checkpoints.'),
   'benchmark': ('benchmark', 'Measure speed and memory on this machine.'),
+  'doctor': ('doctor', 'Check the installation: versions, devices, and what is missing.'),
 }
 
 

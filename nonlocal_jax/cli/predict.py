@@ -30,7 +30,9 @@ from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
 from nonlocal_jax.inference.stream import PIXELS_AHEAD, Prediction
 from nonlocal_jax.models import Execution
 from nonlocal_jax.ops.attention import Attention
+from nonlocal_jax.runtime.devices import say_devices
 from nonlocal_jax.runtime.files import whole_file
+from nonlocal_jax.runtime.parallel import data_mesh
 from nonlocal_jax.runtime.pipeline import in_threads
 from nonlocal_jax.runtime.progress import progress_bar
 
@@ -94,6 +96,8 @@ def main(arguments: Sequence[str]) -> None:
   )
   options = parser.parse(arguments)
   images = find_images(options.inputs)
+  devices = jax.local_devices()[: len(images)]
+  say_devices(data_mesh(devices))
   execution = Execution.for_platform()
   if options.convolution == 'direct':
     execution = dataclasses.replace(execution, convolution='direct')
@@ -103,7 +107,7 @@ def main(arguments: Sequence[str]) -> None:
     execution=execution,
     precision=options.precision,
     attention=options.attention,
-    devices=jax.local_devices()[: len(images)],
+    devices=devices,
   )
   if options.scale:
     protocol = dataclasses.replace(model.protocol, scale=tuple(options.scale))

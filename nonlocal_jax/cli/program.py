@@ -15,7 +15,8 @@ import absl.logging
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UsageError, UserError, nearest
 from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_compilation_cache
 
-# Import names of the packages that only the extra `train` installs.
+# Import names of the packages that only the extras `plot` and `train` install; `train` has both.
+PLOT_PACKAGES = frozenset(('matplotlib',))
 TRAIN_PACKAGES = frozenset(
   ('array_record', 'clu', 'grain', 'matplotlib', 'tensorboardX', 'tensorflow_datasets')
 )

@@ -10,7 +10,8 @@ The workdir gets checkpoints, metrics, curves and the config. The same command r
 from collections.abc import Sequence
 
 from nonlocal_jax.cli.run_options import FLAG, make_parser, parse
-from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.runtime.devices import say_advice_on_cuda
+from nonlocal_jax.runtime.parallel import is_first_process, platform_of_mesh
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str]) -> None:
 
   from nonlocal_jax.experiment import Experiment
 
-  Experiment.from_config(config).train(
+  experiment = Experiment.from_config(config)
+  say_advice_on_cuda(platform_of_mesh(experiment.mesh))  # the run prints its devices itself
+  experiment.train(
     options.workdir, checkpoint=options.checkpoint, new_classifier=options.new_classifier
   )
   if is_first_process():

@@ -19,6 +19,7 @@ from nonlocal_jax.errors import RunStopped, UserError
 from nonlocal_jax.evaluation.evaluate import picture_of
 from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
 from nonlocal_jax.models import Execution, NonLocalNetConfig
+from nonlocal_jax.runtime.devices import describe_mesh
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import is_first_process, replicated, shard_batch
 from nonlocal_jax.runtime.progress import progress_bar
@@ -111,8 +112,7 @@ class TrainingRun:
     poly = f'poly {optimizer.power} ({optimizer.schedule})'
     return (
       f'{self.name}: {source}\n'
-      f'{self.mesh.size} device(s) ({self.mesh.devices.flat[0].device_kind}) of '
-      f'{jax.process_count()} process(es), mesh {dict(self.mesh.shape)}; batch '
+      f'{describe_mesh(self.mesh)}, mesh {dict(self.mesh.shape)}; batch '
       f'{schedule.batch_size}, {schedule.batch_size // self.mesh.size} on each device{parts}\n'
       f'{parameters:,} parameters; a training step needs {step_gib:.2f} GiB on each device\n'
       f'{schedule.steps:,} steps of SGD: learning rate {optimizer.learning_rate} to '

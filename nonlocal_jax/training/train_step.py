@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.ops.normalization import normalize
+from nonlocal_jax.ops.threefry import fast_compiling_key
 from nonlocal_jax.protocol import IMAGENET_MEAN, IMAGENET_STD
 from nonlocal_jax.runtime.compilation import compiler_options
 from nonlocal_jax.runtime.parallel import Platform, over_batch, platform_of_mesh, replicated
@@ -91,7 +92,7 @@ def initial_state(
   """Creates a randomly initialized state, replicated on a mesh."""
 
   def create() -> TrainState:
-    model = NonLocalNet(network, rngs=nnx.Rngs(seed))
+    model = NonLocalNet(network, rngs=nnx.Rngs(fast_compiling_key(seed)))
     return TrainState.create(nnx.state(model), tx, seed=seed, keep_ema=keep_ema)
 
   return jax.jit(create, out_shardings=replicated(mesh))()
