@@ -397,14 +397,11 @@ def _prediction(*sizes: tuple[int, int, str]) -> Callable[[Path], Iterator[tuple
 
 
 def _both(
-  measure: str, label: str, given: dict[str, Any], seconds: float, *, again: bool = True
+  measure: str, label: str, given: dict[str, Any], seconds: float
 ) -> Iterator[tuple[float, Child]]:
-  """Yields ours and theirs; ours runs with the cache that `first` filled, if `again`."""
   network = {'width': _WIDTH, 'depth': _DEPTH, 'classes': _CLASSES, 'repeats': _REPEATS}
-  ours = Child(measure, label, measure, {**network, **given}, cached=True)
-  yield seconds, dataclasses.replace(ours, side='first')
-  if again:
-    yield seconds / 2, ours
+  ours = Child(measure, label, measure, {**network, **given}, side='first', cached=True)
+  yield seconds, ours
   yield seconds / 2, _of_peer(ours)
 
 
