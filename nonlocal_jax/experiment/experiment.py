@@ -35,8 +35,9 @@ from nonlocal_jax.runtime.parallel import (
 )
 from nonlocal_jax.training.initial_weights import read_initial_weights
 from nonlocal_jax.training.loop import ScheduleConfig, TrainingRun, train_and_evaluate
+from nonlocal_jax.training.memory import StepTooLargeError
 from nonlocal_jax.training.optimizer import OptimizerConfig
-from nonlocal_jax.training.run_files import check_same_run, write_run_files
+from nonlocal_jax.training.run_files import check_same_run, forget_run, write_run_files
 from nonlocal_jax.training.train_step import BatchShape, StepConfig, lower_train_step
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
@@ -118,8 +119,8 @@ class Experiment:
       The last evaluation.
 
     Raises:
-      UserError: If weights or data are missing or invalid, `workdir` holds another run, the loss is
-        not finite, or checkpoints cannot be written.
+      UserError: If weights or data are missing or invalid, `workdir` holds another run, a training
+        step does not fit in memory, the loss is not finite, or checkpoints cannot be written.
       RunStopped: After SIGTERM or SIGINT, once the state is saved.
     """
     if new_classifier and checkpoint is None:
@@ -166,7 +167,15 @@ class Experiment:
       mesh=self.mesh,
     )
     ignored = None if initial is not None else checkpoint
-    return train_and_evaluate(run, workdir, initial=initial, ignored_checkpoint=ignored)
+    try:
+      return train_and_evaluate(run, workdir, initial=initial, ignored_checkpoint=ignored)
+    except StepTooLargeError as error:
+      message = error.message('--config.train.')
+      if has_checkpoint(workdir) and error.remedies:
+        message = f'{message[:-1]}; of these, a run that resumes can change only rematerialize.'
+      elif is_first_process() and not has_checkpoint(workdir):
+        forget_run(workdir)
+      raise UserError(message) from error
 
   def evaluate(self, checkpoint: Path, workdir: Path) -> Evaluation:
     """Evaluates saved weights; prints the scores and writes them to `workdir`.

@@ -5,7 +5,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -27,6 +27,13 @@ from nonlocal_jax.runtime.signals import StopRequest
 from nonlocal_jax.training.checkpointing import restore, save, with_weights
 from nonlocal_jax.training.initial_weights import InitialWeights
 from nonlocal_jax.training.log import CURVES, LOG, TrainingLog, summary_table, write_curves
+from nonlocal_jax.training.memory import (
+  StepMemory,
+  StepOptions,
+  check_memory,
+  explained_out_of_memory,
+  memory_limit,
+)
 from nonlocal_jax.training.optimizer import OptimizerConfig
 from nonlocal_jax.training.parameter_tables import PARAMETERS, all_parameters, parameters_by_module
 from nonlocal_jax.training.run_files import BEST
@@ -99,6 +106,18 @@ class TrainingRun:
   report: Callable[[Evaluation], None]
   mesh: Mesh
 
+  @property
+  def step_options(self) -> StepOptions:
+    """What the memory of a training step depends on."""
+    return StepOptions(
+      batch_size=self.schedule.batch_size,
+      devices=self.mesh.size,
+      device_kind=self.mesh.devices.flat[0].device_kind,
+      accumulate=self.step.accumulate,
+      rematerialize=self.execution.rematerialize,
+      has_batch_statistics=self.execution.batch_norm != 'frozen',
+    )
+
   def start_lines(self, source: str, parameters: int, step_gib: float) -> str:
     """Formats the summary that is printed at the start of a run.
 
@@ -161,6 +180,7 @@ def train_and_evaluate(
     The last evaluation.
 
   Raises:
+    StepTooLargeError: If a training step does not fit in the memory of a device.
     UserError: If the loss is not finite, or checkpoints cannot be written or read.
     RunStopped: After SIGTERM or SIGINT, once the state is saved.
   """
@@ -187,12 +207,27 @@ def train_and_evaluate(
     if is_first_process():
       print('Compiling the training step', file=sys.stderr)
     batch_shape = BatchShape(plan.batch_size, run.augment.crop)
-    train_step = lower_train_step(
-      run.network, run.execution, tx, run.step, batch=batch_shape, mesh=mesh
-    ).compile()
+
+    def compiled(execution: Execution) -> jax.stages.Compiled:
+      return lower_train_step(
+        run.network, execution, tx, run.step, batch=batch_shape, mesh=mesh
+      ).compile()
+
+    def rematerialized() -> StepMemory | None:
+      if is_first_process():
+        print('It does not fit; compiling it with rematerialization', file=sys.stderr)
+      try:
+        return StepMemory.of(compiled(dataclasses.replace(run.execution, rematerialize=True)))
+      except jax.errors.JaxRuntimeError:
+        return None
+
+    with explained_out_of_memory(run.step_options):
+      train_step = compiled(run.execution)
+    memory = StepMemory.of(train_step)
+    check_memory(memory, memory_limit(mesh), run.step_options, rematerialized)
     if is_first_process():
       size = sum(array.size for array in jax.tree.leaves(state.params))
-      print(run.start_lines(source, size, _gibibytes(train_step)), flush=True)
+      print(run.start_lines(source, size, memory.total / 2**30), flush=True)
       write_whole(workdir / PARAMETERS, all_parameters(state.params) + '\n')
       print(parameters_by_module(state.params), flush=True)
 
@@ -237,11 +272,12 @@ def train_and_evaluate(
             raise
           _finish(in_flight, split, but=0)
           leave(step - 1)
-        state, metrics = train_step(
-          state,
-          shard_batch({name: batch[name] for name in _BATCH}, mesh),
-          _on_each_device(bool(stop.received), mesh),
-        )
+        arrays = shard_batch({name: batch[name] for name in _BATCH}, mesh)
+        stop_flags = _on_each_device(bool(stop.received), mesh)
+        with explained_out_of_memory(run.step_options):
+          state, metrics = train_step(state, arrays, stop_flags)
+          if step == start + 1:
+            jax.block_until_ready(metrics)
         in_flight.append(_Step(step, metrics, batch['index']))
         bar.update()
         evaluates = _is_due(step, plan.eval_every, steps)
@@ -309,10 +345,3 @@ def _on_each_device(flag: bool, mesh: Mesh) -> jax.Array:
   """Returns (devices,) bool with this process's flag on each of its devices."""
   count = mesh.local_mesh.size
   return shard_batch({'flag': np.full(count, flag)}, mesh)['flag']
-
-
-def _gibibytes(compiled: jax.stages.Compiled) -> float:
-  """Returns the memory of a compiled program in GiB: arguments, results and temporaries."""
-  memory: Any = compiled.memory_analysis()
-  total = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  return (total + memory.temp_size_in_bytes - memory.alias_size_in_bytes) / 2**30

@@ -63,6 +63,11 @@ def write_run_files(
   write_whole(workdir / CONFIG, json.dumps(config, indent=2) + '\n')
 
 
+def forget_run(workdir: Path) -> None:
+  """Lets `check_same_run` accept another config; for a run that ended before its first step."""
+  (workdir / CONFIG).unlink(missing_ok=True)
+
+
 def config_differences(
   saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> list[str]:
