@@ -1,5 +1,7 @@
 """Paths, PIL images and arrays as arrays."""
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -47,6 +49,10 @@ def test_what_is_no_image_is_an_error(colours, tmp_path):
   (tmp_path / 'text.png').write_text('text')
   with pytest.raises(UserError, match=r'text\.png is not an image, or broken'):
     as_array(tmp_path / 'text.png')
+  too_large = b'BM' + bytes(8) + struct.pack('<IIiiHHIIiiII', 54, 40, 60000, 60000, 1, 24, *[0] * 6)
+  (tmp_path / 'large.bmp').write_bytes(too_large)
+  with pytest.raises(UserError, match=r'large\.bmp is not an image, or broken'):
+    as_array(tmp_path / 'large.bmp')
   with pytest.raises(ValueError, match="image has mode 'F'; convert it to 'RGB' first"):
     as_array(colours.convert('F'))
   with pytest.raises(ValueError, match=r'image is \(4, 5\) uint8, expected \(h, w, 3\) uint8 RGB'):

@@ -5,13 +5,15 @@ import types
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import nonlocal_jax
-from nonlocal_jax.inference import stream
+from nonlocal_jax.inference import pretrained, stream
 from nonlocal_jax.inference.batches import batches_of, images_at_once
 from nonlocal_jax.inference.buckets import PaddedShape, shapes_with_room
 from nonlocal_jax.inference.images import as_array, sizes_of
+from nonlocal_jax.models import Execution
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.parallel import data_mesh
 from tests.test_predictor import image_of
@@ -216,3 +218,19 @@ def test_files_that_cannot_be_read_leave_the_others(peer_checkpoint, tmp_path):
   ]
   with pytest.raises(nonlocal_jax.UserError, match='is not an image'):
     list(model.predict_many(paths))
+
+
+def test_predictions_with_folded_batch_norms_are_the_same(
+  images, one_by_one, peer_checkpoint, monkeypatch
+):
+  """As on GPUs, which are told from CPUs in one place; logits come from the weights as loaded."""
+  monkeypatch.setattr(pretrained, 'platform_of_mesh', lambda _: 'gpu')
+  model = nonlocal_jax.load(peer_checkpoint, execution=Execution.for_platform('cpu'))
+  found = [model.predict(image) for image in images]
+  assert np.mean([np.mean(x == y) for x, y in zip(found, one_by_one, strict=True)]) > 0.999
+  predictor = model._predictor_of(None)
+  assert nnx.merge(predictor.graphdef, model._prediction_state).execution.batch_norm == 'folded'
+  monkeypatch.undo()
+  as_loaded = nonlocal_jax.load(peer_checkpoint)
+  normalized = nonlocal_jax.normalize(images[0][None])
+  np.testing.assert_array_equal(model.logits(normalized), as_loaded.logits(normalized))

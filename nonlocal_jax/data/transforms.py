@@ -83,7 +83,10 @@ def decode_image(data: bytes) -> np.ndarray:
   Raises:
     ValueError: If it is not such a file, or broken.
   """
-  image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+  try:
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+  except cv2.error:  # e.g. more pixels than OpenCV allows
+    image = None
   if image is None:
     raise ValueError('not an image, or broken')
   return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)

@@ -14,11 +14,12 @@ from flax import nnx
 
 from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.inference.images import ImageLike
+from nonlocal_jax.inference.images import ImageLike, as_array
 from nonlocal_jax.inference.predictor import Predictor
-from nonlocal_jax.inference.stream import Prediction, predictions
+from nonlocal_jax.inference.stream import Prediction, labels_of, predictions
 from nonlocal_jax.models import Execution, NonLocalNet
 from nonlocal_jax.models.config import chosen_attention
+from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.compilation import compiler_options
@@ -243,9 +244,8 @@ class PretrainedModel:
       several = self.predict_many(image, multi_scale_flip=multi_scale_flip)
       found = {index: labels.astype(np.int32) for index, _, labels in several}
       return [found[index] for index in range(len(image))]
-    ((_, _, labels),) = self.predict_many(
-      [cast(ImageLike, image)], multi_scale_flip=multi_scale_flip
-    )
+    array = as_array(cast(ImageLike, image), channels=self.description.config.in_channels)
+    labels = labels_of(array, self._predictor_of(multi_scale_flip), self._prediction_state)
     return labels.astype(np.int32)
 
   def predict_many(
@@ -274,7 +274,7 @@ class PretrainedModel:
     yield from predictions(
       images,
       self._predictor_of(multi_scale_flip),
-      self._state,
+      self._prediction_state,
       channels=self.description.config.in_channels,
       on_error=on_error,
     )
@@ -306,6 +306,25 @@ class PretrainedModel:
       devices=list(self._mesh.devices.flat),
     )
 
+  @functools.cached_property
+  def _prediction_state(self) -> nnx.State:
+    """The weights that predictors take, a second copy where batch normalization is folded."""
+    if self._prediction_execution == self._execution:
+      return self._state
+    fold = functools.partial(fold_batch_norms, self._graphdef)
+    return jax.jit(fold, out_shardings=replicated(self._mesh))(self._state)
+
+  @functools.cached_property
+  def _prediction_execution(self) -> Execution:
+    """How predictors compute the network: on GPUs and TPUs with folded batch normalization.
+
+    It then needs fewer kernels, which move a fifth less memory. On CPUs the copy of the weights
+    would cost more memory than it saves.
+    """
+    if platform_of_mesh(self._mesh) == 'cpu':
+      return self._execution
+    return dataclasses.replace(self._execution, batch_norm='folded')
+
   def _make_predictor(self, multi_scale_flip: bool | None) -> Predictor:
     protocol = self.protocol
     if multi_scale_flip is not None:
@@ -313,7 +332,7 @@ class PretrainedModel:
     return Predictor(
       self.description.config,
       protocol,
-      execution=self._execution,
+      execution=self._prediction_execution,
       precision=self._precision,
       mesh=self._mesh,
     )

@@ -16,7 +16,7 @@ from nonlocal_jax.inference.buckets import PaddedShape, shapes_with_room
 from nonlocal_jax.inference.images import ImageLike, as_array, sizes_of
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
-from nonlocal_jax.protocol import Size
+from nonlocal_jax.protocol import EvalProtocol, Size
 from nonlocal_jax.runtime.parallel import platform_of_mesh
 from nonlocal_jax.runtime.pipeline import in_threads, one_behind
 
@@ -49,6 +49,15 @@ class _Read(NamedTuple):
   def size(self) -> Size:
     """(height, width) of the image."""
     return self.image.shape[:2]
+
+
+def labels_of(image: np.ndarray, predictor: Predictor, state: nnx.State) -> np.ndarray:
+  """Predicts one image, (h, w, channels) uint8; returns the class of each pixel, (h, w) uint8."""
+  size, protocol = image.shape[:2], predictor.protocol
+  shape = PaddedShape.from_image(size, protocol).with_room(networks=protocol.window_crop is None)
+  views = _views(image, protocol)
+  labels = predictor(state, shape, [views], [size], batch_size=predictor.mesh.size)
+  return np.asarray(labels)[0, : size[0], : size[1]]
 
 
 def predictions(
@@ -96,8 +105,7 @@ def _computing(
       image = as_array(images[index], channels=channels)
     except UserError as error:
       return error
-    views = [resize_to(image, view.size) for view in views_of(protocol, image.shape[:2])]
-    return _Read(index, image, views)
+    return _Read(index, image, _views(image, protocol))
 
   def dispatch(
     shape: PaddedShape, together: list[_Read], batch_size: int
@@ -136,3 +144,8 @@ def _computing(
         yield dispatch(shape, [found], mesh.size)
     if together:
       yield dispatch(batch.shape, together, batch.size)
+
+
+def _views(image: np.ndarray, protocol: EvalProtocol) -> list[np.ndarray]:
+  """Resizes an image to each size of a protocol."""
+  return [resize_to(image, view.size) for view in views_of(protocol, image.shape[:2])]
