@@ -11,7 +11,7 @@ from PIL import Image
 
 import nonlocal_jax
 from nonlocal_jax.cli import predict
-from nonlocal_jax.evaluation.pictures import overlay
+from nonlocal_jax.evaluation.pictures import colorize, overlay
 from nonlocal_jax.inference import pretrained
 from nonlocal_jax.inference.buckets import PaddedShape
 from nonlocal_jax.inference.images import read_image
@@ -191,6 +191,17 @@ def test_overlay_mixes_colours_and_names_the_classes_that_occur():
   assert (picture[10:100, :120] == (150, 100, 100)).all()
   legend = picture[:, 120:]
   assert [(legend == colour).all(-1).sum() > 100 for colour in palette] == [True, False, True]
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.int32, np.int64])
+def test_colours_are_those_of_the_palette(dtype, rng):
+  palette = rng.integers(0, 256, (150, 3)).tolist()
+  label = rng.choice([*range(150), 255], (30, 41)).astype(dtype)
+  expected = np.array([*palette, [0, 0, 0]])[np.minimum(label, 150)]
+  for places in (np.s_[:, :], np.s_[:, ::-2]):
+    found = colorize(label[places], palette)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected[places])
 
 
 def test_windows_go_through_the_network_at_their_own_size(peer_checkpoint):

@@ -305,6 +305,24 @@ def test_processes_have_one_program_whatever_their_images_are(half_pixel, monkey
   assert agreement(*found) > 0.9999
 
 
+def test_images_of_one_size_share_matrices(half_pixel):
+  """Other sizes have their own, of which few are kept."""
+  _, _, state = half_pixel
+  protocol = EvalProtocol(scale=(90, 70), flip=True)
+  predictor = predictor_of(half_pixel, protocol)
+  shape = shapes_for(SIZES, protocol, most=1)[SIZES[0]]
+  images = [image_of(size, seed) for size in SIZES[:2] for seed in range(3)]
+  found = [predict(predictor, state, shape, [image])[0] for image in images]
+  cache = predictor._matrices_on_devices.cache_info()
+  assert (cache.misses, cache.hits) == (2, 4)
+  assert 6 <= cache.maxsize <= 16
+  fresh = [
+    predict(predictor_of(half_pixel, protocol), state, shape, [image])[0] for image in images[2:4]
+  ]
+  for ours, expected in zip(found[2:4], fresh, strict=True):
+    np.testing.assert_array_equal(ours, expected)
+
+
 def test_scores_are_held_for_a_few_rows_only(half_pixel):
   _, _, state = half_pixel
   protocol = EvalProtocol(scale=(90, 70), flip=True)

@@ -8,6 +8,7 @@ of stdout is a JSON object of the results, with the peak memory of the process.
 
 import json
 import math
+import resource
 import statistics
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def main() -> None:
 def measure(name: str, options: Mapping[str, Any]) -> Figures:
   """Runs one of `MEASURES`, and adds the peak memory of this process if the result has none."""
   figures = MEASURES[name](**options)
-  if 'peak_gib' in figures:
+  if 'peak_gib' in figures or 'peak_host_gib' in figures:
     return figures
   return {**of_device_or_host(peak_memory_gib()), **figures}
 
@@ -305,7 +306,7 @@ def measure_folder(*, data: str, checkpoint: str, precision: str) -> Figures:
 
   Returns:
     `total_seconds`, the time of the whole process; `seconds`, that without the start and loading
-    the weights; and the number of `images`.
+    the weights; the number of `images`; and the peak memory of the process on the host.
 
   Raises:
     UserError: If the command fails.
@@ -323,7 +324,8 @@ def measure_folder(*, data: str, checkpoint: str, precision: str) -> Figures:
     )
     written = len(list(Path(folder).glob('*.png')))
   seconds = float(printed.rpartition(' predicted in ')[-1].partition(' s,')[0])
-  return {'seconds': seconds, 'total_seconds': total, 'images': written}
+  host = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+  return {'seconds': seconds, 'total_seconds': total, 'images': written, 'peak_host_gib': host}
 
 
 def measure_ceiling(*, side: int, gib: float) -> Figures:

@@ -31,7 +31,9 @@ def colorize(
   colors = np.zeros((256, 3), np.uint8)
   colors[: len(palette)] = palette
   colors[ignore_index] = 0
-  return colors[label]
+  # Several times as fast as `colors[label]`, and other threads run meanwhile.
+  channels = cv2.merge([label.astype(np.uint8, copy=False)] * 3)
+  return cv2.LUT(channels, colors[None])
 
 
 def comparison(

@@ -33,6 +33,7 @@ from nonlocal_jax.runtime.parallel import (
 )
 
 _PIXELS_AT_ONCE = 2**21  # per device and call of the network: one Cityscapes image
+_CACHED_MATRICES = 8  # of views: images of one size follow one another, at six scales or one
 _COLUMNS_AT_ONCE = 128  # of the label map in one block, computed from a band of logits
 
 
@@ -101,6 +102,7 @@ class Predictor:
       )
       return labels[:, : result[0], : result[1]]
 
+    self._matrices_on_devices = functools.lru_cache(maxsize=_CACHED_MATRICES)(self._matrices)
     options = compiler_options(platform, deterministic=execution.deterministic)
     self._window_logits = jax.jit(
       window_logits, static_argnames=['padded'], compiler_options=options
@@ -142,8 +144,10 @@ class Predictor:
         self._window_logits(state, self._shard(chunk), padded=shape.padded)
         for chunk in self._chunks(view_shape, view_images, geometry, n)
       )
-      matrices = self._matrices(view_shape, shape.result, geometry, sizes, n)
-      arguments.append(_LogitsOfView(logits, **self._shard(matrices)))
+      matrices = self._matrices_on_devices(
+        view_shape, shape.result, tuple(geometry), tuple(sizes), n
+      )
+      arguments.append(_LogitsOfView(logits, **matrices))
     windows = tuple(view_shape.windows for view_shape in shape.views)
     return self._predict(tuple(arguments), windows=windows, result=shape.result)
 
@@ -180,11 +184,11 @@ class Predictor:
     self,
     shape: ViewShape,
     result: Size,
-    geometry: Sequence[View],
-    sizes: Sequence[Size],
+    geometry: tuple[View, ...],
+    sizes: tuple[Size, ...],
     n: int,
-  ) -> dict[str, np.ndarray]:
-    """The matrices of both axes of a view; columns also for mirrored windows."""
+  ) -> dict[str, jax.Array]:
+    """The matrices of both axes of a view, on the devices; columns also for mirrored windows."""
     flips = self.protocol.flips
     features = [feature_size(side, self._output_stride) for side in shape.network]
     rows = np.zeros((n, result[0], shape.windows[0], features[0]), np.float32)
@@ -211,7 +215,7 @@ class Predictor:
     starts, bands = _bands(
       columns.reshape(n, flips, result[1], -1), whole=is_shared_by_processes(self.mesh)
     )
-    return {'rows': rows.reshape(n, result[0], -1), 'starts': starts, 'bands': bands}
+    return self._shard({'rows': rows.reshape(n, result[0], -1), 'starts': starts, 'bands': bands})
 
 
 def _bands(matrices: np.ndarray, *, whole: bool) -> tuple[np.ndarray, np.ndarray]:
