@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -186,12 +187,24 @@ def train_and_evaluate(
   """
   mesh, batches, split, plan = run.mesh, run.batches, run.split, run.schedule
   learning_rate, tx = run.optimizer.make(plan.steps)
-  state = initial_state(run.network, tx, seed=plan.seed, keep_ema=run.step.ema_decay > 0, mesh=mesh)
+  batch_shape = BatchShape(plan.batch_size, run.augment.crop)
 
+  def compiled(execution: Execution) -> jax.stages.Compiled:
+    return lower_train_step(
+      run.network, execution, tx, run.step, batch=batch_shape, mesh=mesh
+    ).compile()
+
+  if is_first_process():
+    print('Compiling the training step', file=sys.stderr)
   with (
+    ThreadPoolExecutor(1, thread_name_prefix='compile') as beside,
     RunCheckpoints(workdir, keep=plan.keep) as checkpoints,
     RunCheckpoints(workdir / BEST, keep=1) as best_weights,
   ):
+    # Compiles while this thread makes or reads the weights, which takes seconds as well.
+    compiling = beside.submit(compiled, run.execution)
+    keep_ema = run.step.ema_decay > 0
+    state = initial_state(run.network, tx, seed=plan.seed, keep_ema=keep_ema, mesh=mesh)
     if initial is not None:
       source = f'from {initial.source}'
       if initial.state is not None:
@@ -204,14 +217,6 @@ def train_and_evaluate(
     start, steps = int(state.step), plan.steps
     best_weights.delete_after(start)
     batches.start_prefetch()
-    if is_first_process():
-      print('Compiling the training step', file=sys.stderr)
-    batch_shape = BatchShape(plan.batch_size, run.augment.crop)
-
-    def compiled(execution: Execution) -> jax.stages.Compiled:
-      return lower_train_step(
-        run.network, execution, tx, run.step, batch=batch_shape, mesh=mesh
-      ).compile()
 
     def rematerialized() -> StepMemory | None:
       if is_first_process():
@@ -222,7 +227,7 @@ def train_and_evaluate(
         return None
 
     with explained_out_of_memory(run.step_options):
-      train_step = compiled(run.execution)
+      train_step = compiling.result()
     memory = StepMemory.of(train_step)
     check_memory(memory, memory_limit(mesh), run.step_options, rematerialized)
     if is_first_process():
