@@ -95,7 +95,7 @@ def measure_inference(
   """
   model = build(classes=classes, width=width, depth=depth, stage_blocks=stage_blocks)
   del precision
-  randomise(model)
+  randomize(model)
   on_device(model, device).eval()
   rng = np.random.default_rng(0)
 
@@ -391,7 +391,7 @@ def build(*, classes: int, width: int, depth: int, stage_blocks: Sequence[int]) 
 
 
 @torch.no_grad()
-def randomise(model: torch.nn.Module) -> None:
+def randomize(model: torch.nn.Module) -> None:
   """Fills every array with random nonzero values that keep the scale of activations."""
   generator = torch.Generator().manual_seed(0)
   for name, array in model.state_dict().items():

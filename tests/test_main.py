@@ -168,7 +168,7 @@ def test_published_configs_evaluate_as_the_original(
     ([f'--config={ROOT}/configs/ade20k_r50.py:20k'], "no variant '20k' was published"),
     (
       [f'--config={ROOT}/configs/ade20k_r50.py', '--config.data.data_dir=/nowhere'],
-      'ade20k-train was not prepared in /nowhere: give its folder as --config.data.source_dir=DIR',
+      'ade20k-train was not prepared in /nowhere: give the folder of its images as source_dir',
     ),
     (
       [DEMO, '--config.model.dept=50'],

@@ -69,7 +69,7 @@ def original_scores(predictions, labels, num_classes):
 @pytest.mark.parametrize('seed', range(5))
 def test_all_scores_equal_the_original(seed):
   rng = np.random.default_rng(seed)
-  # 3 is never labelled, 4 never predicted, 5 both but nowhere at once, 6 and 7 are absent.
+  # 3 is never labeled, 4 never predicted, 5 both but nowhere at once, 6 and 7 are absent.
   labels, predictions = [], []
   for size in [(20, 30), (17, 9), (1, 40)]:
     label = rng.choice([0, 1, 2, 4, 5, 255], size=size, p=[0.4, 0.2, 0.1, 0.1, 0.1, 0.1])
@@ -111,7 +111,7 @@ def test_sums_of_int32_counts_do_not_overflow():
   assert_allclose(found.dice, [1 / 2, 1 / 2])
 
 
-def test_nothing_labelled_gives_nan_without_a_warning():
+def test_nothing_labeled_gives_nan_without_a_warning():
   found = scores(np.zeros((3, 3), np.int64))
   assert np.isnan(list(found.summary(more=True).values())).all()
 
@@ -143,7 +143,7 @@ def test_each_undefined_score_has_a_reason():
   confusion = np.zeros((6, 6), np.int64)
   confusion[0, [0, 1, 2]] = 5, 3, 1  # 1 is predicted only
   confusion[2, 0] = 2  # 2 is both, but nowhere at once
-  confusion[3, 0] = 7  # 3 is labelled only
+  confusion[3, 0] = 7  # 3 is labeled only
   classes = ['sky', 'tree', 'road', 'lake', 'sand', 'sand']
   absent = 'Absent from labels and predictions: '
   assert undefined_reasons(confusion, classes) == {
@@ -155,12 +155,12 @@ def test_each_undefined_score_has_a_reason():
   reasons = undefined_reasons(confusion, classes, more=True)
   assert list(reasons) == ['tree', 'road', 'lake', 'sand (4)', 'sand (5)']
   assert reasons['road'] == (
-    'Labelled in 2 and predicted in 1 pixels, none of them the same: Fscore is undefined and left '
+    'Labeled in 2 and predicted in 1 pixels, none of them the same: Fscore is undefined and left '
     'out of mFscore; IoU, Acc, Dice, Precision and Recall are 0 and count in mIoU, mAcc, mDice, '
     'mPrecision and mRecall.'
   )
   assert reasons['lake'].startswith(
-    'Labelled in 7 pixels, never predicted: Fscore and Precision are undefined'
+    'Labeled in 7 pixels, never predicted: Fscore and Precision are undefined'
   )
 
 

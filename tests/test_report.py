@@ -75,7 +75,7 @@ def test_more_scores(tmp_path):
   assert 'mFscore' in metrics['undefined']['lake']
 
 
-def test_nothing_labelled(tmp_path):
+def test_nothing_labeled(tmp_path):
   metrics = written(tmp_path, np.zeros((4, 4), np.int64), published=40.75)
   assert [metrics[name] for name in ('aAcc', 'mIoU', 'mAcc')] == [None] * 3
   assert list(metrics['undefined']) == list(DATASET.classes)

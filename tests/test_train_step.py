@@ -114,7 +114,7 @@ def test_frozen_batch_norm_uses_and_keeps_the_running_statistics(variables, batc
 def test_accumulated_gradients_are_those_of_the_whole_batch(
   variables, batch, frozen, accumulate, devices
 ):
-  """Also where the parts have different numbers of labelled pixels."""
+  """Also where the parts have different numbers of labeled pixels."""
   found = take_step(
     variables,
     batch,

@@ -152,7 +152,7 @@ def test_bad_samples_are_all_named_and_may_be_left_out(tmp_path):
   broken = f'File {source}/images/train/x.tif is not an image, or broken: replace it.'
   with pytest.raises(UserError) as error:
     preparation.prepare(CUSTOM, source, **arguments)
-  assert str(error.value) == f'{missing} Or leave it out with prepare_dataset.py --skip-bad.'
+  assert str(error.value) == f'{missing} Or leave it out with skip_bad.'
   (source / 'labels/train/deep/down/c.png').write_bytes(b'')
   with pytest.raises(UserError) as error:
     preparation.prepare(CUSTOM, source, **arguments)
@@ -207,8 +207,8 @@ def test_label_values_are_counted_and_checked(tmp_path):
   assert str(error.value) == (
     f'Label value 3 ({opened.label_values[3].pixels} pixels of custom-train, first in '
     f'{samples[0].label}) is none of the 3 classes 0..2: add it to ignore_labels, correct '
-    'num_classes, or, where 0 means unlabelled and classes start at 1, set reduce_zero_label=True '
-    '(each as --config.data.NAME=VALUE, or in dataset.json).'
+    'num_classes, or, where 0 means unlabeled and classes start at 1, set reduce_zero_label=True '
+    'in the config or in dataset.json.'
   )
   with pytest.raises(UserError, match=r'none of the 2 classes 1\.\.2'):
     prepared.check_split(opened, datasets.custom_dataset(2, reduce_zero_label=True))
@@ -220,7 +220,7 @@ def test_shares_of_classes():
   assert shares.pixels.tolist() == [50, 50]
   assert shares.ignored == 100
   assert [line.split() for line in shares.table(dataset).splitlines()] == [
-    ['class', 'share', 'of', 'labelled', 'pixels'],
+    ['class', 'share', 'of', 'labeled', 'pixels'],
     ['sky', '50.00', '%'],
     ['sea', '50.00', '%'],
     ['ignored', '50.00', '%', 'of', 'all', 'pixels'],

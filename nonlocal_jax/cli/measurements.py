@@ -162,6 +162,7 @@ def measure_training(
     of the process to the end of the first step; `step_gib`, the memory of the compiled step.
   """
   from nonlocal_jax.experiment import Experiment
+  from nonlocal_jax.training.memory import StepMemory
   from nonlocal_jax.training.train_step import initial_state
 
   config = _config(classes=classes, width=width, depth=depth)
@@ -203,20 +204,8 @@ def measure_training(
     'queued_seconds': seconds_of(lambda: take(several)) / repeats,
     'compile_seconds': compile_seconds,
     'start_seconds': start,
-    'step_gib': _program_gib(train_step),
+    'step_gib': StepMemory.of(train_step).total / 2**30,
   }
-
-
-def _program_gib(program: Any) -> float:
-  """Returns the memory of a compiled program: arguments, results and temporary memory, in GiB."""
-  memory = program.memory_analysis()
-  total = (
-    memory.argument_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-    + memory.temp_size_in_bytes
-  )
-  return total / 2**30
 
 
 def measure_evaluation(

@@ -118,8 +118,8 @@ def custom_dataset(
   num_classes = num_classes or len(classes) or max(mapped, default=-1) + 1
   if not num_classes:
     raise UserError(
-      f'The number of classes of dataset {name} is not known: set --config.data.num_classes=NUMBER,'
-      f' or "classes" in {DESCRIPTION} beside its images.'
+      f'The number of classes of dataset {name} is not known: set num_classes, or "classes" in '
+      f'{DESCRIPTION} beside its images.'
     )
   if not 2 <= num_classes <= transforms.IGNORE:
     raise UserError(f'Dataset {name} has {num_classes} classes; from 2 to 255 are possible.')

@@ -38,10 +38,10 @@ class ClassShares:
   ignored: int
 
   def table(self, dataset: Dataset) -> str:
-    """Lists each class with its share of the labelled pixels, and the share of ignored ones."""
+    """Lists each class with its share of the labeled pixels, and the share of ignored ones."""
     total = self.pixels.sum()
     width = max(len('ignored'), *map(len, dataset.classes))
-    lines = [f'{"class":>{width}}  share of labelled pixels']
+    lines = [f'{"class":>{width}}  share of labeled pixels']
     lines += [
       f'{name:>{width}}  {_percent(pixels, total):>8}'
       for name, pixels in zip(dataset.classes, self.pixels, strict=True)
@@ -85,8 +85,8 @@ def check_label_values(values: Mapping[int, LabelValue], dataset: Dataset, *, sp
       raise UserError(
         f'Label value {value} ({found.pixels} pixels of {split}, first in {found.first_file}) is '
         f'none of the {count} classes {first}..{first + count - 1}: add it to ignore_labels, '
-        'correct num_classes, or, where 0 means unlabelled and classes start at 1, set '
-        'reduce_zero_label=True (each as --config.data.NAME=VALUE, or in dataset.json).'
+        'correct num_classes, or, where 0 means unlabeled and classes start at 1, set '
+        'reduce_zero_label=True in the config or in dataset.json.'
       )
 
 

@@ -92,7 +92,7 @@ def _prepare_split(
       except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter on a full disk
         raise UserError(
           f'{name} cannot be prepared in {builder.data_path}: {error}; see to it, or give '
-          'another folder as --config.data.data_dir.'
+          'another folder as data_dir.'
         ) from error
   return PreparedSplit(name, builder.data_path)
 
@@ -225,12 +225,12 @@ def _read_or_complain(sample: Sample) -> AuditedSample | str:
 
 def _bad_samples(name: str, complaints: Sequence[str]) -> UserError:
   if len(complaints) == 1:
-    return UserError(f'{complaints[0]} Or leave it out with prepare_dataset.py --skip-bad.')
+    return UserError(f'{complaints[0]} Or leave it out with skip_bad.')
   listed = '\n  '.join(complaints[:20])
   more = f'\n  and {len(complaints) - 20} more' if len(complaints) > 20 else ''
   return UserError(
     f'{name} has {len(complaints)} bad samples; mend them, or leave them out with '
-    f'prepare_dataset.py --skip-bad:\n  {listed}{more}'
+    f'skip_bad:\n  {listed}{more}'
   )
 
 

@@ -145,12 +145,12 @@ def _newest(name: str, data_dir: str | os.PathLike[str] | None) -> PreparedSplit
   sources = sorted({copy.source for copy in copies})
   if not sources:
     raise UserError(
-      f'{name} was not prepared in {root}: give its folder as --config.data.source_dir=DIR.'
+      f'{name} was not prepared in {root}: give the folder of its images as source_dir.'
     )
   if len(sources) > 1:
     raise UserError(
-      f'{name} was prepared in {root} from {" and from ".join(sources)}: give one of them as '
-      '--config.data.source_dir=DIR.'
+      f'{name} was prepared in {root} from {" and from ".join(sources)}: give one of them '
+      'as source_dir.'
     )
   return copies[-1]
 

@@ -31,7 +31,7 @@ _PALETTE = (
 DEMO = Dataset('demo', _CLASSES, _PALETTE, layout='custom')
 IMAGE_SIZE = 192
 
-_DISC_COLOURS = ((220, 40, 40), (40, 190, 60), (50, 80, 230))
+_DISC_COLORS = ((220, 40, 40), (40, 190, 60), (50, 80, 230))
 _DISC_RADIUS = 22
 _SHAPE_RADIUS = 20
 # The receptive field of backbone (one block per stage) and head convolutions extends 63 pixels to
@@ -42,7 +42,7 @@ _TRIALS = 100  # positions tried for a shape
 
 
 def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-  """Draws one image: a disc in a corner and grey shapes far from it, on noisy ground.
+  """Draws one image: a disc in a corner and gray shapes far from it, on noisy ground.
 
   Args:
     rng: Source of everything random.
@@ -54,8 +54,8 @@ def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
   label = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
   corner = rng.integers(2, size=2) * (IMAGE_SIZE - 1)
   disc = np.abs(corner - rng.integers(_DISC_RADIUS + 2, _DISC_RADIUS + 8, size=2))
-  color = int(rng.integers(len(_DISC_COLOURS)))
-  _paint(image, label, _disc_mask(disc), _DISC_COLOURS[color], 1, rng)
+  color = int(rng.integers(len(_DISC_COLORS)))
+  _paint(image, label, _disc_mask(disc), _DISC_COLORS[color], 1, rng)
 
   margin, centers = _SHAPE_RADIUS + 1, []
   for center in rng.integers(margin, IMAGE_SIZE - margin, size=(_TRIALS, 2)):
@@ -64,8 +64,8 @@ def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     if not (hidden and apart) or len(centers) == _SHAPES:
       continue
     centers.append(center)
-    shape, grey = int(rng.integers(2)), int(rng.integers(170, 200))
-    _paint(image, label, _shape_mask(center, shape), (grey,) * 3, 2 + 3 * shape + color, rng)
+    shape, gray = int(rng.integers(2)), int(rng.integers(170, 200))
+    _paint(image, label, _shape_mask(center, shape), (gray,) * 3, 2 + 3 * shape + color, rng)
   return np.clip(image, 0, 255).astype(np.uint8), label
 
 

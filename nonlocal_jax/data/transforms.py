@@ -199,7 +199,7 @@ def resize_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def resize_label(label: np.ndarray, box: tuple[int, int]) -> np.ndarray:
-  """Scales a label map into a box, by nearest neighbour (mmcv `imrescale`).
+  """Scales a label map into a box, by nearest neighbor (mmcv `imrescale`).
 
   Args:
     label: (h, w) uint8.
@@ -240,7 +240,7 @@ def random_crop(
   """Cuts out a random window that shows more than one class (mmseg `RandomCrop`).
 
   A window is accepted if it has at least two classes and the commonest covers less than
-  `cat_max_ratio` of the labelled pixels. After ten rejections the eleventh is taken as it is.
+  `cat_max_ratio` of the labeled pixels. After ten rejections the eleventh is taken as it is.
 
   Args:
     rng: Two integers are drawn per window.

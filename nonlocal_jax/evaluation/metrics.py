@@ -11,14 +11,14 @@ import numpy as np
 class Scores:
   """Segmentation metrics in [0, 1], NaN where undefined.
 
-  For a class with I correct, L labelled and P predicted pixels.
+  For a class with I correct, L labeled and P predicted pixels.
 
   Attributes:
-    iou: (num_classes,) float64: I / (L + P - I); NaN for a class neither labelled nor predicted.
-    accuracy: (num_classes,) float64: I / L; NaN for a class not labelled.
-    dice: (num_classes,) float64: 2 I / (L + P); NaN for a class neither labelled nor predicted.
+    iou: (num_classes,) float64: I / (L + P - I); NaN for a class neither labeled nor predicted.
+    accuracy: (num_classes,) float64: I / L; NaN for a class not labeled.
+    dice: (num_classes,) float64: 2 I / (L + P); NaN for a class neither labeled nor predicted.
     precision: (num_classes,) float64: I / P; NaN for a class not predicted.
-    all_accuracy: The share of labelled pixels whose prediction is correct (aAcc).
+    all_accuracy: The share of labeled pixels whose prediction is correct (aAcc).
   """
 
   iou: np.ndarray
@@ -108,14 +108,14 @@ def scores(confusion: np.ndarray) -> Scores:
   Args:
     confusion: (c, c) integers, rows by label, columns by prediction.
   """
-  intersection, labelled, predicted = _areas(confusion)
+  intersection, labeled, predicted = _areas(confusion)
   with np.errstate(invalid='ignore'):
     return Scores(
-      iou=intersection / (labelled + predicted - intersection),
-      accuracy=intersection / labelled,
-      dice=2 * intersection / (labelled + predicted),
+      iou=intersection / (labeled + predicted - intersection),
+      accuracy=intersection / labeled,
+      dice=2 * intersection / (labeled + predicted),
       precision=intersection / predicted,
-      all_accuracy=float(intersection.sum() / labelled.sum()),
+      all_accuracy=float(intersection.sum() / labeled.sum()),
     )
 
 
@@ -134,14 +134,14 @@ def undefined_reasons(
     the labels, predicted in 3 pixels: Acc is undefined and left out of mAcc; IoU is 0 and counts in
     mIoU.'
   """
-  _, labelled, predicted = _areas(confusion)
+  _, labeled, predicted = _areas(confusion)
   columns = scores(confusion).by_class(more=more)
   reasons = {}
   for index, name in enumerate(distinct_names(classes)):
     undefined = [score for score, values in columns.items() if np.isnan(values[index])]
     if not undefined:
       continue
-    reason = _why_undefined(int(labelled[index]), int(predicted[index]))
+    reason = _why_undefined(int(labeled[index]), int(predicted[index]))
     reasons[name] = f'{reason}: {_each(undefined, "undefined", "left out of")}'
     zero = [score for score in columns if score not in undefined]
     if zero:
@@ -159,7 +159,7 @@ def distinct_names(classes: Sequence[str]) -> list[str]:
 
 
 def _areas(confusion: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns the correct, labelled and predicted pixels of each class, (c,) int64."""
+  """Returns the correct, labeled and predicted pixels of each class, (c,) int64."""
   confusion = confusion.astype(np.int64)
   return np.diag(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
 
@@ -174,12 +174,12 @@ def _table_line(name: str, width: int, cells: Iterable[str], widths: Iterable[in
   return '  '.join([f'{name:<{width}}', *aligned])
 
 
-def _why_undefined(labelled: int, predicted: int) -> str:
+def _why_undefined(labeled: int, predicted: int) -> str:
   """Explains why a class without a correct pixel has undefined scores."""
-  if labelled and predicted:
-    return f'Labelled in {labelled} and predicted in {predicted} pixels, none of them the same'
-  if labelled:
-    return f'Labelled in {labelled} pixels, never predicted'
+  if labeled and predicted:
+    return f'Labeled in {labeled} and predicted in {predicted} pixels, none of them the same'
+  if labeled:
+    return f'Labeled in {labeled} pixels, never predicted'
   if predicted:
     return f'Absent from the labels, predicted in {predicted} pixels'
   return 'Absent from labels and predictions'

@@ -269,7 +269,7 @@ def _most_likely(
   scores_of_row = n * flips * column_blocks * columns * num_classes
   highest = jax.lax.Precision.HIGHEST
 
-  def neighbours(scores: jax.Array, view: _LogitsOfView) -> jax.Array:
+  def neighbors(scores: jax.Array, view: _LogitsOfView) -> jax.Array:
     """Slices each block's band: (n, h, flips, w, c) -> (n, flips, blocks, h, width, c)."""
     width = view.bands.shape[-1]
     take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=width, axis=1)
@@ -281,7 +281,7 @@ def _most_likely(
     totals = []
     for rows, mosaic, view in zip(rows_of_views, mosaics, views, strict=True):
       scores = jnp.einsum('nor,nrfwc->nofwc', rows, mosaic, precision=highest)
-      scores = neighbours(scores, view)
+      scores = neighbors(scores, view)
       scores = jnp.einsum('nfbpw,nfbowc->nfbocp', view.bands, scores, precision=highest)
       totals.append((jax.nn.softmax(scores, axis=-2) if averages else scores).sum(axis=1))
     labels = jnp.moveaxis(_first_of_largest(sum(totals[1:], start=totals[0]), axis=-2), 1, 2)

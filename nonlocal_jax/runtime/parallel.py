@@ -13,25 +13,25 @@ Platform = Literal['cpu', 'gpu', 'tpu']
 
 
 def join_processes(
-  coordinator: str | None = None, count: int | None = None, index: int | None = None
+  coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> None:
   """Initializes `jax.distributed`; must be called before any other use of JAX.
 
   Args:
     coordinator: HOST:PORT of the first process. None on Slurm, Open MPI and cloud TPUs, where JAX
       detects all three arguments.
-    count: Number of processes.
-    index: Index of this process, from 0.
+    processes: Number of processes.
+    process: Index of this process, from 0.
 
   Raises:
     UserError: If the other processes cannot be reached.
   """
   try:
-    jax.distributed.initialize(coordinator, count, index)
+    jax.distributed.initialize(coordinator, processes, process)
   except (RuntimeError, ValueError) as error:
     raise UserError(
-      f'The other processes were not found ({error}): where they do not find each other by '
-      'themselves, give --coordinator=HOST:PORT, --processes=COUNT and --process=INDEX.'
+      f'The other processes were not found ({error}): where JAX does not detect them, give '
+      'coordinator (HOST:PORT of the first), processes (their number) and process (the index).'
     ) from error
 
 

@@ -170,7 +170,7 @@ def write_curves(log: Path, path: Path) -> None:
   loss.set_yscale('log')
   loss.legend(loc='upper right')
   rate = loss.twinx()
-  rate.plot(at, [line['lr'] for line in steps], color='grey', linewidth=0.8, linestyle='--')
+  rate.plot(at, [line['lr'] for line in steps], color='gray', linewidth=0.8, linestyle='--')
   rate.set_ylabel('learning rate (dashed)')
   for key in ('mIoU', 'mAcc', 'aAcc'):
     values = [line[key] for line in evaluations]
