@@ -321,6 +321,7 @@ def test_a_measurement_that_fails_is_told(script, tmp_path, monkeypatch):
   assert 'no memory' in (tmp_path / 'results.md').read_text()
 
 
+@pytest.mark.slow
 def test_checks_of_a_gpu_run_the_commands(tmp_path):
   """On a CPU everything that they compare has to be equal."""
   data = tmp_path / 'demo'

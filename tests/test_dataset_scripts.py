@@ -35,6 +35,7 @@ def set_fields(values):
   return [f'--config.{key}={value}' for key, value in values.items()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('layout', ['cityscapes', 'ade20k', 'voc12aug'])
 def test_benchmark_set_prepared_by_the_script_trained_on_and_evaluated(
   layout, script, program, tmp_path, capsys

@@ -126,6 +126,7 @@ def test_what_is_said(gpu_without_cuda, capsys, monkeypatch):
   assert capsys.readouterr().err == ''
 
 
+@pytest.mark.slow
 def test_commands_say_it_once(
   gpu_without_cuda, script, training_arguments, demo_set, tmp_path, capsys
 ):

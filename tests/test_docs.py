@@ -36,6 +36,7 @@ def code_blocks(path: Path) -> list[str]:
   return re.findall(r'^```python\n(.*?)^```$', path.read_text(), re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_python_api_run(folder):
   blocks = code_blocks(ROOT / 'docs/python_api.md')
   assert len(blocks) == 7

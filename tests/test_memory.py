@@ -147,6 +147,7 @@ def config(training_config):
   return config
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_names_flags_with_which_it_does(config, tmp_path, monkeypatch):
   """In the same workdir: the estimate is not below what the program then needs."""
   limits = []

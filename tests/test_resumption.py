@@ -180,6 +180,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
   assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'2', '4'}
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(
   trained, training_arguments, tmp_path
 ):

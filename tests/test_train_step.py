@@ -207,6 +207,7 @@ def test_moving_average_of_the_weights(variables, batch):
   assert evaluated.keys() == to_arrays(variables).keys()
 
 
+@pytest.mark.slow
 def test_bfloat16_computes_near_float64_and_keeps_float32_weights(variables, batch):
   expected = take_step(variables, batch)
   found = take_step(variables, batch, dtype='bfloat16')

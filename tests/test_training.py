@@ -170,6 +170,7 @@ def test_a_trained_network_becomes_a_file_of_pytorch(trained, converter, tmp_pat
   assert again.protocol.scale == here.protocol.scale == (96, 96)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_only_the_first_speaks(
   trained, training_arguments, tmp_path
 ):
