@@ -26,7 +26,8 @@ from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import DESCRIPTION, read_description, save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import TorchWeights, read_torch_weights, read_weights
-from nonlocal_jax.weights.mmseg_config import config_text
+from nonlocal_jax.weights.mmseg_config import PROTOCOL_KEY, protocol_entry
+from nonlocal_jax.weights.mmseg_config_text import config_text
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel
 from nonlocal_jax.weights.state_dict import to_state_dict
 
@@ -104,16 +105,17 @@ def write_pth(source: Path, path: Path) -> None:
   """
   description, state = read_weights(source)
   classes, palette = list(description.classes), list(map(list, description.palette))
-  text = config_text(description.protocol)
+  text = config_text(description.config, description.protocol)
   meta = {
     'dataset_meta': {'classes': classes, 'palette': palette},
     'CLASSES': classes,
     'PALETTE': palette,
-    'config': text,
+    'cfg': text,
+    PROTOCOL_KEY: protocol_entry(description.protocol, description.assumed),
   }
   arrays = to_state_dict(state, description.num_batches_tracked)
   write_torch_checkpoint(path, arrays, meta)
-  print(f'{path}: {len(arrays)} arrays, {description.config}; how it was tested here:')
+  print(f'{path}: {len(arrays)} arrays, {description.config}; its config:')
   print(text, end='')
 
 
