@@ -161,10 +161,17 @@ def evaluation_command(description: ModelDescription, directory: Path) -> str:
     'model.non_local': description.config.non_local,
     'model.align_corners': protocol.align_corners,
     'data.num_classes': description.config.num_classes,
-    'eval.scale': protocol.scale or '(WIDTH,HEIGHT)',
+    'eval.scale': '(WIDTH,HEIGHT)' if 'scale' in description.assumed else protocol.scale or (),
+    'eval.scale_factor': protocol.scale_factor or (),
+    'eval.keep_ratio': protocol.keep_ratio,
     'eval.window_crop': protocol.window_crop or (),
     'eval.window_stride': protocol.window_stride or (),
+    'eval.multi_scale_flip': protocol.averages,
   }
+  if protocol.window_crop and protocol.pad_windows != (protocol.version == 'v0'):
+    wanted['eval.pad_windows'] = protocol.pad_windows
+  if protocol.averages or protocol.window_crop:
+    wanted['eval.protocol'] = protocol.version
   configs = {'custom': base_config()}
   for model in RELEASED:
     if model.dataset == description.dataset and not model.replaced:
