@@ -16,6 +16,7 @@ from nonlocal_jax.data.datasets import (
   merge_classes,
   read_description,
 )
+from nonlocal_jax.data.prepared import prepared_description
 from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import Execution, NonLocalNetConfig
@@ -192,8 +193,7 @@ def _dataset(config: ConfigDict) -> Dataset:
   if data.reduce_zero_label is not None:
     given['reduce_zero_label'] = data.reduce_zero_label
   if data.dataset == 'custom':
-    described = read_description(data.source_dir) if data.source_dir else {}
-    return custom_dataset(**{**described, **given})
+    return custom_dataset(**{**_description(data), **given})
   datasets = {**PUBLISHED, 'demo': synthetic.DEMO}
   if data.dataset not in datasets:
     raise UserError(
@@ -221,6 +221,18 @@ def _dataset(config: ConfigDict) -> Dataset:
       'colors: give one for each.'
     )
   return dataset
+
+
+def _description(data: ConfigDict) -> dict[str, Any]:
+  """Returns the `dataset.json` of a custom dataset, from its folder or its prepared copy."""
+  if data.source_dir:
+    return read_description(data.source_dir)
+  try:
+    return prepared_description(data.dataset, data.data_dir or None)
+  except UserError:
+    if data.num_classes is None:
+      raise
+    return {}  # a network needs no data; `open_prepared` raises the same error where they are used
 
 
 def _frozen(value):

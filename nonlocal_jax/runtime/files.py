@@ -1,10 +1,13 @@
-"""Atomic file writes: a file is written completely or not at all."""
+"""Whole and intact files: atomic writes, and checksums in JSON files."""
 
 import contextlib
+import json
 import os
 import secrets
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from nonlocal_jax.errors import UserError
 
@@ -56,3 +59,27 @@ def write_whole(path: Path, contents: str | bytes) -> None:
   """Writes a file atomically, see `whole_file`; text as UTF-8."""
   with whole_file(path) as partial:
     partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+
+
+def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Adds the checksum 'crc32' to the fields of a JSON file."""
+  return {**fields, _CHECKSUM: _crc32(fields)}
+
+
+def unsealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns fields without the checksum of `sealed`, if there is one.
+
+  Raises:
+    ValueError: If the checksum differs.
+  """
+  rest = {key: value for key, value in fields.items() if key != _CHECKSUM}
+  if _CHECKSUM in fields and fields[_CHECKSUM] != _crc32(rest):
+    raise ValueError('its checksum differs')
+  return rest
+
+
+_CHECKSUM = 'crc32'
+
+
+def _crc32(fields: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(fields, sort_keys=True).encode())
