@@ -160,6 +160,48 @@ def test_images_that_cannot_be_read_are_listed_and_the_others_done(
   assert re.fullmatch(rf'1 of 2 images were predicted in \d+\.\d s, to {out}\.', said.strip())
 
 
+def test_results_are_never_inputs_and_replace_nothing_else(
+  folder, peer_checkpoint, script, tmp_path, capsys
+):
+  arguments = [folder, f'--checkpoint={peer_checkpoint}', *SCALE]
+  before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+  status, said = script(predict, *arguments, f'--out={folder}')
+  assert (status, said) == (
+    1,
+    f'error: {folder}/a.png exists and is no earlier prediction: give another --out, or remove it.',
+  )
+  assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
+  for name in ('predicted', 'predicted', 'again'):
+    capsys.readouterr()
+    assert script(predict, *arguments, f'--out={folder / name}') == (None, '')
+    assert capsys.readouterr().out.startswith('3 of 3 images were predicted')
+    found = {str(path.relative_to(folder / name)) for path in (folder / name).rglob('*.png')}
+    assert found == {'a.png', 'deep/b.png', 'ü c.png'}
+  assert {path: path.read_bytes() for path in before} == before
+  status, said = script(predict, f'{folder}/again/*', *arguments[1:], f'--out={tmp_path}/out')
+  assert (status, 'holds only results of earlier predictions' in said) == (1, True)
+
+
+def test_a_home_folder_is_expanded(folder, peer_checkpoint, script, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  link = tmp_path / 'weights.pth'
+  link.symlink_to(peer_checkpoint)
+  arguments = ['--checkpoint=~/weights.pth', '--out=~/out', '--no-overlays', *SCALE]
+  assert script(predict, '~/in/a.*', *arguments) == (None, '')
+  assert (tmp_path / 'out' / 'a.png').is_file()
+
+
+def test_a_name_that_is_too_long_stops_no_other(folder, peer_checkpoint, script, tmp_path):
+  for length in (240, 251):  # of the file's name; the results' are longer
+    (folder / f'{"n" * (length - 4)}.png').write_bytes((folder / 'a.png').read_bytes())
+  out = tmp_path / 'out'
+  status, said = script(predict, folder, f'--checkpoint={peer_checkpoint}', f'--out={out}', *SCALE)
+  failure = f'{out}/{"n" * 247}_overlay.jpg cannot be written: File name too long.'
+  assert (status, said) == (1, f'error: 1 images failed:\n  {failure}')
+  written = {path.name for path in out.rglob('*.jpg')}
+  assert written == {f'{stem}_overlay.jpg' for stem in ('a', 'b', 'ü c', 'n' * 236)}
+
+
 def test_wrong_inputs_are_a_sentence(folder, peer_checkpoint, script, tmp_path):
   arguments = [f'--checkpoint={peer_checkpoint}', f'--out={tmp_path / "out"}']
   status, said = script(predict, 'nowhere/*.jpg', *arguments)
@@ -178,7 +220,7 @@ def test_wrong_inputs_are_a_sentence(folder, peer_checkpoint, script, tmp_path):
   status, said = script(
     predict, folder, f'--checkpoint={peer_checkpoint}', f'--out={blocked}', *SCALE
   )
-  assert said == f'error: {blocked}/a.png cannot be written: File exists.'
+  assert said == f'error: Folder {blocked} cannot be made: File exists.'
 
 
 def test_overlay_mixes_colours_and_names_the_classes_that_occur():

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from nonlocal_jax.models import Execution, NonLocalNetConfig
 from nonlocal_jax.models.config import STAGE_BLOCKS, chosen_attention
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh
 from nonlocal_jax.training.loop import ScheduleConfig
 from nonlocal_jax.training.loss import LossConfig, Ohem
@@ -176,7 +176,7 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
       precision=evaluation.precision,
       more_scores=evaluation.more_scores,
     ),
-    'init_backbone': Path(config.init_backbone) if config.init_backbone else None,
+    'init_backbone': given_path(config.init_backbone) if config.init_backbone else None,
     'mesh': mesh,
     'values': _values(config, dataset),
   }
