@@ -114,7 +114,7 @@ def _check(directory: Path, arrays: Arrays) -> None:
   path = directory / CHECKSUMS
   if not path.exists():
     return
-  if unsealed(json.loads(path.read_text()))['weights'] != checksum(arrays):
+  if unsealed(json.loads(path.read_bytes()))['weights'] != checksum(arrays):
     raise UserError(
       f'The weights in {directory} are damaged (their checksum differs): write them again.'
     )
@@ -132,4 +132,4 @@ def read_description(directory: Path) -> ModelDescription:
       f'{directory} has no {DESCRIPTION}: give a .pth file, a converted directory or the workdir '
       'of a training run.'
     )
-  return ModelDescription.from_json(path.read_text(), source=str(path))
+  return ModelDescription.from_json(path.read_bytes(), source=str(path))

@@ -49,7 +49,7 @@ class ModelDescription:
     return json.dumps(sealed(dataclasses.asdict(self)), indent=2) + '\n'
 
   @classmethod
-  def from_json(cls, text: str, *, source: str) -> Self:
+  def from_json(cls, text: str | bytes, *, source: str) -> Self:
     """Creates a description from the result of `to_json`, of this or an earlier version.
 
     Args:
