@@ -322,22 +322,26 @@ def test_only_the_last_copy_must_be_intact(tree, tmp_path):
     prepared.open_prepared(CUSTOM, **arguments)
 
 
-@pytest.mark.parametrize('name', ['origins.json', 'metadata.json', 'dataset_info.json'])
+@pytest.mark.parametrize('name', ['origins.json', 'metadata.json', '*.array_record*'])
 def test_no_flipped_bit_gives_another_copy(name, tree, tmp_path):
   arguments = {'splits': ['val'], 'data_dir': tmp_path / 'tfds'}
   (tree[0] / 'dataset.json').write_text(json.dumps({'classes': ['a', 'b', 'c', 'd']}))
   split = preparation.prepare(CUSTOM, tree[0], **arguments)['val']
-  path = split.directory / name
-  intact, expected = path.read_bytes(), vars(split)
+  (path,) = split.directory.glob(name)
+  intact, samples, found = path.read_bytes(), list(split), set()
+  expected = {key: value for key, value in vars(split).items() if key != '_records'}
   for seed in range(100):
     flip_a_bit(path, seed)
     try:
       opened = prepared.PreparedSplit(split.name, split.directory)
+      assert vars(opened) == expected
+      assert list(opened) == samples
+      found.add('the same')  # between the values
     except UserError as error:
       assert f'{split.directory} is damaged' in str(error)
-    else:  # between the values
-      assert vars(opened) == expected
+      found.add('refused')
     path.write_bytes(intact)
+  assert 'refused' in found
 
 
 def flip_a_bit(path, seed=0):

@@ -77,8 +77,16 @@ class PreparedSplit(Sequence):
 
   # No slices: samples are read one by one.
   def __getitem__(self, index: int) -> dict[str, str | bytes]:  # pyrefly: ignore[bad-override]
-    """Reads a sample; the order is that of `list_samples`."""
-    record = self._records[range(self._size)[index]]
+    """Reads a sample; the order is that of `list_samples`.
+
+    Raises:
+      UserError: If its record is damaged.
+    """
+    place = range(self._size)[index]
+    try:
+      record = self._records[place]
+    except Exception as error:  # ArrayRecord and TFDS raise many types; records have checksums
+      raise _damaged(self.name, self.directory, error) from error
     return {**record, 'id': record['id'].decode()}
 
   def __getstate__(self) -> dict:

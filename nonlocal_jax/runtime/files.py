@@ -74,7 +74,7 @@ def unsealed(fields: Mapping[str, Any]) -> dict[str, Any]:
   """
   rest = {key: value for key, value in fields.items() if key != _CHECKSUM}
   if _CHECKSUM in fields and fields[_CHECKSUM] != _crc32(rest):
-    raise ValueError('its checksum differs')
+    raise ValueError(f'its checksum differs; if you edited it, take out {_CHECKSUM!r}')
   return rest
 
 
