@@ -194,6 +194,7 @@ def test_rescaled_size():
     theirs = mmcv.rescale_size((w, h), box)
     assert transforms.rescaled_size((h, w), box) == theirs[::-1]
   assert transforms.rescaled_size((1024, 2048), (2049, 1025)) == (1025, 2049)
+  assert transforms.rescaled_size((1, 10_000), (2048, 512)) == (1, 2048)  # mmcv: (0, 2048)
 
 
 def test_resize():

@@ -166,11 +166,11 @@ def rescaled_size(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int
     box: Two sides in either order.
 
   Returns:
-    (h, w), each `int(side * factor + 0.5)`.
+    (h, w), each `int(side * factor + 0.5)`, but at least 1, where mmcv fails.
   """
   h, w = size
   factor = min(max(box) / max(h, w), min(box) / min(h, w))
-  return int(h * factor + 0.5), int(w * factor + 0.5)
+  return max(int(h * factor + 0.5), 1), max(int(w * factor + 0.5), 1)
 
 
 def resize(image: np.ndarray, scale: tuple[int, int], *, keep_ratio: bool = True) -> np.ndarray:
