@@ -41,7 +41,7 @@ from nonlocal_jax.data.synthetic import DEMO, write_demo_set
 from nonlocal_jax.errors import STOPPED_STATUS, UserError
 from nonlocal_jax.evaluation.report import METRICS
 from nonlocal_jax.models.config import STAGE_BLOCKS
-from nonlocal_jax.runtime.files import write_whole
+from nonlocal_jax.runtime.files import given_path, write_whole
 from nonlocal_jax.training.log import LOG
 from nonlocal_jax.weights.loading import read_weights
 
@@ -251,10 +251,12 @@ def main(arguments: Sequence[str]) -> None:
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
   parser = Parser('python benchmarks/gpu.py', __doc__)
   add = parser.add_argument
-  add('--out', type=Path, default=Path('benchmarks'), metavar='DIR', help='default: benchmarks')
+  add(
+    '--out', type=given_path, default=Path('benchmarks'), metavar='DIR', help='default: benchmarks'
+  )
   add('--budget-seconds', type=at_least_one, default=3600, help='default: 3600')
   add('--only', nargs='+', choices=PARTS, default=PARTS, metavar='PART', help=', '.join(PARTS))
-  add('--data', type=Path, help='folder for the checks; default: the demo set')
+  add('--data', type=given_path, help='folder for the checks; default: the demo set')
   add('--num-classes', type=at_least_one, help='number of classes in --data')
   add('--ignore-label', type=int, nargs='*', default=(), help='in --data, besides 255')
   options = parser.parse(arguments)

@@ -111,6 +111,7 @@ def test_summary(convert, peer_checkpoint, tmp_path):
     r'^dataset +custom: 19 classes \(c0, c1, c2, c3, \.\.\.\)$', printed, re.MULTILINE
   )
   assert 'Note: It is not among the released files' in printed
+  assert 'It has no checksums' not in printed
   assert 'half-pixel corners (align_corners=False) are assumed.' in printed
   told = convert(peer_checkpoint, tmp_path / 'other', '--align-corners')
   assert 'assumed' not in told
@@ -397,6 +398,9 @@ def test_mutated_files_become_networks_or_errors(models, tmp_path):
   arrays = models('nonlocal_r50-d8_4xb4-20k_voc12aug-512x512').state_dict()
   meta = {'CLASSES': [f'class {i}' for i in range(21)], 'config': 'align_corners=True'}
   torch.save({'meta': meta, 'state_dict': arrays}, path, _use_new_zipfile_serialization=False)
+  assert 'It has no checksums: damaged weights would not be noticed.' in (
+    read_torch_weights(path).notes
+  )
   contents = path.read_bytes()
   pickled = contents.index(b'_rebuild_tensor_v2'), contents.rindex(b'num_batches_tracked')
   outcomes = set()

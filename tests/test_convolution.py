@@ -15,6 +15,7 @@ from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.ops.convolution import (
   convolution_function,
   matmul_convolution,
+  product_convolution,
   sub_image_convolution,
 )
 
@@ -94,7 +95,9 @@ def of_jax(case: str, dtype, convolution=matmul_convolution) -> list[np.ndarray]
   return [np.asarray(a) for a in results(*(jnp.asarray(a, dtype) for a in arrays(case)))]
 
 
-@pytest.mark.parametrize('convolution', [matmul_convolution, sub_image_convolution])
+@pytest.mark.parametrize(
+  'convolution', [matmul_convolution, product_convolution, sub_image_convolution]
+)
 @pytest.mark.parametrize('case', CASES)
 def test_convolution_and_gradients_equal_pytorch_in_float64(case, convolution):
   with jax.enable_x64(True):

@@ -156,7 +156,10 @@ def test_pictures_of_what_training_sees(described, script, tmp_path, capsys):
       [f'--config={ROOT}/configs/custom.py', '--config.train.steps=0'],
       'error: config.train.steps is 0; it must be a number of at least 1.',
     ),
-    ([f'--config={ROOT}/configs/custom.py'], 'error: The number of classes of dataset custom'),
+    (
+      [f'--config={ROOT}/configs/custom.py', '--config.data.data_dir=nothing_here'],
+      'error: The number of classes of dataset custom',
+    ),
   ],
 )
 def test_wrong_arguments_are_a_sentence(arguments, sentence, script, tmp_path):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import struct
+import zlib
 
 import cv2
 import jax
@@ -11,6 +13,8 @@ from PIL import Image
 
 import nonlocal_jax
 from nonlocal_jax.cli import predict
+from nonlocal_jax.data.datasets import PUBLISHED, merge_classes
+from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import colorize, overlay
 from nonlocal_jax.inference import pretrained
 from nonlocal_jax.inference.buckets import PaddedShape
@@ -41,10 +45,11 @@ def in_box(model):
   return model.with_protocol(dataclasses.replace(model.protocol, scale=(96, 72)))
 
 
-def converted(peer_checkpoint, directory, dataset):
-  """The tiny network of the fixtures as one of `dataset`."""
+def converted(peer_checkpoint, directory, dataset, classes=None):
+  """The tiny network of the fixtures as one of `dataset`, with its first classes or others."""
   description, state = read_weights(peer_checkpoint, align_corners=None)
-  fields = {**description.__dict__, 'dataset': dataset}
+  classes = classes or PUBLISHED[dataset].classes[: len(description.classes)]
+  fields = {**description.__dict__, 'dataset': dataset, 'classes': tuple(classes)}
   save_weights(directory, state, type(description)(**fields))
   return directory
 
@@ -146,6 +151,18 @@ def test_submissions_have_the_servers_label_values(
   assert [path.name for path in out.iterdir()] == ['a.png']
 
 
+def test_submissions_of_chosen_classes_have_the_values_of_their_names(peer_checkpoint, tmp_path):
+  chosen = merge_classes(PUBLISHED['ade20k'], [*[255] * 20, *range(18, -1, -1)])
+  weights = converted(peer_checkpoint, tmp_path / 'chosen', 'ade20k', chosen.classes)
+  # Class 0 is the 39th of ADE20K and so on down to the 21st; its server counts from 1.
+  values = predict.submission_values(nonlocal_jax.load(weights))
+  assert values.tolist() == list(range(39, 20, -1))
+  merged = merge_classes(PUBLISHED['ade20k'], [0, *range(19)])
+  weights = converted(peer_checkpoint, tmp_path / 'merged', 'ade20k', merged.classes)
+  with pytest.raises(UserError, match=r"merged or renamed ones, such as 'wall/building': predict"):
+    predict.submission_values(nonlocal_jax.load(weights))
+
+
 def test_images_that_cannot_be_read_are_listed_and_the_others_done(
   folder, peer_checkpoint, script, tmp_path, capsys
 ):
@@ -158,6 +175,91 @@ def test_images_that_cannot_be_read_are_listed_and_the_others_done(
   assert [path.name for path in out.iterdir()] == ['a.png']
   said = capsys.readouterr().out
   assert re.fullmatch(rf'1 of 2 images were predicted in \d+\.\d s, to {out}\.', said.strip())
+
+
+def test_results_are_never_inputs_and_replace_nothing_else(
+  folder, peer_checkpoint, script, tmp_path, capsys
+):
+  arguments = [folder, f'--checkpoint={peer_checkpoint}', *SCALE]
+  before = {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+  status, said = script(predict, *arguments, f'--out={folder}')
+  assert (status, said) == (
+    1,
+    f'error: {folder}/a.png exists and is no earlier prediction: give another --out, or remove it.',
+  )
+  assert {path: path.read_bytes() for path in folder.rglob('*') if path.is_file()} == before
+  for name in ('predicted', 'predicted', 'again'):
+    capsys.readouterr()
+    assert script(predict, *arguments, f'--out={folder / name}') == (None, '')
+    assert capsys.readouterr().out.startswith('3 of 3 images were predicted')
+    found = {str(path.relative_to(folder / name)) for path in (folder / name).rglob('*.png')}
+    assert found == {'a.png', 'deep/b.png', 'ü c.png'}
+  assert {path: path.read_bytes() for path in before} == before
+  status, said = script(predict, f'{folder}/again/*', *arguments[1:], f'--out={tmp_path}/out')
+  assert (status, 'holds only results of earlier predictions' in said) == (1, True)
+
+
+def test_a_home_folder_is_expanded(folder, peer_checkpoint, script, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  link = tmp_path / 'weights.pth'
+  link.symlink_to(peer_checkpoint)
+  arguments = ['--checkpoint=~/weights.pth', '--out=~/out', '--no-overlays', *SCALE]
+  assert script(predict, '~/in/a.*', *arguments) == (None, '')
+  assert (tmp_path / 'out' / 'a.png').is_file()
+
+
+def test_a_name_that_is_too_long_stops_no_other(folder, peer_checkpoint, script, tmp_path):
+  for length in (240, 251):  # of the file's name; the results' are longer
+    (folder / f'{"n" * (length - 4)}.png').write_bytes((folder / 'a.png').read_bytes())
+  out = tmp_path / 'out'
+  status, said = script(predict, folder, f'--checkpoint={peer_checkpoint}', f'--out={out}', *SCALE)
+  failure = f'{out}/{"n" * 247}_overlay.jpg cannot be written: File name too long.'
+  assert (status, said) == (1, f'error: 1 images failed:\n  {failure}')
+  written = {path.name for path in out.rglob('*.jpg')}
+  assert written == {f'{stem}_overlay.jpg' for stem in ('a', 'b', 'ü c', 'n' * 236)}
+
+
+def png_header(width: int, height: int) -> bytes:
+  """A PNG file that promises a size and holds hardly any pixels."""
+  header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+  chunks = {b'IHDR': header, b'IDAT': zlib.compress(bytes(100)), b'IEND': b''}
+  return b'\x89PNG\r\n\x1a\n' + b''.join(
+    struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    for kind, data in chunks.items()
+  )
+
+
+def test_thin_and_giant_images_stop_no_other(
+  folder, peer_checkpoint, script, tmp_path, capsys, rng
+):
+  for name, size in {'thin.png': (1, 10_000), 'tall.png': (10_000, 1)}.items():
+    cv2.imwrite(str(folder / name), rng.integers(0, 256, (*size, 3), np.uint8))
+  for name, size in {'giant': (20_000, 20_000), 'promise': (2**31 - 1, 2**31 - 1)}.items():
+    (folder / f'{name}.png').write_bytes(png_header(*size))
+  out = tmp_path / 'out'
+  arguments = [folder, f'--checkpoint={peer_checkpoint}', f'--out={out}', '--no-overlays', *SCALE]
+  status, said = script(predict, *arguments)
+  assert (status, said.splitlines()) == (
+    1,
+    [
+      'error: 2 images failed:',
+      f'  File {folder}/giant.png has 400,000,000 pixels, more than 134,217,728: shrink it, or set '
+      '--max-pixels if the memory suffices.',
+      f'  File {folder}/promise.png has {(2**31 - 1) ** 2:,} pixels, more than 134,217,728: shrink '
+      'it.',
+    ],
+  )
+  assert capsys.readouterr().out.startswith('5 of 7 images were predicted')
+  model = in_box(nonlocal_jax.load(peer_checkpoint))
+  for name in ('thin', 'tall'):
+    label = model.predict(folder / f'{name}.png')
+    np.testing.assert_array_equal(np.array(Image.open(out / f'{name}.png')), label)
+  assert label.shape == (10_000, 1)
+  status, said = script(predict, *arguments, '--max-pixels=4800')
+  assert 'a.png has 4,800 pixels' not in said
+  assert f'File {folder}/thin.png has 10,000 pixels, more than 4,800: shrink it, or set' in said
+  with pytest.raises(UserError, match='or set max_pixels if the memory suffices'):
+    model.predict(folder / 'a.png', max_pixels=4799)
 
 
 def test_wrong_inputs_are_a_sentence(folder, peer_checkpoint, script, tmp_path):
@@ -178,7 +280,7 @@ def test_wrong_inputs_are_a_sentence(folder, peer_checkpoint, script, tmp_path):
   status, said = script(
     predict, folder, f'--checkpoint={peer_checkpoint}', f'--out={blocked}', *SCALE
   )
-  assert said == f'error: {blocked}/a.png cannot be written: File exists.'
+  assert said == f'error: Folder {blocked} cannot be made: File exists.'
 
 
 def test_overlay_mixes_colours_and_names_the_classes_that_occur():

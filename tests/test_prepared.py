@@ -1,8 +1,10 @@
 """From folders to prepared splits."""
 
 import contextlib
+import json
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +18,10 @@ import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
+from configs import custom
 from nonlocal_jax.data import datasets, layouts, preparation, prepared, transforms
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.experiment import Experiment
 from tests.image_trees import CLASSES, write_sample, write_tree
 
 ROOT = Path(__file__).parents[1]
@@ -227,7 +231,7 @@ def test_a_damaged_copy_is_found_on_opening(damage, tree, tmp_path):
 def test_prepared_copies_open_without_their_source(tree, tmp_path):
   source, samples = tree
   arguments = {'splits': ['val'], 'data_dir': tmp_path / 'tfds'}
-  with pytest.raises(UserError, match=r'custom-val was not prepared in \S+/tfds: give its folder'):
+  with pytest.raises(UserError, match=r'custom-val was not prepared in \S+/tfds: give the folder'):
     prepared.open_prepared(CUSTOM, **arguments)
   preparation.prepare(CUSTOM, source, **arguments)
   samples['val'][0].image.unlink()
@@ -239,8 +243,124 @@ def test_prepared_copies_open_without_their_source(tree, tmp_path):
   preparation.prepare(CUSTOM, tmp_path / 'elsewhere', **arguments)  # the same files, the same copy
   write_tree('custom', tmp_path / 'other')
   preparation.prepare(CUSTOM, tmp_path / 'other', **arguments)
-  with pytest.raises(UserError, match=r'in \S+/tfds from \S+/other and from \S+/source'):
+  with pytest.raises(UserError, match=r'several folders: .*\n  \S+/elsewhere \(.*\n  \S+/other \('):
     prepared.open_prepared(CUSTOM, **arguments)
+
+
+@pytest.fixture
+def described(tmp_path):
+  """A custom dataset with `dataset.json`, prepared, and its config without the source."""
+  source = tmp_path / 'project/data'
+  write_tree('custom', source)
+  description = {'classes': ['sky', 'sea'], 'label_map': [0, 1, 1, 255]}
+  (source / 'dataset.json').write_text(json.dumps(description))
+  preparation.prepare(CUSTOM, source, data_dir=tmp_path / 'tfds')
+  config = custom.get_config()
+  config.data.data_dir = str(tmp_path / 'tfds')
+  return source, config
+
+
+def test_a_copy_keeps_the_description_of_its_source(described):
+  source, config = described
+  with_source = custom.get_config()
+  with_source.data.source_dir = str(source)
+  expected = Experiment.from_config(with_source).dataset
+  shutil.rmtree(source)
+  dataset = Experiment.from_config(config).dataset
+  assert dataset == expected
+  assert dataset.label_lookup[[0, 1, 2, 3, 4, 255]].tolist() == [0, 1, 1, 255, 255, 255]
+  assert dataset.classes == ('sky', 'sea')
+
+
+def test_a_changed_description_is_kept_without_preparing_anew(described, monkeypatch):
+  source, config = described
+  (source / 'dataset.json').write_text(json.dumps({'classes': ['sky', 'sea', 'ship', 'crew']}))
+  with monkeypatch.context() as patch:
+    patch.setattr(transforms, 'decode_image', None)
+    arguments = {'data_dir': config.data.data_dir}
+    preparation.prepare(CUSTOM, source, splits=['val'], **arguments)
+    with pytest.raises(UserError, match=r'prepared with different dataset\.json'):
+      Experiment.from_config(config)
+    config.data.num_classes = 4  # enough for a network, but not to read labels
+    with pytest.raises(UserError, match=r'prepared with different dataset\.json'):
+      Experiment.from_config(config).open_splits(source, ['val'])
+    preparation.prepare(CUSTOM, source, splits=['train'], **arguments)
+  dataset = Experiment.from_config(config).dataset
+  assert dataset.classes == ('sky', 'sea', 'ship', 'crew')
+  assert dataset.label_map == ()
+
+
+def test_two_folders_of_one_name_are_told_apart(described, monkeypatch, tmp_path):
+  source, config = described
+  (tmp_path / 'other').mkdir()
+  write_tree('custom', tmp_path / 'other/data')
+  monkeypatch.chdir(tmp_path / 'other')
+  opened = preparation.prepare(CUSTOM, 'data', data_dir=config.data.data_dir)
+  assert opened['val'].source == f'{tmp_path}/other/data'
+  with pytest.raises(UserError, match=rf'folders: .*\n  {tmp_path}/other/data .*\n  {source} '):
+    Experiment.from_config(config)
+  # Both remedies work.
+  config.data.source_dir = 'data'
+  config.data.num_classes = 4
+  assert Experiment.from_config(config).dataset.classes[0] == 'class 0'
+  config.data.source_dir, config.data.num_classes = '', None
+  for split in opened.values():
+    shutil.rmtree(split.directory.parent)
+  assert Experiment.from_config(config).dataset.label_map == (0, 1, 1, 255)
+
+
+def test_only_the_last_copy_must_be_intact(tree, tmp_path):
+  source, samples = tree
+  arguments = {'splits': ['val'], 'data_dir': tmp_path / 'tfds'}
+  older = preparation.prepare(CUSTOM, source, **arguments)['val'].directory
+  samples['val'][0].image.unlink()
+  newer = preparation.prepare(CUSTOM, source, skip_bad=True, **arguments)['val'].directory
+  flip_a_bit(older / 'metadata.json')
+  assert prepared.open_prepared(CUSTOM, **arguments)['val'].directory == newer
+  flip_a_bit(newer / 'metadata.json')
+  with pytest.raises(UserError, match=rf'copy of custom-val in {newer} is damaged'):
+    prepared.open_prepared(CUSTOM, **arguments)
+
+
+@pytest.mark.parametrize('name', ['origins.json', 'metadata.json', '*.array_record*'])
+def test_no_flipped_bit_gives_another_copy(name, tree, tmp_path):
+  arguments = {'splits': ['val'], 'data_dir': tmp_path / 'tfds'}
+  (tree[0] / 'dataset.json').write_text(json.dumps({'classes': ['a', 'b', 'c', 'd']}))
+  split = preparation.prepare(CUSTOM, tree[0], **arguments)['val']
+  (path,) = split.directory.glob(name)
+  intact, samples, found = path.read_bytes(), list(split), set()
+  expected = {key: value for key, value in vars(split).items() if key != '_records'}
+  for seed in range(100):
+    flip_a_bit(path, seed)
+    try:
+      opened = prepared.PreparedSplit(split.name, split.directory)
+      assert vars(opened) == expected
+      assert list(opened) == samples
+      found.add('the same')  # between the values
+    except UserError as error:
+      assert f'{split.directory} is damaged' in str(error)
+      found.add('refused')
+    path.write_bytes(intact)
+  assert 'refused' in found
+
+
+def flip_a_bit(path, seed=0):
+  data = bytearray(path.read_bytes())
+  bit = int(np.random.default_rng(seed).integers(8 * len(data)))
+  data[bit // 8] ^= 1 << bit % 8
+  path.write_bytes(data)
+
+
+def test_custom_copies_of_earlier_versions_need_their_source_once(described, tmp_path):
+  source, config = described
+  for origins in (tmp_path / 'tfds').rglob('origins.json'):
+    origins.unlink()
+  with pytest.raises(
+    UserError, match=r'by an earlier version, which did not keep its dataset\.json'
+  ):
+    Experiment.from_config(config)
+  preparation.prepare(CUSTOM, source, data_dir=config.data.data_dir)
+  assert Experiment.from_config(config).dataset.label_map == (0, 1, 1, 255)
 
 
 class Bucket(MemoryFileSystem):

@@ -603,3 +603,37 @@ def test_mutated_files_are_read_or_refused(tmp_path):
     assert peak_memory(attempt) < 2**25
     assert time.perf_counter() - start < 5
   assert min(outcomes.values()) > 50, outcomes  # how many are read depends on PyTorch's layout
+
+
+def test_no_flipped_bit_gives_other_values(tmp_path):
+  tensors = {'a': torch.arange(500.0), 'b': torch.ones(7, 3, dtype=torch.bfloat16)}
+  path = save(tmp_path / 'a.pth', {'state_dict': tensors}, 'zip')
+  whole, expected = path.read_bytes(), torch.load(path)
+  assert read_torch_checkpoint(path).has_checksums
+  rng, refused = random.Random(0), 0
+  for bit in rng.sample(range(8 * len(whole)), 800):
+    data = bytearray(whole)
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    try:
+      contents = read_torch_file(path)
+    except UserError:
+      refused += 1
+    else:
+      assert_same(contents, expected)
+  assert refused > 400
+
+
+def test_files_without_checksums_are_read_and_known(tmp_path):
+  tensors = {'a': torch.arange(5.0)}
+  legacy = save(tmp_path / 'legacy.pth', tensors, 'legacy')
+  before = torch.serialization.get_crc32_options()
+  torch.serialization.set_crc32_options(False)
+  try:
+    plain = save(tmp_path / 'plain.pth', tensors, 'zip')
+  finally:
+    torch.serialization.set_crc32_options(before)
+  for path in (legacy, plain):
+    checkpoint = read_torch_checkpoint(path)
+    assert not checkpoint.has_checksums
+    assert_same(checkpoint.state_dict, tensors)

@@ -1,6 +1,7 @@
 """Bad files and doubtful labels are found when a dataset is prepared."""
 
 import io
+import re
 
 import cv2
 import numpy as np
@@ -63,9 +64,27 @@ def test_what_follows_a_whole_image_does_no_harm(sample):
 def test_label_maps_cut_off_anywhere_are_refused(sample):
   whole = png_of(photo(300, 400)[..., 0])
   sample.image.write_bytes(encoded(photo(300, 400), 'JPEG'))
-  for length in [0, *np.random.default_rng(0).integers(len(whole) - 30, size=60).tolist()]:
+  cuts = np.random.default_rng(0).integers(len(whole), size=60).tolist()
+  for length in [0, 1, *cuts, len(whole) - 1]:
     sample.label.write_bytes(whole[:length])
-    assert complaint(sample) == f'File {sample.label} is not an image, or broken: replace it.'
+    assert re.fullmatch(
+      rf'File {sample.label} is (not an image,|cut off) or broken: replace it\.', complaint(sample)
+    )
+
+
+@pytest.mark.parametrize('which', ['image', 'label'])
+def test_a_flipped_bit_in_a_png_file_is_refused(which, sample):
+  sample = sample._replace(image=sample.image.with_suffix('.png'))
+  sample.image.write_bytes(encoded(photo(), 'PNG'))
+  sample.label.write_bytes(png_of(photo()[..., 0]))
+  path = getattr(sample, which)
+  whole = path.read_bytes()
+  validation.read_sample(sample)
+  for bit in np.random.default_rng(0).integers(8 * len(whole), size=100).tolist():
+    data = bytearray(whole)
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+    assert complaint(sample).startswith(f'File {path} is ')
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,8 @@ from nonlocal_jax.ops.normalization import normalize
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.training.run_files import config_differences
 from nonlocal_jax.weights import released
+from nonlocal_jax.weights.arrays import checksum, to_arrays
+from nonlocal_jax.weights.checkpoints import load_weights, save_weights
 from nonlocal_jax.weights.loading import read_torch_weights
 from nonlocal_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
 from tests import peer
@@ -125,6 +127,10 @@ def test_predict_resizes_to_the_test_scale(rng, loaded, peer_model, tmp_path):
   description = json.loads((tmp_path / 'converted/model.json').read_text())
   description['protocol']['scale'] = [96, 80]
   (tmp_path / 'converted/model.json').write_text(json.dumps(description))
+  with pytest.raises(UserError, match=r"its checksum differs; if you edited it, take out 'crc32'"):
+    nonlocal_jax.load(tmp_path / 'converted')
+  del description['crc32']
+  (tmp_path / 'converted/model.json').write_text(json.dumps(description))
   image = rng.integers(0, 256, size=(60, 71, 3), dtype=np.uint8)
   normalized = np.asarray(normalize(resize(image, (96, 80))[None]))[0]
   assert normalized.shape == (80, 95, 3)
@@ -214,6 +220,31 @@ def test_damaged_weights(tmp_path, loaded, damage):
     os.truncate(largest, 1000)
   with pytest.raises(UserError, match=r'the weights in .*broken cannot be read: [^\n]*$'):
     nonlocal_jax.load(tmp_path / 'broken')
+
+
+def test_no_flipped_bit_gives_other_weights(loaded, tmp_path):
+  config = NonLocalNetConfig.from_depth(14, width=2, num_classes=2)
+  state = nnx.state(NonLocalNet(config, rngs=nnx.Rngs(0)), (nnx.Param, nnx.BatchStat))
+  description = dataclasses.replace(loaded.description, config=config)
+  save_weights(tmp_path / 'intact', state, description)
+  expected = checksum(to_arrays(state))
+  files = sorted(path for path in (tmp_path / 'intact').rglob('*') if path.is_file())
+  rng, refused = np.random.default_rng(0), 0
+  for index in range(20):
+    path = files[index % len(files)]
+    intact = path.read_bytes()
+    data = bytearray(intact)
+    if data:
+      data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    path.write_bytes(data)
+    try:
+      read, weights = load_weights(tmp_path / 'intact')
+      assert read == description
+      assert checksum(to_arrays(weights)) == expected
+    except UserError:
+      refused += 1
+    path.write_bytes(intact)
+  assert refused > 1
 
 
 def test_config_differences():

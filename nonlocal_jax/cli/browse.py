@@ -17,6 +17,7 @@ from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.recipes import config_names
+from nonlocal_jax.runtime.files import given_path, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--config', metavar='NAME', help=f'one of {", ".join(config_names())}, or a file'
   )
-  parser.add_argument('--out', required=True, type=Path, help='output folder')
+  parser.add_argument('--out', required=True, type=given_path, help='output folder')
   parser.add_argument('--count', type=int, default=16, help='number of samples; default: 16')
   options, rest = parser.parse_with_config(arguments)
   if options.count < 1:
@@ -45,8 +46,10 @@ def main(arguments: Sequence[str]) -> None:
   experiment = Experiment.from_config(config)
   dataset = experiment.dataset
   out = options.out
-  out.mkdir(parents=True, exist_ok=True)
+  if not (out / LABELS).exists() and any(out.glob('*.png')):
+    raise UserError(f'{out} holds PNG files of another origin: give another --out.')
   split = experiment.open_splits(out, ['train'])['train']
+  shares = write_audit(out / LABELS, split, dataset)
 
   batches = experiment.train_batches(split)
   samples = (
@@ -63,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
       write_samples(picture, rows, classes=dataset.classes, palette=dataset.palette)
       bar.update(len(rows))
   batches.close()
-  print(write_audit(out / LABELS, split, dataset))
+  print(shares)
   print(f'Pictures are in {out}, the shares in {out / LABELS}.')
 
 
@@ -74,5 +77,6 @@ def write_audit(path: Path, split: 'PreparedSplit', dataset: Dataset) -> str:
     {'class': name, 'pixels': pixels}
     for name, pixels in zip(dataset.classes, shares.pixels.tolist(), strict=True)
   ]
-  path.write_text(json.dumps({'classes': classes, 'ignored': shares.ignored}, indent=2) + '\n')
+  counts = {'classes': classes, 'ignored': shares.ignored}
+  write_whole(path, json.dumps(counts, indent=2) + '\n')
   return shares.table(dataset)

@@ -26,7 +26,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
 from nonlocal_jax.recipes import variant_name
 from nonlocal_jax.runtime.devices import SAID
-from nonlocal_jax.runtime.files import write_whole
+from nonlocal_jax.runtime.files import given_path, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.weights.loading import sha256_of
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel, released_model_of_sha256
@@ -67,9 +67,11 @@ CHECKS = tuple(
 def main(arguments: Sequence[str]) -> None:
   """Runs `nonlocal-jax check-published`."""
   parser = Parser('nonlocal-jax check-published', __doc__)
-  parser.add_argument('--checkpoints', required=True, type=Path, help='folder of .pth files')
-  parser.add_argument('--data', required=True, type=Path, help='folder of the datasets')
-  parser.add_argument('--out', type=Path, default=Path('published'), help='default: published')
+  parser.add_argument('--checkpoints', required=True, type=given_path, help='folder of .pth files')
+  parser.add_argument('--data', required=True, type=given_path, help='folder of the datasets')
+  parser.add_argument(
+    '--out', type=given_path, default=Path('published'), help='default: published'
+  )
   options, settings = parser.parse_with_config(arguments)
   files = find_released(options.checkpoints)
   started = itertools.count()

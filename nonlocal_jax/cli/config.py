@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
       f'--config is missing; give one of {", ".join(recipes.config_names())}, or a file.'
     )
   match = _NAME.fullmatch(named)
+  named = os.path.expanduser(named)
   path = named
   if match and not Path(match['name']).is_file():
     recipes.get_config(named)  # raises if the name or variant is unknown

@@ -21,6 +21,7 @@ from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config, published_config, variant_name
+from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import DESCRIPTION, read_description, save_weights
@@ -35,9 +36,13 @@ from nonlocal_jax.weights.state_dict import to_state_dict
 def main(arguments: Sequence[str]) -> None:
   """Runs `nonlocal-jax convert`."""
   parser = Parser('nonlocal-jax convert', __doc__)
-  parser.add_argument('source', type=Path, help='a .pth file, a folder of them, or see --to-pth')
-  parser.add_argument('out', type=Path, nargs='?', help='output directory; must not exist')
-  parser.add_argument('--to-pth', type=Path, metavar='OUT.pth', help='write a .pth file instead')
+  parser.add_argument(
+    'source', type=given_path, help='a .pth file, a folder of them, or see --to-pth'
+  )
+  parser.add_argument('out', type=given_path, nargs='?', help='output directory; must not exist')
+  parser.add_argument(
+    '--to-pth', type=given_path, metavar='OUT.pth', help='write a .pth file instead'
+  )
   parser.add_argument(
     '--align-corners',
     action=argparse.BooleanOptionalAction,

@@ -5,14 +5,18 @@
 WEIGHTS is a .pth file of MMSegmentation, a converted directory or the workdir of a training run.
 An INPUT is an image, a folder, or a pattern such as 'photos/*.jpg'. For an image a.jpg, writes
 DIR/a.png, the class indices with the classes' colors as palette, and DIR/a_overlay.jpg, the image
-blended with these colors. The images of a folder keep their subfolders.
+blended with these colors. The images of a folder keep their subfolders. Results of earlier
+predictions among the inputs are left out, and no file but these is ever replaced.
 """
 
 import argparse
 import dataclasses
 import glob
+import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import get_args
 
@@ -21,19 +25,28 @@ import numpy as np
 from PIL import Image
 
 import nonlocal_jax
+from nonlocal_jax.cli.prediction_files import (
+  check_not_replaced,
+  concerns_one_file,
+  is_prediction,
+  save,
+  with_palette,
+)
 from nonlocal_jax.cli.program import Parser
+from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.data.paths import files_below
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
+from nonlocal_jax.inference.images import DECODER_MAX_PIXELS, MAX_PIXELS, ImageTooLargeError
 from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
 from nonlocal_jax.inference.stream import PIXELS_AHEAD, Prediction
 from nonlocal_jax.models import Execution
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.runtime.devices import say_devices
-from nonlocal_jax.runtime.files import whole_file
+from nonlocal_jax.runtime.files import given_path, make_folder
 from nonlocal_jax.runtime.parallel import data_mesh
-from nonlocal_jax.runtime.pipeline import in_threads
+from nonlocal_jax.runtime.pipeline import in_threads, num_cores
 from nonlocal_jax.runtime.progress import progress_bar
 
 _SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
@@ -43,8 +56,8 @@ def main(arguments: Sequence[str]) -> None:
   """Runs `nonlocal-jax predict`."""
   parser = Parser('nonlocal-jax predict', __doc__)
   parser.add_argument('inputs', nargs='+', metavar='INPUT')
-  parser.add_argument('--checkpoint', required=True, type=Path)
-  parser.add_argument('--out', required=True, type=Path)
+  parser.add_argument('--checkpoint', required=True, type=given_path)
+  parser.add_argument('--out', required=True, type=given_path)
   parser.add_argument(
     '--submission',
     action='store_true',
@@ -94,8 +107,24 @@ def main(arguments: Sequence[str]) -> None:
     help="how attention is computed: 'flash' and 'cudnn' (which rounds to float16) are for NVIDIA "
     "GPUs, 'auto' is the fastest that suits the precision (default: blocks)",
   )
+  parser.add_argument(
+    '--max-pixels',
+    type=int,
+    default=MAX_PIXELS,
+    metavar='COUNT',
+    help='leave out images with more pixels, which bounds the memory; default: 134,217,728 (2^27), '
+    'at most 2^30',
+  )
   options = parser.parse(arguments)
+  if not 1 <= options.max_pixels <= DECODER_MAX_PIXELS:
+    raise UserError(
+      f'--max-pixels is {options.max_pixels:,}; it must be from 1 to {DECODER_MAX_PIXELS:,}.'
+    )
   images = find_images(options.inputs)
+  targets = [options.out / name for name in images]
+  overlays = options.overlays and not options.submission
+  endings = ('.png', '_overlay.jpg') if overlays else ('.png',)
+  check_not_replaced([Path(f'{target}{ending}') for target in targets for ending in endings])
   devices = jax.local_devices()[: len(images)]
   say_devices(data_mesh(devices))
   execution = Execution.for_platform()
@@ -113,38 +142,50 @@ def main(arguments: Sequence[str]) -> None:
     protocol = dataclasses.replace(model.protocol, scale=tuple(options.scale))
     model = model.with_protocol(protocol)
   values = submission_values(model) if options.submission else None
-  targets = [options.out / name for name in images]
+  make_folder(options.out)
 
-  def write(prediction: Prediction) -> None:
+  def write(prediction: Prediction) -> tuple[int, UserError | None]:
     target, label = targets[prediction.index], prediction.labels
+    label_map = with_palette(label, model.palette)
     if values is not None:
-      save(Image.fromarray(values[label]), Path(f'{target}.png'))
-      return
-    save(with_palette(label, model.palette), Path(f'{target}.png'))
-    if not options.overlays:
-      return
-    picture = overlay(prediction.image, label, classes=model.classes, palette=model.palette)
-    save(Image.fromarray(picture), Path(f'{target}_overlay.jpg'))
+      label_map = Image.fromarray(values[label])
+    try:
+      save(label_map, Path(f'{target}.png'))
+      if overlays:
+        picture = overlay(prediction.image, label, classes=model.classes, palette=model.palette)
+        save(Image.fromarray(picture), Path(f'{target}_overlay.jpg'))
+    except UserError as error:
+      if not concerns_one_file(error):
+        raise
+      return prediction.index, error
+    return prediction.index, None
 
   failures: dict[int, str] = {}
   started = time.perf_counter()
   with progress_bar(len(images), 'Predicting', unit='img') as bar:
 
     def note_failure(index: int, error: UserError) -> None:
-      failures[index] = str(error)
+      is_too_large = isinstance(error, ImageTooLargeError)
+      failures[index] = error.message('--max-pixels') if is_too_large else str(error)
       bar.update()
 
     predictions = model.predict_many(
-      list(images.values()), multi_scale_flip=options.multi_scale_flip, on_error=note_failure
+      list(images.values()),
+      multi_scale_flip=options.multi_scale_flip,
+      max_pixels=options.max_pixels,
+      on_error=note_failure,
     )
-    for _ in in_threads(
+    for index, error in in_threads(
       write,
       predictions,
       size=lambda prediction: prediction.labels.size,
       most=PIXELS_AHEAD,
       eager=True,
     ):
-      bar.update()
+      if error is None:
+        bar.update()
+      else:
+        note_failure(index, error)
   seconds = time.perf_counter() - started
   predicted = len(images) - len(failures)
   print(f'{predicted} of {len(images)} images were predicted in {seconds:.1f} s, to {options.out}.')
@@ -154,7 +195,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def find_images(inputs: Sequence[str]) -> dict[str, Path]:
-  """Finds the images that the command line names.
+  """Finds the images that the command line names, without results of earlier predictions.
 
   Returns:
     The images by the names of their output files, without suffix.
@@ -163,52 +204,58 @@ def find_images(inputs: Sequence[str]) -> dict[str, Path]:
     UserError: If an input names no image, or two images would have the same output file.
   """
   found: dict[str, Path] = {}
+  num_left_out = 0
   for given in inputs:
-    paths = list(_images_of(given))
-    if not paths:
+    named = list(_images_of(given))
+    if not named:
       raise UserError(f'{given} is no image, no folder of images and no pattern that fits any.')
-    for name, path in paths:
-      if found.setdefault(name, path) != path:
+    with warnings.catch_warnings(), ThreadPoolExecutor(num_cores()) as pool:
+      warnings.simplefilter('ignore')  # of large images and odd metadata
+      are_predictions = list(pool.map(is_prediction, [path for _, path in named]))
+    if all(are_predictions):
+      raise UserError(f'{given} holds only results of earlier predictions: give the images.')
+    num_left_out += sum(are_predictions)
+    for (name, path), is_left_out in zip(named, are_predictions, strict=True):
+      if not is_left_out and found.setdefault(name, path) != path:
         raise UserError(f'{found[name]} and {path} would both go to {name}.png: rename one.')
+  if num_left_out:
+    print(f'{num_left_out} results of earlier predictions are left out.', file=sys.stderr)
   return found
 
 
 def _images_of(given: str) -> Iterable[tuple[str, Path]]:
-  folder = Path(given)
+  folder = given_path(given)
   if folder.is_dir():
     for path in files_below(folder):
-      if path.suffix.lower() in _SUFFIXES:
+      if path.suffix.lower() in _SUFFIXES and path.is_file():
         yield path.relative_to(folder).with_suffix('').as_posix(), path
     return
-  for name in [given] if folder.is_file() else sorted(glob.glob(given, recursive=True)):
-    if Path(name).is_file():
-      yield Path(name).stem, Path(name)
+  paths = [folder] if folder.is_file() else sorted(glob.glob(str(folder), recursive=True))
+  for path in map(Path, paths):
+    if path.is_file():
+      yield path.stem, path
 
 
 def submission_values(model: PretrainedModel) -> np.ndarray:
   """Returns the label value of each class that the benchmark's server expects, uint8.
 
+  The classes may be some of the benchmark's, in any order: they are known by name.
+
   Raises:
-    UserError: If the model was trained on another dataset.
+    UserError: If the model was trained on another dataset, or has a class that is not exactly one
+      of the benchmark's.
   """
   dataset = model.description.dataset
-  if dataset == 'cityscapes':
-    return np.array(CITYSCAPES_IDS, np.uint8)
-  if dataset == 'ade20k':
-    return np.arange(1, len(model.classes) + 1, dtype=np.uint8)
-  raise UserError(
-    f'--submission is for models of Cityscapes and ADE20K, and this one is of {dataset}.'
-  )
-
-
-def with_palette(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
-  """Converts a label map to a palette image in the colors of the classes."""
-  image = Image.fromarray(label)
-  image.putpalette(np.array(palette, np.uint8).ravel().tolist())
-  return image
-
-
-def save(image: Image.Image, path: Path) -> None:
-  """Writes an image file atomically."""
-  with whole_file(path) as partial:
-    image.save(partial, 'PNG' if path.suffix == '.png' else 'JPEG')
+  values = {'cityscapes': CITYSCAPES_IDS, 'ade20k': range(1, 151)}.get(dataset)
+  if values is None:
+    raise UserError(
+      f'--submission is for models of Cityscapes and ADE20K, and this one is of {dataset}.'
+    )
+  value_of = dict(zip(PUBLISHED[dataset].classes, values, strict=True))
+  others = [name for name in model.classes if name not in value_of]
+  if others or len(set(model.classes)) < len(model.classes):
+    raise UserError(
+      f'--submission needs classes of {dataset}, each at most once, and this model has merged or '
+      f'renamed ones{f", such as {others[0]!r}" if others else ""}: predict without it.'
+    )
+  return np.array([value_of[name] for name in model.classes], np.uint8)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import absl.logging
 
+from nonlocal_jax.cli.streams import keep_streams_open, output_error
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UsageError, UserError, nearest
 from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_compilation_cache
 
@@ -27,7 +28,8 @@ def run_program(program: Callable[[], object]) -> None:
 
   A `UserError` is printed to stderr without a traceback and exits with 1, a `UsageError` with 2. An
   interrupted program exits with 130 (SIGINT) or 143 (SIGTERM), a training run that saved a
-  checkpoint before with `errors.STOPPED_STATUS`. Turns on the compilation cache.
+  checkpoint before with `errors.STOPPED_STATUS`. Turns on the compilation cache. A closed standard
+  output or error ends no program.
 
   Args:
     program: The main function.
@@ -38,11 +40,13 @@ def run_program(program: Callable[[], object]) -> None:
   # An error is reported once, below. Libraries would log it as well.
   absl.logging.set_verbosity(absl.logging.ERROR)
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  keep_streams_open()
   use_compilation_cache()
   trim_memory_after_compiling()
   before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   try:
     program()
+    _check_output()
   except UsageError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
@@ -129,12 +133,16 @@ def needs_extra(command: str) -> Iterator[None]:
 
 
 def print_and_exit(text: str) -> NoReturn:
-  """Prints text and exits, silently if the reader closes the pipe, as `| head` does."""
-  try:
-    print(text, flush=True)
-  except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  """Prints text and exits."""
+  print(text, flush=True)
+  _check_output()
   sys.exit()
+
+
+def _check_output() -> None:
+  """Exits with status 1 if some of the output was lost, e.g. on a full disk."""
+  if error := output_error():
+    sys.exit(f'error: the output cannot be written: {error.strerror}.')
 
 
 def child_environment() -> dict[str, str]:

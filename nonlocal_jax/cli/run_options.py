@@ -7,6 +7,7 @@ from pathlib import Path
 from nonlocal_jax.cli.config import Config, config_text, fields_set, read_config
 from nonlocal_jax.cli.program import Parser, print_and_exit
 from nonlocal_jax.recipes import base_config, config_names
+from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import join_processes
 
 
@@ -32,10 +33,10 @@ def make_parser(command: str, description: str | None) -> Parser:
     action='store_true',
     help='print the resolved config and do nothing else',
   )
-  add('--workdir', metavar='DIR', help='output directory; default: runs/NAME')
+  add('--workdir', type=given_path, metavar='DIR', help='output directory; default: runs/NAME')
   add(
     '--checkpoint',
-    type=Path,
+    type=given_path,
     metavar='PATH',
     help='a .pth file, a converted directory or a workdir',
   )
@@ -81,7 +82,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace,
   if options.distributed:
     join_processes(options.coordinator, options.processes, options.process)
   options.fields_set = fields_set(rest)
-  options.workdir = Path(options.workdir or f'runs/{config.name}')
+  options.workdir = options.workdir or Path('runs', config.name)
   return options, config
 
 

@@ -193,7 +193,7 @@ def read_description(source_dir: str | PathLike[str]) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_bytes())  # with or without a byte-order mark
   except ValueError as error:
     raise UserError(f'File {path} is not JSON ({error}): mend it.') from error
   if not isinstance(values, dict):

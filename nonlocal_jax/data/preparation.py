@@ -21,15 +21,19 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 
-from nonlocal_jax.data.datasets import Dataset, Split
+from nonlocal_jax.data.datasets import Dataset, Split, read_description
 from nonlocal_jax.data.layouts import Listing, Sample, list_samples
-from nonlocal_jax.data.paths import as_path, is_remote, version_of
+from nonlocal_jax.data.origins import absolute, record_origin
+from nonlocal_jax.data.paths import is_remote, version_of
 from nonlocal_jax.data.prepared import NAME, VERSION, PreparedSplit, record_files
 from nonlocal_jax.data.validation import AuditedSample, read_sample
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.runtime.progress import progress_bar
 
 _SHARD_BYTES = 128 << 20  # TFDS holds a shard in memory while writing it
+# Changes the fingerprints of custom datasets, whose label files earlier versions read otherwise.
+_FORMAT = 'samples as they are'
 _READERS = 32  # threads that read from a bucket, where latency dominates
 
 
@@ -42,6 +46,8 @@ def prepare(
   skip_bad: bool = False,
 ) -> dict[Split, PreparedSplit]:
   """Prepares the splits that are not prepared yet, with a progress bar, and opens them all.
+
+  The copy keeps the absolute path of its source, and of a custom dataset `dataset.json`.
 
   Every file is read and decoded once, by all cores. An interrupted preparation leaves nothing that
   could be opened, and the next one clears away what it left. Of several processes one prepares and
@@ -75,13 +81,16 @@ def _prepare_split(
   listing = list_samples(dataset, source_dir, split)
   if listing.incomplete and not skip_bad:
     raise _bad_samples(name, listing.incomplete)
-  config = tfds.core.BuilderConfig(name=f'{name}-{_fingerprint(listing.samples)}')
+  own = dataset.layout == 'custom'
+  description = read_description(source_dir) if own else {}
+  fingerprint = _fingerprint(listing.samples, salt=_FORMAT if own else '')
+  config = tfds.core.BuilderConfig(name=f'{name}-{fingerprint}')
   with _quiet():
     builder = _Builder(
       name,
       listing,
       split=split,
-      source=str(as_path(source_dir)),
+      source=absolute(source_dir),
       skip_bad=skip_bad,
       config=config,
       data_dir=os.path.expanduser(data_dir) if data_dir else None,
@@ -94,14 +103,17 @@ def _prepare_split(
           f'{name} cannot be prepared in {builder.data_path}: {error}; see to it, or give '
           'another folder as data_dir.'
         ) from error
-  return PreparedSplit(name, builder.data_path)
+  directory = Path(builder.data_path)
+  if is_first_process():
+    record_origin(directory, absolute(source_dir), description)
+  return PreparedSplit(name, directory)
 
 
-def _fingerprint(samples: Sequence[Sample]) -> str:
+def _fingerprint(samples: Sequence[Sample], *, salt: str) -> str:
   paths = [path for sample in samples for path in (sample.image, sample.label)]
   with ThreadPoolExecutor(_READERS) as pool:
     versions = pool.map(version_of, paths) if is_remote(paths[0]) else map(version_of, paths)
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(salt.encode())
     for sample, image, label in zip(samples, versions, versions, strict=True):
       names = (sample.id, sample.image.name, *sample.label.parts[-2:])
       digest.update(repr((names, [image, label])).encode())

@@ -5,6 +5,7 @@ of SBD as PNG files of classes). TensorFlow is not needed.
 """
 
 import functools
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import tensorflow_datasets as tfds
 
 from nonlocal_jax.data.datasets import Dataset, Split
 from nonlocal_jax.data.label_values import LabelValue, check_label_values, usual_mistakes
+from nonlocal_jax.data.origins import DAMAGED, ORIGINS, Origin, read_origins
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.parallel import is_first_process
 
@@ -31,7 +33,8 @@ class PreparedSplit(Sequence):
   Attributes:
     name: Name of dataset and split, for messages.
     directory: Where the record files are.
-    source: The folder that they were made from.
+    source: The folder that they were made from, the last one if it was moved.
+    description: The `dataset.json` of that folder; None if an earlier version prepared the copy.
     sizes: (height, width) of each sample.
     label_values: For each raw label value that occurs, its `LabelValue`.
     left_out: A sentence on each sample that was bad and left out.
@@ -54,7 +57,9 @@ class PreparedSplit(Sequence):
       info = tfds.builder_from_directory(directory).info
       self._size = info.splits.total_num_examples
       metadata = info.metadata
-      self.source: str = metadata['source']
+      origin = read_origins(self.directory)[-1]
+      self.source: str = origin.source
+      self.description = origin.description
       self.sizes: list[tuple[int, int]] = list(map(tuple, metadata['sizes']))
       self.left_out: list[str] = metadata['left_out']
       self.unused_labels: int = metadata['unused_labels']
@@ -72,8 +77,16 @@ class PreparedSplit(Sequence):
 
   # No slices: samples are read one by one.
   def __getitem__(self, index: int) -> dict[str, str | bytes]:  # pyrefly: ignore[bad-override]
-    """Reads a sample; the order is that of `list_samples`."""
-    record = self._records[range(self._size)[index]]
+    """Reads a sample; the order is that of `list_samples`.
+
+    Raises:
+      UserError: If its record is damaged.
+    """
+    place = range(self._size)[index]
+    try:
+      record = self._records[place]
+    except Exception as error:  # ArrayRecord and TFDS raise many types; records have checksums
+      raise _damaged(self.name, self.directory, error) from error
     return {**record, 'id': record['id'].decode()}
 
   def __getstate__(self) -> dict:
@@ -102,12 +115,38 @@ def open_prepared(
     data_dir: Where prepared data is kept, see `prepare`.
 
   Returns:
-    The newest copy of each split.
+    The copy of each split that was prepared last.
 
   Raises:
-    UserError: If a split was not prepared, or from several sources.
+    UserError: If a split was not prepared, the copies are damaged, come from several sources, or do
+      not keep one description of a custom dataset.
   """
-  return {split: _newest(f'{dataset.name}-{split}', data_dir) for split in splits}
+  own = dataset.layout == 'custom'
+  copies = _last_copies(dataset.name, ('train', 'val') if own else splits, data_dir, described=own)
+  for split in splits:
+    if split not in copies:
+      raise UserError(
+        f'{dataset.name}-{split} was not prepared in {_root(data_dir)}: give the folder of its '
+        'images as source_dir.'
+      )
+  return {split: PreparedSplit(f'{dataset.name}-{split}', copies[split][0]) for split in splits}
+
+
+def prepared_description(name: str, data_dir: str | os.PathLike[str] | None) -> dict[str, Any]:
+  """Returns the `dataset.json` that was kept with the copies that `open_prepared` opens.
+
+  Args:
+    name: The dataset's name.
+    data_dir: Where prepared data is kept, see `prepare`.
+
+  Returns:
+    See `datasets.read_description`; {} if nothing was prepared.
+
+  Raises:
+    UserError: See `open_prepared`.
+  """
+  copies = _last_copies(name, ('train', 'val'), data_dir, described=True)
+  return next((dict(origin.description or {}) for _, origin in copies.values()), {})
 
 
 def check_split(split: PreparedSplit, dataset: Dataset) -> list[str]:
@@ -135,24 +174,79 @@ def check_split(split: PreparedSplit, dataset: Dataset) -> list[str]:
   return odd + usual_mistakes(split.label_values, dataset, split=split.name)
 
 
-def _newest(name: str, data_dir: str | os.PathLike[str] | None) -> PreparedSplit:
-  root = Path(os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR))
-  found = sorted(
-    root.glob(f'{NAME}/{name}-*/{VERSION}/dataset_info.json'),
-    key=lambda path: path.stat().st_mtime_ns,
-  )
-  copies = [PreparedSplit(name, path.parent) for path in found]
-  sources = sorted({copy.source for copy in copies})
-  if not sources:
+def _root(data_dir: str | os.PathLike[str] | None) -> Path:
+  return Path(os.path.expanduser(data_dir or tfds.core.constants.DATA_DIR))
+
+
+def _last_copies(
+  name: str,
+  splits: Sequence[Split],
+  data_dir: str | os.PathLike[str] | None,
+  *,
+  described: bool,
+) -> dict[Split, tuple[Path, Origin]]:
+  """Finds the copy of each split that was prepared last; they must have one source.
+
+  Args:
+    name: The dataset's name.
+    splits: Which splits; those that were not prepared are left out.
+    data_dir: See `prepare`.
+    described: Whether the copies must keep the description of their dataset, the same one.
+  """
+  root = _root(data_dir)
+  found = {split: _copies(root, f'{name}-{split}') for split in splits}
+  if described:
+    known = [
+      copy for copies in found.values() for copy in copies if copy[1].description is not None
+    ]
+    if not known and any(found.values()):
+      directory = next(copies[-1][0] for copies in found.values() if copies)
+      raise UserError(
+        f'{name} was prepared in {directory} by an earlier version, which did not keep its '
+        'dataset.json: give the folder of its images as source_dir.'
+      )
+    found = {split: [copy for copy in copies if copy in known] for split, copies in found.items()}
+  where = {origin.source: directory for copies in found.values() for directory, origin in copies}
+  if len(where) > 1:
+    listed = ''.join(f'\n  {source} (in {where[source]})' for source in sorted(where))
     raise UserError(
-      f'{name} was not prepared in {root}: give the folder of its images as source_dir.'
+      f'{name} was prepared in {root} from several folders: give one of them as source_dir, or '
+      f'delete the directories of the others:{listed}'
     )
-  if len(sources) > 1:
+  last = {split: copies[-1] for split, copies in found.items() if copies}
+  descriptions = [origin.description for _, origin in last.values()]
+  if described and any(description != descriptions[0] for description in descriptions):
+    directories = ' and '.join(str(directory) for directory, _ in last.values())
     raise UserError(
-      f'{name} was prepared in {root} from {" and from ".join(sources)}: give one of them '
-      'as source_dir.'
+      f'The splits in {directories} were prepared with different dataset.json: give the folder of '
+      'their images as source_dir.'
     )
-  return copies[-1]
+  return last
+
+
+def _copies(root: Path, name: str) -> list[tuple[Path, Origin]]:
+  """Lists the copies of a split with their origins, last used last, without damaged older ones.
+
+  Of several origins of one copy with the same description, the last used stands for all.
+  """
+  found: list[tuple[Path, Origin]] = []
+  damaged: list[tuple[int, Path, Exception]] = []
+  for info in root.glob(f'{NAME}/{name}-*/{VERSION}/dataset_info.json'):
+    directory = info.parent
+    try:
+      origins = {json.dumps(origin.description): origin for origin in read_origins(directory)}
+    except (OSError, *DAMAGED) as error:
+      path = directory / ORIGINS
+      changed = (path if path.exists() else info).stat().st_mtime_ns
+      damaged.append((changed, directory, error))
+    else:
+      found += [(directory, origin) for origin in origins.values()]
+  found.sort(key=lambda copy: copy[1].used)
+  if damaged:
+    changed, directory, error = max(damaged, key=lambda copy: copy[:2])
+    if not found or changed > found[-1][1].used:
+      raise _damaged(name, directory, error) from error
+  return found
 
 
 def record_files(directory: Path) -> dict[str, int]:

@@ -1,6 +1,8 @@
 """Reads the two files of a sample and checks that they are intact and match."""
 
 import io
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +19,7 @@ from nonlocal_jax.errors import UserError
 # Cityscapes' label ids of the 19 evaluated classes, in order; all others are ignored.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
-_PNG_START, _PNG_END = b'\x89PNG', b'IEND\xaeB`\x82'
+_PNG_START = b'\x89PNG\r\n\x1a\n'
 
 
 class AuditedSample(NamedTuple):
@@ -84,6 +86,8 @@ def _read(path: Path) -> bytes:
 
 def _decode(path: Path, data: bytes, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
   try:
+    if data.startswith(_PNG_START):
+      _check_png(data)
     return decode(data)
   except ValueError as error:
     raise UserError(f'File {path} is {error}: replace it.') from error
@@ -92,15 +96,35 @@ def _decode(path: Path, data: bytes, decode: Callable[[bytes], np.ndarray]) -> n
 def _decode_whole(data: bytes) -> np.ndarray:
   """Decodes an image strictly: OpenCV accepts truncated files."""
   image = transforms.decode_image(data)
-  ends = {_JPEG_START: _JPEG_END, _PNG_START: _PNG_END}
-  end = next((end for start, end in ends.items() if data.startswith(start)), b'')
-  if not data.rstrip(b'\0').endswith(end):
+  if data.startswith(_JPEG_START) and not data.rstrip(b'\0').endswith(_JPEG_END):
     try:
       with Image.open(io.BytesIO(data)) as file:
         file.load()
     except (OSError, SyntaxError, ValueError) as error:
       raise ValueError(f'cut off or broken ({error})') from error
   return image
+
+
+def _check_png(data: bytes) -> None:
+  """Compares the chunks of a PNG file with their checksums, which decoders do not always.
+
+  Raises:
+    ValueError: If one differs, or the file ends before its last chunk does.
+  """
+  start, kind = len(_PNG_START), b''
+  while kind != b'IEND':
+    if start + 12 > len(data):
+      raise ValueError('cut off or broken')
+    (length,) = struct.unpack_from('>I', data, start)
+    end = start + 8 + length
+    if end + 4 > len(data):
+      raise ValueError('cut off or broken')
+    kind, body = data[start + 4 : start + 8], memoryview(data)[start + 4 : end]
+    if zlib.crc32(body) != struct.unpack_from('>I', data, end)[0]:
+      raise ValueError(
+        f'broken (the checksum of its chunk {kind.decode("ascii", "replace")} differs)'
+      )
+    start = end + 4
 
 
 def _decode_sbd(data: bytes) -> np.ndarray:

@@ -3,16 +3,14 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from nonlocal_jax.data.datasets import PUBLISHED, Dataset
 from nonlocal_jax.evaluation.evaluator import Evaluation
 from nonlocal_jax.evaluation.metrics import undefined_reasons
-from nonlocal_jax.evaluation.pictures import comparison
+from nonlocal_jax.evaluation.pictures import comparison, write_png
 from nonlocal_jax.evaluation.report import ReportFacts, write_report
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
-from nonlocal_jax.runtime.files import whole_file
 from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.weights.released import ReleasedModel
 
@@ -53,8 +51,7 @@ def write_evaluation(
   if not is_first_process():
     return
   write_report(workdir, evaluation.confusion, dataset, facts, seconds=evaluation.seconds)
-  with whole_file(workdir / PICTURE) as partial:
-    Image.fromarray(picture_of(evaluation, dataset)).save(partial, format='PNG')
+  write_png(workdir / PICTURE, picture_of(evaluation, dataset))
 
 
 def picture_of(evaluation: Evaluation, dataset: Dataset) -> np.ndarray:

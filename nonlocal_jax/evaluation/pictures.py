@@ -1,6 +1,7 @@
 """Draws label maps beside and over their images."""
 
 import contextlib
+import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.files import write_whole
 
 if TYPE_CHECKING:
   from matplotlib.patches import Patch
@@ -61,6 +63,17 @@ def comparison(
   return _sheet(rows, ('image', 'truth', 'prediction'), _legend(labels, classes, palette))
 
 
+def write_png(path: Path, picture: np.ndarray) -> None:
+  """Writes a picture, (h, w, 3) uint8 RGB, as a PNG file atomically.
+
+  Raises:
+    UserError: If the file cannot be written.
+  """
+  encoded = io.BytesIO()
+  Image.fromarray(picture).save(encoded, 'PNG')
+  write_whole(path, encoded.getvalue())
+
+
 def write_samples(
   path: Path,
   samples: Sequence[tuple[str, np.ndarray, np.ndarray]],
@@ -83,7 +96,7 @@ def write_samples(
   legend = _legend([label for *_, label in samples], classes, palette)
   names = [name for name, *_ in samples]
   sheet = _sheet(rows, ('image', 'label', 'both'), legend, names)
-  Image.fromarray(sheet).save(path)
+  write_png(path, sheet)
 
 
 def overlay(

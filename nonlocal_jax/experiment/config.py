@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,12 +16,14 @@ from nonlocal_jax.data.datasets import (
   merge_classes,
   read_description,
 )
+from nonlocal_jax.data.prepared import prepared_description
 from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import Execution, NonLocalNetConfig
 from nonlocal_jax.models.config import STAGE_BLOCKS, chosen_attention
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh
 from nonlocal_jax.training.loop import ScheduleConfig
 from nonlocal_jax.training.loss import LossConfig, Ohem
@@ -177,7 +178,7 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
       precision=evaluation.precision,
       more_scores=evaluation.more_scores,
     ),
-    'init_backbone': Path(config.init_backbone) if config.init_backbone else None,
+    'init_backbone': given_path(config.init_backbone) if config.init_backbone else None,
     'mesh': mesh,
     'values': _values(config, dataset),
   }
@@ -194,8 +195,7 @@ def _dataset(config: ConfigDict) -> Dataset:
   if data.reduce_zero_label is not None:
     given['reduce_zero_label'] = data.reduce_zero_label
   if data.dataset == 'custom':
-    described = read_description(data.source_dir) if data.source_dir else {}
-    return custom_dataset(**{**described, **given})
+    return custom_dataset(**{**_description(data), **given})
   datasets = {**PUBLISHED, 'demo': synthetic.DEMO}
   if data.dataset not in datasets:
     raise UserError(
@@ -223,6 +223,18 @@ def _dataset(config: ConfigDict) -> Dataset:
       'colors: give one for each.'
     )
   return dataset
+
+
+def _description(data: ConfigDict) -> dict[str, Any]:
+  """Returns the `dataset.json` of a custom dataset, from its folder or its prepared copy."""
+  if data.source_dir:
+    return read_description(data.source_dir)
+  try:
+    return prepared_description(data.dataset, data.data_dir or None)
+  except UserError:
+    if data.num_classes is None:
+      raise
+    return {}  # a network needs no data; `open_prepared` raises the same error where they are used
 
 
 def _frozen(value):

@@ -151,8 +151,8 @@ class Experiment:
     )
 
     def report(evaluation: Evaluation) -> None:
-      show_evaluation(evaluation, self.dataset, more=facts.more_scores)
       write_evaluation(workdir, evaluation, self.dataset, facts)
+      show_evaluation(evaluation, self.dataset, more=facts.more_scores)
 
     run = TrainingRun(
       name=self.name,
@@ -243,9 +243,6 @@ class Experiment:
         images=len(split),
         attention=self.eval_execution.attention,
       )
-    show_evaluation(evaluation, self.dataset, more=self.evaluation.more_scores)
-    if published is not None and is_first_process():
-      print(published_line(100 * evaluation.scores.mean_iou, published, self.dataset.name))
     facts = ReportFacts(
       config=self.values,
       protocol=protocol,
@@ -256,6 +253,9 @@ class Experiment:
       more_scores=self.evaluation.more_scores,
     )
     write_evaluation(workdir, evaluation, self.dataset, facts)
+    show_evaluation(evaluation, self.dataset, more=self.evaluation.more_scores)
+    if published is not None and is_first_process():
+      print(published_line(100 * evaluation.scores.mean_iou, published, self.dataset.name))
     return evaluation
 
   def lower_train_step(self) -> jax.stages.Lowered:

@@ -107,8 +107,10 @@ class NonLocalBlock(nnx.Module):
     self.use_scale = use_scale
     self.sub_sample = sub_sample
     self.execution = execution
+    # 'matmul' has no forward mode of differentiation.
+    convolution = 'products' if execution.convolution == 'matmul' else execution.convolution
     layers = LayerFactory(
-      convolution=execution.convolution,
+      convolution=convolution,
       epsilon=epsilon,
       momentum=momentum,
       batch_norm=execution.batch_norm,

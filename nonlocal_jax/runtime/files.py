@@ -1,16 +1,40 @@
-"""Atomic file writes: a file is written completely or not at all."""
+"""Whole and intact files: atomic writes, and checksums in JSON files."""
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+import secrets
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from nonlocal_jax.errors import UserError
+
+
+def given_path(text: str) -> Path:
+  """Converts a path that a user gave, in an option or a config, where ~ is the home folder."""
+  return Path(os.path.expanduser(text))
+
+
+def make_folder(path: Path) -> None:
+  """Makes a folder and those above it, where they are missing.
+
+  Raises:
+    UserError: If it cannot be made.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise UserError(f'Folder {path} cannot be made: {error.strerror}.') from error
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
   """Yields a temporary path that is renamed to `path` at the end, or deleted after an error.
+
+  Write through Python's own file objects, which raise an error if the disk is full. Libraries that
+  write through a file's descriptor, as Pillow does, may not: give their bytes to `write_whole`.
 
   Args:
     path: Path of the file. Missing parent folders are created; an existing file is replaced.
@@ -18,7 +42,8 @@ def whole_file(path: Path) -> Iterator[Path]:
   Raises:
     UserError: If the file cannot be written.
   """
-  partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+  # Shorter than some names are, which may be as long as the file system allows.
+  partial = path.with_name(f'.{path.name[:20]}.{secrets.token_hex(4)}.partial')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -30,7 +55,31 @@ def whole_file(path: Path) -> Iterator[Path]:
     raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
 
 
-def write_whole(path: Path, text: str) -> None:
-  """Writes a text file atomically, see `whole_file`."""
+def write_whole(path: Path, contents: str | bytes) -> None:
+  """Writes a file atomically, see `whole_file`; text as UTF-8."""
   with whole_file(path) as partial:
-    partial.write_text(text)
+    partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+
+
+def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Adds the checksum 'crc32' to the fields of a JSON file."""
+  return {**fields, _CHECKSUM: _crc32(fields)}
+
+
+def unsealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns fields without the checksum of `sealed`, if there is one.
+
+  Raises:
+    ValueError: If the checksum differs.
+  """
+  rest = {key: value for key, value in fields.items() if key != _CHECKSUM}
+  if _CHECKSUM in fields and fields[_CHECKSUM] != _crc32(rest):
+    raise ValueError(f'its checksum differs; if you edited it, take out {_CHECKSUM!r}')
+  return rest
+
+
+_CHECKSUM = 'crc32'
+
+
+def _crc32(fields: Mapping[str, Any]) -> int:
+  return zlib.crc32(json.dumps(fields, sort_keys=True).encode())

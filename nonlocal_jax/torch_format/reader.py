@@ -2,11 +2,13 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,10 +47,13 @@ class TorchCheckpoint:
     state_dict: Weights by name, without the prefix `module.`; arrays may share memory.
     meta: The file's `meta`, {} if it has none. It holds e.g. CLASSES and PALETTE if
       mmsegmentation 0.x wrote it, dataset_meta and cfg if 1.x did.
+    has_checksums: Whether the file has checksums, which were compared. PyTorch's legacy format has
+      none, and `torch.serialization.set_crc32_options` leaves them out.
   """
 
   state_dict: dict[str, np.ndarray]
   meta: dict[str, Any]
+  has_checksums: bool
 
 
 def read_torch_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
@@ -63,10 +68,11 @@ def read_torch_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
   Raises:
     UserError: As `read_torch_file`, or if the file holds no state dict.
   """
-  contents = read_torch_file(path)
+  contents, has_checksums = _read_path(path)
   with _errors_that_name(path):
     meta = contents.get('meta') if type(contents) is dict else None
-    return TorchCheckpoint(_state_dict(contents), meta if type(meta) is dict else {})
+    meta = meta if type(meta) is dict else {}
+    return TorchCheckpoint(_state_dict(contents), meta, has_checksums)
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> Any:
@@ -84,6 +90,11 @@ def read_torch_file(path: str | os.PathLike[str]) -> Any:
     UserError: If there is no such file, if it is none of PyTorch's, is damaged, or names what is
       not known as harmless.
   """
+  return _read_path(path)[0]
+
+
+def _read_path(path: str | os.PathLike[str]) -> tuple[Any, bool]:
+  """Returns the object in a file, and whether it was compared with checksums."""
   with _errors_that_name(path):
     if not Path(path).exists():
       raise RefusedError('does not exist: expected the path of a PyTorch checkpoint (.pth)')
@@ -124,7 +135,7 @@ def _type(value: Any) -> str:
   return value.name if type(value) is Inert else type(value).__name__
 
 
-def _read(file: BoundedFile) -> Any:
+def _read(file: BoundedFile) -> tuple[Any, bool]:
   if file.size == 0:
     raise RefusedError('is empty: expected a PyTorch checkpoint, download or copy it again')
   head = file.file.read(512)
@@ -132,13 +143,13 @@ def _read(file: BoundedFile) -> Any:
   if head.startswith(_ZIP_MAGIC):
     return _read_zip(file)
   if _LEGACY_MAGIC_BYTES in head[:32]:
-    return _read_legacy(file)
+    return _read_legacy(file), False
   other = (what for position, start, what in _OTHER_FORMATS if head[position:].startswith(start))
   what = next(other, f'a file that begins with {head[:8]!r}')
   raise RefusedError(f'is {what}: expected a checkpoint written by torch.save')
 
 
-def _read_zip(file: BoundedFile) -> Any:
+def _read_zip(file: BoundedFile) -> tuple[Any, bool]:
   """PyTorch 1.6 and later: an uncompressed zip archive with data.pkl and a member per storage."""
   members = _zip_members(file)
   roots = [match[1] for match in map(re.compile(r'([^/]+/)data\.pkl').fullmatch, members) if match]
@@ -153,10 +164,22 @@ def _read_zip(file: BoundedFile) -> Any:
       'is a TorchScript archive: expected a checkpoint, so save the state dict of its model '
       'with torch.save'
     )
+  has_checksums = any(member.CRC for member in members.values())
+
+  def check(member: zipfile.ZipInfo, *parts: bytes | memoryview) -> None:
+    checksum = functools.reduce(lambda value, part: zlib.crc32(part, value), parts, 0)
+    if has_checksums and checksum != member.CRC:
+      raise RefusedError(
+        f'is damaged: the checksum of its member {member.filename[:80]!a} differs, download or '
+        'copy it again'
+      )
+
   byte_order = 'little'
   if f'{root}byteorder' in members:
-    size = _seek_member(file, members[f'{root}byteorder'])
-    byte_order = file.read(min(size, 8)).decode('ascii', 'replace')
+    member = members[f'{root}byteorder']
+    data = file.read(min(_seek_member(file, member), 8))
+    check(member, data)
+    byte_order = data.decode('ascii', 'replace')
     if byte_order not in ('little', 'big'):
       raise RefusedError(f'is damaged: it gives its byte order as {byte_order!a}')
 
@@ -171,12 +194,14 @@ def _read_zip(file: BoundedFile) -> Any:
         f'of {storage.dtype}'
       )
     file.read_into(storage)
+    check(member, storage.view(np.uint8).data, file.read(size - storage.nbytes))
     to_native(storage, byte_order)
 
   pickled = file.read(_seek_member(file, members[f'{root}data.pkl']))
+  check(members[f'{root}data.pkl'], pickled)
   names = {**plain_names(file), **tensor_names(file, byte_order)}
   in_memory = BoundedFile(io.BytesIO(pickled), len(pickled))
-  return read_pickle(in_memory, names, Storages(file, fill).load)
+  return read_pickle(in_memory, names, Storages(file, fill).load), has_checksums
 
 
 def _zip_members(file: BoundedFile) -> dict[str, zipfile.ZipInfo]:

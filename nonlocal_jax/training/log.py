@@ -1,5 +1,6 @@
 """The log of a training run: `log.jsonl`, TensorBoard events and a plot of the curves."""
 
+import io
 import json
 import os
 import time
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.files import whole_file, write_whole
+from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import is_first_process
 
 LOG = 'log.jsonl'
@@ -79,10 +80,6 @@ class TrainingLog:
   def has(self, step: int) -> bool:
     """Returns whether the evaluation at `step` is logged."""
     return any(line['step'] == step for line in self.evaluations)
-
-  def would_be_best(self, summary: Mapping[str, float]) -> bool:
-    """Returns whether the mIoU of an evaluation exceeds that of all logged ones."""
-    return all(summary['mIoU'] > line['mIoU'] for line in self.evaluations)
 
   def write(self, step: int, metrics: Mapping[str, float], *, lr: float) -> dict[str, str]:
     """Logs the metrics of a step; returns the values for the progress bar."""
@@ -178,5 +175,6 @@ def write_curves(log: Path, path: Path) -> None:
   scores.set_ylabel('percent on val')
   scores.set_xlabel('step')
   scores.legend(loc='lower right')
-  with whole_file(path) as partial:
-    canvas.print_figure(partial, format='png', dpi=110)
+  encoded = io.BytesIO()
+  canvas.print_figure(encoded, format='png', dpi=110)
+  write_whole(path, encoded.getvalue())

@@ -1,6 +1,7 @@
 """Saves and loads weights with their description, by Orbax."""
 
 import dataclasses
+import json
 import os
 import shutil
 import time
@@ -13,13 +14,15 @@ from flax import nnx
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.nonlocal_net import state_shapes
-from nonlocal_jax.weights.arrays import from_arrays, to_arrays
+from nonlocal_jax.runtime.files import sealed, unsealed
+from nonlocal_jax.weights.arrays import Arrays, checksum, from_arrays, to_arrays
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.orbax_errors import one_error
 from nonlocal_jax.weights.run_checkpoints import RunCheckpoints
 
 DESCRIPTION = 'model.json'
 WEIGHTS = 'weights'
+CHECKSUMS = 'checksums.json'
 
 
 def save_weights(directory: Path, state: nnx.State, description: ModelDescription) -> None:
@@ -40,6 +43,8 @@ def save_weights(directory: Path, state: nnx.State, description: ModelDescriptio
     with one_error(f'{directory} cannot be written'):
       with ocp.Checkpointer(_array_handler()) as checkpointer:
         checkpointer.save(partial / WEIGHTS, ocp.args.PyTreeSave(to_arrays(state)))
+      checksums = sealed({'weights': checksum(to_arrays(state))})
+      (partial / CHECKSUMS).write_text(json.dumps(checksums) + '\n')
       (partial / DESCRIPTION).write_text(description.to_json())
       partial.rename(directory)
   except BaseException:
@@ -82,7 +87,7 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
     The description, and parameters and running statistics as host arrays.
 
   Raises:
-    UserError: If `directory` holds no weights, or they cannot be read.
+    UserError: If `directory` holds no weights, they cannot be read, or their checksum differs.
   """
   description = read_description(directory)
   like = state_shapes(description.config)
@@ -95,12 +100,24 @@ def load_weights(directory: Path) -> tuple[ModelDescription, nnx.State]:
     if (directory / WEIGHTS).is_dir():
       with ocp.StandardCheckpointer() as checkpointer:
         arrays = checkpointer.restore((directory / WEIGHTS).absolute(), target)
+      _check(directory, arrays)
     else:
       with RunCheckpoints(directory, keep=None) as checkpoints:
         step, arrays = checkpoints.restore_model(target)
         steps = dict.fromkeys(description.num_batches_tracked, step)
         description = dataclasses.replace(description, num_batches_tracked=steps)
   return description, from_arrays(arrays, like)
+
+
+def _check(directory: Path, arrays: Arrays) -> None:
+  """Compares arrays with the checksum in a converted directory; earlier versions wrote none."""
+  path = directory / CHECKSUMS
+  if not path.exists():
+    return
+  if unsealed(json.loads(path.read_bytes()))['weights'] != checksum(arrays):
+    raise UserError(
+      f'The weights in {directory} are damaged (their checksum differs): write them again.'
+    )
 
 
 def read_description(directory: Path) -> ModelDescription:
@@ -115,4 +132,4 @@ def read_description(directory: Path) -> ModelDescription:
       f'{directory} has no {DESCRIPTION}: give a .pth file, a converted directory or the workdir '
       'of a training run.'
     )
-  return ModelDescription.from_json(path.read_text(), source=str(path))
+  return ModelDescription.from_json(path.read_bytes(), source=str(path))

@@ -8,6 +8,7 @@ from typing import Any, Self
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.runtime.files import sealed, unsealed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,11 @@ class ModelDescription:
     )
 
   def to_json(self) -> str:
-    """The description as indented JSON."""
-    return json.dumps(dataclasses.asdict(self), indent=2) + '\n'
+    """The description as indented JSON with a checksum."""
+    return json.dumps(sealed(dataclasses.asdict(self)), indent=2) + '\n'
 
   @classmethod
-  def from_json(cls, text: str, *, source: str) -> Self:
+  def from_json(cls, text: str | bytes, *, source: str) -> Self:
     """Creates a description from the result of `to_json`, of this or an earlier version.
 
     Args:
@@ -60,10 +61,12 @@ class ModelDescription:
       source: What to call it in errors.
 
     Raises:
-      UserError: If it is not a description.
+      UserError: If it is not a description, or its checksum differs.
     """
     try:
-      fields: dict[str, Any] = {key: _tuples(value) for key, value in json.loads(text).items()}
+      fields: dict[str, Any] = {
+        key: _tuples(value) for key, value in unsealed(json.loads(text)).items()
+      }
       if 'architecture' in fields:
         fields = _from_before_december_2026(fields)
       parts: dict[str, Any] = {

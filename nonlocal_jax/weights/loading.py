@@ -102,6 +102,8 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
   config = dataclasses.replace(config, **recorded.network)
   state = from_state_dict(arrays, config, source=str(path))
   skips = skipped(arrays)
+  if not checkpoint.has_checksums and not released:
+    notes.append('It has no checksums: damaged weights would not be noticed.')
   rounded = sum(array.dtype == np.float64 for name, array in arrays.items() if name not in skips)
   if rounded:
     notes.append(f'{rounded} float64 arrays were rounded to float32.')
