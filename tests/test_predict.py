@@ -13,6 +13,7 @@ from PIL import Image
 
 import nonlocal_jax
 from nonlocal_jax.cli import predict
+from nonlocal_jax.data.datasets import PUBLISHED, merge_classes
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import colorize, overlay
 from nonlocal_jax.inference import pretrained
@@ -44,10 +45,11 @@ def in_box(model):
   return model.with_protocol(dataclasses.replace(model.protocol, scale=(96, 72)))
 
 
-def converted(peer_checkpoint, directory, dataset):
-  """The tiny network of the fixtures as one of `dataset`."""
+def converted(peer_checkpoint, directory, dataset, classes=None):
+  """The tiny network of the fixtures as one of `dataset`, with its first classes or others."""
   description, state = read_weights(peer_checkpoint, align_corners=None)
-  fields = {**description.__dict__, 'dataset': dataset}
+  classes = classes or PUBLISHED[dataset].classes[: len(description.classes)]
+  fields = {**description.__dict__, 'dataset': dataset, 'classes': tuple(classes)}
   save_weights(directory, state, type(description)(**fields))
   return directory
 
@@ -147,6 +149,18 @@ def test_submissions_have_the_servers_label_values(
   label = model.predict(read_image(folder / 'a.png'))
   np.testing.assert_array_equal(np.array(Image.open(out / 'a.png')), np.array(values)[label])
   assert [path.name for path in out.iterdir()] == ['a.png']
+
+
+def test_submissions_of_chosen_classes_have_the_values_of_their_names(peer_checkpoint, tmp_path):
+  chosen = merge_classes(PUBLISHED['ade20k'], [*[255] * 20, *range(18, -1, -1)])
+  weights = converted(peer_checkpoint, tmp_path / 'chosen', 'ade20k', chosen.classes)
+  # Class 0 is the 39th of ADE20K and so on down to the 21st; its server counts from 1.
+  values = predict.submission_values(nonlocal_jax.load(weights))
+  assert values.tolist() == list(range(39, 20, -1))
+  merged = merge_classes(PUBLISHED['ade20k'], [0, *range(19)])
+  weights = converted(peer_checkpoint, tmp_path / 'merged', 'ade20k', merged.classes)
+  with pytest.raises(UserError, match=r"merged or renamed ones, such as 'wall/building': predict"):
+    predict.submission_values(nonlocal_jax.load(weights))
 
 
 def test_images_that_cannot_be_read_are_listed_and_the_others_done(

@@ -33,6 +33,7 @@ from nonlocal_jax.cli.prediction_files import (
   with_palette,
 )
 from nonlocal_jax.cli.program import Parser
+from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.data.paths import files_below
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
 from nonlocal_jax.errors import UserError
@@ -238,14 +239,23 @@ def _images_of(given: str) -> Iterable[tuple[str, Path]]:
 def submission_values(model: PretrainedModel) -> np.ndarray:
   """Returns the label value of each class that the benchmark's server expects, uint8.
 
+  The classes may be some of the benchmark's, in any order: they are known by name.
+
   Raises:
-    UserError: If the model was trained on another dataset.
+    UserError: If the model was trained on another dataset, or has a class that is not exactly one
+      of the benchmark's.
   """
   dataset = model.description.dataset
-  if dataset == 'cityscapes':
-    return np.array(CITYSCAPES_IDS, np.uint8)
-  if dataset == 'ade20k':
-    return np.arange(1, len(model.classes) + 1, dtype=np.uint8)
-  raise UserError(
-    f'--submission is for models of Cityscapes and ADE20K, and this one is of {dataset}.'
-  )
+  values = {'cityscapes': CITYSCAPES_IDS, 'ade20k': range(1, 151)}.get(dataset)
+  if values is None:
+    raise UserError(
+      f'--submission is for models of Cityscapes and ADE20K, and this one is of {dataset}.'
+    )
+  value_of = dict(zip(PUBLISHED[dataset].classes, values, strict=True))
+  others = [name for name in model.classes if name not in value_of]
+  if others or len(set(model.classes)) < len(model.classes):
+    raise UserError(
+      f'--submission needs classes of {dataset}, each at most once, and this model has merged or '
+      f'renamed ones{f", such as {others[0]!r}" if others else ""}: predict without it.'
+    )
+  return np.array([value_of[name] for name in model.classes], np.uint8)
