@@ -206,7 +206,7 @@ def test_published_configs_evaluate_as_the_original(
     ),
     (
       custom(Path('/nowhere'), **{'data.num_classes': 3, 'data.ignore_labels': '(256,)'}),
-      'data.ignore_labels is (256,); it must be from 0 to 255 each',
+      'data.ignore_labels is (256,); it must be whole numbers, from 0 to 255 each',
     ),
     (
       [f'--config={ROOT}/configs/custom.py'],

@@ -318,7 +318,7 @@ def _check_values(config: ConfigDict) -> None:
   if config.data.num_classes is not None:
     _expect(2 <= config.data.num_classes <= 255, config, 'data.num_classes', 'from 2 to 255')
   for key in ('data.ignore_labels', 'data.label_map'):
-    _expect(_are_label_values, config, key, 'whole numbers from 0 to 255')
+    _expect(_are_label_values, config, key, 'whole numbers, from 0 to 255 each')
 
 
 def _are_two_positive(values: Sequence[float]) -> bool:
