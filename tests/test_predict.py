@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import struct
+import zlib
 
 import cv2
 import jax
@@ -11,6 +13,8 @@ from PIL import Image
 
 import nonlocal_jax
 from nonlocal_jax.cli import predict
+from nonlocal_jax.data.datasets import PUBLISHED, merge_classes
+from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import colorize, overlay
 from nonlocal_jax.inference import pretrained
 from nonlocal_jax.inference.buckets import PaddedShape
@@ -41,10 +45,11 @@ def in_box(model):
   return model.with_protocol(dataclasses.replace(model.protocol, scale=(96, 72)))
 
 
-def converted(peer_checkpoint, directory, dataset):
-  """The tiny network of the fixtures as one of `dataset`."""
+def converted(peer_checkpoint, directory, dataset, classes=None):
+  """The tiny network of the fixtures as one of `dataset`, with its first classes or others."""
   description, state = read_weights(peer_checkpoint, align_corners=None)
-  fields = {**description.__dict__, 'dataset': dataset}
+  classes = classes or PUBLISHED[dataset].classes[: len(description.classes)]
+  fields = {**description.__dict__, 'dataset': dataset, 'classes': tuple(classes)}
   save_weights(directory, state, type(description)(**fields))
   return directory
 
@@ -146,6 +151,18 @@ def test_submissions_have_the_servers_label_values(
   assert [path.name for path in out.iterdir()] == ['a.png']
 
 
+def test_submissions_of_chosen_classes_have_the_values_of_their_names(peer_checkpoint, tmp_path):
+  chosen = merge_classes(PUBLISHED['ade20k'], [*[255] * 20, *range(18, -1, -1)])
+  weights = converted(peer_checkpoint, tmp_path / 'chosen', 'ade20k', chosen.classes)
+  # Class 0 is the 39th of ADE20K and so on down to the 21st; its server counts from 1.
+  values = predict.submission_values(nonlocal_jax.load(weights))
+  assert values.tolist() == list(range(39, 20, -1))
+  merged = merge_classes(PUBLISHED['ade20k'], [0, *range(19)])
+  weights = converted(peer_checkpoint, tmp_path / 'merged', 'ade20k', merged.classes)
+  with pytest.raises(UserError, match=r"merged or renamed ones, such as 'wall/building': predict"):
+    predict.submission_values(nonlocal_jax.load(weights))
+
+
 def test_images_that_cannot_be_read_are_listed_and_the_others_done(
   folder, peer_checkpoint, script, tmp_path, capsys
 ):
@@ -200,6 +217,49 @@ def test_a_name_that_is_too_long_stops_no_other(folder, peer_checkpoint, script,
   assert (status, said) == (1, f'error: 1 images failed:\n  {failure}')
   written = {path.name for path in out.rglob('*.jpg')}
   assert written == {f'{stem}_overlay.jpg' for stem in ('a', 'b', 'ü c', 'n' * 236)}
+
+
+def png_header(width: int, height: int) -> bytes:
+  """A PNG file that promises a size and holds hardly any pixels."""
+  header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+  chunks = {b'IHDR': header, b'IDAT': zlib.compress(bytes(100)), b'IEND': b''}
+  return b'\x89PNG\r\n\x1a\n' + b''.join(
+    struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    for kind, data in chunks.items()
+  )
+
+
+def test_thin_and_giant_images_stop_no_other(
+  folder, peer_checkpoint, script, tmp_path, capsys, rng
+):
+  for name, size in {'thin.png': (1, 10_000), 'tall.png': (10_000, 1)}.items():
+    cv2.imwrite(str(folder / name), rng.integers(0, 256, (*size, 3), np.uint8))
+  for name, size in {'giant': (20_000, 20_000), 'promise': (2**31 - 1, 2**31 - 1)}.items():
+    (folder / f'{name}.png').write_bytes(png_header(*size))
+  out = tmp_path / 'out'
+  arguments = [folder, f'--checkpoint={peer_checkpoint}', f'--out={out}', '--no-overlays', *SCALE]
+  status, said = script(predict, *arguments)
+  assert (status, said.splitlines()) == (
+    1,
+    [
+      'error: 2 images failed:',
+      f'  File {folder}/giant.png has 400,000,000 pixels, more than 134,217,728: shrink it, or set '
+      '--max-pixels if the memory suffices.',
+      f'  File {folder}/promise.png has {(2**31 - 1) ** 2:,} pixels, more than 134,217,728: shrink '
+      'it.',
+    ],
+  )
+  assert capsys.readouterr().out.startswith('5 of 7 images were predicted')
+  model = in_box(nonlocal_jax.load(peer_checkpoint))
+  for name in ('thin', 'tall'):
+    label = model.predict(folder / f'{name}.png')
+    np.testing.assert_array_equal(np.array(Image.open(out / f'{name}.png')), label)
+  assert label.shape == (10_000, 1)
+  status, said = script(predict, *arguments, '--max-pixels=4800')
+  assert 'a.png has 4,800 pixels' not in said
+  assert f'File {folder}/thin.png has 10,000 pixels, more than 4,800: shrink it, or set' in said
+  with pytest.raises(UserError, match='or set max_pixels if the memory suffices'):
+    model.predict(folder / 'a.png', max_pixels=4799)
 
 
 def test_wrong_inputs_are_a_sentence(folder, peer_checkpoint, script, tmp_path):

@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import struct
+import zlib
 from unittest import mock
 
 import cv2
@@ -130,6 +132,43 @@ def test_lookup_ignores_values_as_they_stand_in_the_files():
   assert lookup[[0, 1, 2, 3, 4, 254, 255]].tolist() == [255, 0, 1, 255, 3, 253, 255]
 
 
+@pytest.mark.parametrize('bits', [1, 2, 4, 8])
+def test_gray_samples_of_any_depth_are_taken_as_they_are(bits, rng):
+  label = rng.integers(2**bits, size=(7, 13))
+  assert transforms.decode_label(gray_png(label, bits)).tolist() == label.tolist()
+
+
+def gray_png(label, bits):
+  """A PNG file with the values of an array as its samples, put together by the standard."""
+
+  def chunk(kind, data):
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+  h, w = label.shape
+  rows = b''
+  for row in label.tolist():
+    samples = ''.join(format(value, f'0{bits}b') for value in row)
+    samples += '0' * (-len(samples) % 8)
+    rows += b'\0' + int(samples, 2).to_bytes(len(samples) // 8, 'big')
+  header = struct.pack('>IIBBBBB', w, h, bits, 0, 0, 0, 0)
+  chunks = chunk(b'IHDR', header), chunk(b'IDAT', zlib.compress(rows)), chunk(b'IEND', b'')
+  return b'\x89PNG\r\n\x1a\n' + b''.join(chunks)
+
+
+def test_label_maps_of_other_formats_are_refused():
+  """JPEG changes values, whatever the name of the file."""
+  with pytest.raises(ValueError, match='not a PNG file but JPEG'):
+    transforms.decode_label(encoded(np.zeros((50, 50), np.uint8), 'JPEG'))
+
+
+def test_label_maps_of_more_pixels_than_pillow_reads_are_refused():
+  data = bytearray(gray_png(np.zeros((1, 1), int), 8))
+  data[16:24] = struct.pack('>II', 13500, 13500)
+  data[29:33] = struct.pack('>I', zlib.crc32(data[12:29]))
+  with pytest.raises(ValueError, match=r'larger than the 178,956,970 pixels that Pillow'):
+    transforms.decode_label(bytes(data))
+
+
 @pytest.mark.parametrize(
   'data', [b'', b'text', encoded(np.zeros((50, 50, 3), np.uint8), 'PNG')[:-60]]
 )
@@ -155,6 +194,7 @@ def test_rescaled_size():
     theirs = mmcv.rescale_size((w, h), box)
     assert transforms.rescaled_size((h, w), box) == theirs[::-1]
   assert transforms.rescaled_size((1024, 2048), (2049, 1025)) == (1025, 2049)
+  assert transforms.rescaled_size((1, 10_000), (2048, 512)) == (1, 2048)  # mmcv: (0, 2048)
 
 
 def test_resize():

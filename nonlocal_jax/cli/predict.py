@@ -33,10 +33,12 @@ from nonlocal_jax.cli.prediction_files import (
   with_palette,
 )
 from nonlocal_jax.cli.program import Parser
+from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.data.paths import files_below
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
+from nonlocal_jax.inference.images import DECODER_MAX_PIXELS, MAX_PIXELS, ImageTooLargeError
 from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
 from nonlocal_jax.inference.stream import PIXELS_AHEAD, Prediction
 from nonlocal_jax.models import Execution
@@ -105,7 +107,19 @@ def main(arguments: Sequence[str]) -> None:
     help="how attention is computed: 'flash' and 'cudnn' (which rounds to float16) are for NVIDIA "
     "GPUs, 'auto' is the fastest that suits the precision (default: blocks)",
   )
+  parser.add_argument(
+    '--max-pixels',
+    type=int,
+    default=MAX_PIXELS,
+    metavar='COUNT',
+    help='leave out images with more pixels, which bounds the memory; default: 134,217,728 (2^27), '
+    'at most 2^30',
+  )
   options = parser.parse(arguments)
+  if not 1 <= options.max_pixels <= DECODER_MAX_PIXELS:
+    raise UserError(
+      f'--max-pixels is {options.max_pixels:,}; it must be from 1 to {DECODER_MAX_PIXELS:,}.'
+    )
   images = find_images(options.inputs)
   targets = [options.out / name for name in images]
   overlays = options.overlays and not options.submission
@@ -151,11 +165,15 @@ def main(arguments: Sequence[str]) -> None:
   with progress_bar(len(images), 'Predicting', unit='img') as bar:
 
     def note_failure(index: int, error: UserError) -> None:
-      failures[index] = str(error)
+      is_too_large = isinstance(error, ImageTooLargeError)
+      failures[index] = error.message('--max-pixels') if is_too_large else str(error)
       bar.update()
 
     predictions = model.predict_many(
-      list(images.values()), multi_scale_flip=options.multi_scale_flip, on_error=note_failure
+      list(images.values()),
+      multi_scale_flip=options.multi_scale_flip,
+      max_pixels=options.max_pixels,
+      on_error=note_failure,
     )
     for index, error in in_threads(
       write,
@@ -223,14 +241,23 @@ def _images_of(given: str) -> Iterable[tuple[str, Path]]:
 def submission_values(model: PretrainedModel) -> np.ndarray:
   """Returns the label value of each class that the benchmark's server expects, uint8.
 
+  The classes may be some of the benchmark's, in any order: they are known by name.
+
   Raises:
-    UserError: If the model was trained on another dataset.
+    UserError: If the model was trained on another dataset, or has a class that is not exactly one
+      of the benchmark's.
   """
   dataset = model.description.dataset
-  if dataset == 'cityscapes':
-    return np.array(CITYSCAPES_IDS, np.uint8)
-  if dataset == 'ade20k':
-    return np.arange(1, len(model.classes) + 1, dtype=np.uint8)
-  raise UserError(
-    f'--submission is for models of Cityscapes and ADE20K, and this one is of {dataset}.'
-  )
+  values = {'cityscapes': CITYSCAPES_IDS, 'ade20k': range(1, 151)}.get(dataset)
+  if values is None:
+    raise UserError(
+      f'--submission is for models of Cityscapes and ADE20K, and this one is of {dataset}.'
+    )
+  value_of = dict(zip(PUBLISHED[dataset].classes, values, strict=True))
+  others = [name for name in model.classes if name not in value_of]
+  if others or len(set(model.classes)) < len(model.classes):
+    raise UserError(
+      f'--submission needs classes of {dataset}, each at most once, and this model has merged or '
+      f'renamed ones{f", such as {others[0]!r}" if others else ""}: predict without it.'
+    )
+  return np.array([value_of[name] for name in model.classes], np.uint8)

@@ -93,7 +93,10 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def decode_label(data: bytes) -> np.ndarray:
-  """Decodes a label map, the indices of a palette file as they are (mmseg `LoadAnnotations`).
+  """Decodes a label map, its samples as they are (mmseg `LoadAnnotations`).
+
+  Of a palette file the indices are taken. Samples of 1, 2 and 4 bits are not scaled to 8, as
+  Pillow, and so mmseg, does with gray ones.
 
   Args:
     data: Contents of a PNG file with one channel of at most 8 bits.
@@ -102,16 +105,24 @@ def decode_label(data: bytes) -> np.ndarray:
     (h, w) uint8, the values as stored.
 
   Raises:
-    ValueError: If it is not such a file, or broken.
+    ValueError: If it is not such a file, or broken, or has more pixels than Pillow reads.
   """
   try:
     with Image.open(io.BytesIO(data)) as file:
-      mode, label = file.mode, np.asarray(file)
+      kind, mode, label = file.format, file.mode, np.asarray(file)
+  except Image.DecompressionBombError as error:
+    raise ValueError('larger than the 178,956,970 pixels that Pillow reads') from error
   except (OSError, SyntaxError, ValueError) as error:
     raise ValueError('not an image, or broken') from error
+  if kind != 'PNG':
+    raise ValueError(f'not a PNG file but {kind}, whatever its name')
   if mode not in ('1', 'L', 'P'):
     raise ValueError(f'not a label map of one channel of 8 bits but {mode}')
-  return label.astype(np.uint8)
+  label = label.astype(np.uint8)
+  if mode == 'L':
+    bits = data[24]  # of a sample, in the first chunk
+    label //= 255 // (2**bits - 1)
+  return label
 
 
 def label_lookup(
@@ -155,11 +166,11 @@ def rescaled_size(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int
     box: Two sides in either order.
 
   Returns:
-    (h, w), each `int(side * factor + 0.5)`.
+    (h, w), each `int(side * factor + 0.5)`, but at least 1, where mmcv fails.
   """
   h, w = size
   factor = min(max(box) / max(h, w), min(box) / min(h, w))
-  return int(h * factor + 0.5), int(w * factor + 0.5)
+  return max(int(h * factor + 0.5), 1), max(int(w * factor + 0.5), 1)
 
 
 def resize(image: np.ndarray, scale: tuple[int, int], *, keep_ratio: bool = True) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Images as they come: files, PIL images and arrays, all as uint8 RGB arrays."""
 
 import os
+import re
 import struct
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from nonlocal_jax.runtime.pipeline import num_cores
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 
+MAX_PIXELS = 2**27  # of an image file, by default: 0.4 GB as RGB
+DECODER_MAX_PIXELS = 2**30  # OpenCV's own limit
+
 _SIXTEEN_BITS = ('I;16', 'I;16L', 'I;16B', 'I;16N')
 _UNBOUNDED = ('I', 'F')  # modes of PIL without a largest value
 _PIL_ERRORS = (
@@ -26,25 +30,52 @@ _PIL_ERRORS = (
 _QUARTER_TURNS = (5, 6, 7, 8)  # values of the EXIF orientation
 
 
-def as_array(image: ImageLike, *, channels: int = 3) -> np.ndarray:
+class ImageTooLargeError(UserError):
+  """Raised for an image with more pixels than `max_pixels`, before it takes up memory."""
+
+  def __init__(self, name: str, num_pixels: int, max_pixels: int):
+    """Composes the message for callers from Python.
+
+    Args:
+      name: What to call the image.
+      num_pixels: Its number of pixels.
+      max_pixels: The limit.
+    """
+    self._facts = name, num_pixels, max_pixels
+    super().__init__(self.message('max_pixels'))
+
+  def message(self, option: str) -> str:
+    """Returns the message with the name of the option that sets the limit."""
+    name, num_pixels, max_pixels = self._facts
+    remedy = 'shrink it'
+    if num_pixels <= DECODER_MAX_PIXELS:
+      remedy += f', or set {option} if the memory suffices'
+    return f'{name} has {num_pixels:,} pixels, more than {max_pixels:,}: {remedy}.'
+
+
+def as_array(image: ImageLike, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """Reads or converts an image.
 
   Args:
     image: The path of an image file, a PIL image, or an array (h, w, channels) uint8 of NumPy or
       JAX.
     channels: Channels that the image must have; files and PIL images have 3.
+    max_pixels: Limit for files and PIL images.
 
   Returns:
     (h, w, channels) uint8, of files and PIL images RGB with EXIF orientation applied.
 
   Raises:
     UserError: If a file cannot be read.
+    ImageTooLargeError: If it has more pixels than `max_pixels`.
     ValueError: If the image has another number of channels, dtype or mode.
     TypeError: If it is none of these.
   """
   if isinstance(image, str | os.PathLike):
-    array = read_image(Path(image))
+    array = read_image(Path(image), max_pixels=max_pixels)
   elif isinstance(image, Image.Image):
+    if image.width * image.height > max_pixels:
+      raise ImageTooLargeError('image', image.width * image.height, max_pixels)
     array = _from_pil(image)
   elif hasattr(image, '__array__'):
     array = np.asarray(image)
@@ -61,15 +92,23 @@ def as_array(image: ImageLike, *, channels: int = 3) -> np.ndarray:
   return array
 
 
-def read_image(path: Path) -> np.ndarray:
+def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
   """Reads an image file, EXIF orientation applied.
+
+  Args:
+    path: The file.
+    max_pixels: Limit of its number of pixels; OpenCV's own is `DECODER_MAX_PIXELS`.
 
   Returns:
     (h, w, 3) uint8 RGB.
 
   Raises:
     UserError: If it cannot be read.
+    ImageTooLargeError: If it has more pixels than `max_pixels`.
   """
+  num_pixels, limit = _pixels_in_header(path), min(max_pixels, DECODER_MAX_PIXELS)
+  if num_pixels > limit:
+    raise ImageTooLargeError(f'File {path}', num_pixels, limit)
   try:
     return decode_image(path.read_bytes())
   except OSError as error:
@@ -78,16 +117,36 @@ def read_image(path: Path) -> np.ndarray:
     raise UserError(f'File {path} is {error}.') from error
 
 
-def sizes_of(images: Sequence[ImageLike]) -> list[Size | None]:
+def _pixels_in_header(path: Path) -> int:
+  """Number of pixels that a file promises; 0 if Pillow does not read its header."""
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # of large images
+      with Image.open(path) as file:
+        return file.width * file.height
+  except Image.DecompressionBombError as error:
+    promised = re.search(r'(\d+) pixels', str(error))
+    return int(promised[1]) if promised else DECODER_MAX_PIXELS + 1
+  except _PIL_ERRORS:
+    return 0
+
+
+def sizes_of(images: Sequence[ImageLike], *, max_pixels: int = MAX_PIXELS) -> list[Size | None]:
   """Finds the sizes of images without decoding them.
 
+  Args:
+    images: See `as_array`.
+    max_pixels: See `as_array`.
+
   Returns:
-    (height, width) of each as `as_array` returns it; None where it is not known before. A file
-    whose header promises another size than its pixels have is possible.
+    (height, width) of each as `as_array` returns it; None where it is not known before, and for
+    images that have too many pixels. A file whose header promises another size than its pixels have
+    is possible.
   """
   with warnings.catch_warnings(), ThreadPoolExecutor(num_cores()) as pool:
     warnings.simplefilter('ignore')  # of large images and odd metadata
-    return list(pool.map(_size_of, images))
+    sizes = pool.map(_size_of, images)
+    return [size if size and 0 < size[0] * size[1] <= max_pixels else None for size in sizes]
 
 
 def _size_of(image: ImageLike) -> Size | None:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.inference.images import ImageLike, as_array
+from nonlocal_jax.inference.images import MAX_PIXELS, ImageLike, as_array
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.stream import Prediction, labels_of, predictions
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
@@ -220,15 +220,29 @@ class PretrainedModel:
     return self.description.protocol
 
   @overload
-  def predict(self, image: ImageLike, *, multi_scale_flip: bool | None = None) -> np.ndarray: ...
+  def predict(
+    self,
+    image: ImageLike,
+    *,
+    multi_scale_flip: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
+  ) -> np.ndarray: ...
 
   @overload
   def predict(
-    self, image: Sequence[ImageLike], *, multi_scale_flip: bool | None = None
+    self,
+    image: Sequence[ImageLike],
+    *,
+    multi_scale_flip: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
   ) -> list[np.ndarray]: ...
 
   def predict(
-    self, image: ImageLike | Sequence[ImageLike], *, multi_scale_flip: bool | None = None
+    self,
+    image: ImageLike | Sequence[ImageLike],
+    *,
+    multi_scale_flip: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
   ) -> np.ndarray | list[np.ndarray]:
     """Predicts the class of each pixel by the model's `protocol`.
 
@@ -237,20 +251,22 @@ class PretrainedModel:
         images are turned by their EXIF orientation. Arrays have the network's number of channels.
       multi_scale_flip: Whether to average over six sizes, each mirrored as well: better, and some
         17 times the work. None for what the protocol says.
+      max_pixels: Limit of the pixels of a file or PIL image, which bounds the memory that it takes.
 
     Returns:
       (h, w) int32 in [0, classes); for a list a list of them.
 
     Raises:
-      UserError: If a file cannot be read.
+      UserError: If a file cannot be read, or has more pixels than `max_pixels`.
       ValueError: If an image has another shape, dtype or mode.
       TypeError: If it is none of these.
     """
     if isinstance(image, list | tuple):
-      several = self.predict_many(image, multi_scale_flip=multi_scale_flip)
+      several = self.predict_many(image, multi_scale_flip=multi_scale_flip, max_pixels=max_pixels)
       found = {index: labels.astype(np.int32) for index, _, labels in several}
       return [found[index] for index in range(len(image))]
-    array = as_array(cast(ImageLike, image), channels=self.description.config.in_channels)
+    channels = self.description.config.in_channels
+    array = as_array(cast(ImageLike, image), channels=channels, max_pixels=max_pixels)
     labels = labels_of(array, self._predictor_of(multi_scale_flip), self._prediction_state)
     return labels.astype(np.int32)
 
@@ -259,6 +275,7 @@ class PretrainedModel:
     images: Sequence[ImageLike],
     *,
     multi_scale_flip: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
     on_error: Callable[[int, UserError], object] | None = None,
   ) -> Iterator[Prediction]:
     """Predicts images while others are read; holds a few of them at a time.
@@ -268,6 +285,7 @@ class PretrainedModel:
     Args:
       images: See `predict`.
       multi_scale_flip: See `predict`.
+      max_pixels: See `predict`.
       on_error: Called with the index of a file that cannot be read and the error, in place of its
         prediction; None to raise the error.
 
@@ -282,6 +300,7 @@ class PretrainedModel:
       self._predictor_of(multi_scale_flip),
       self._prediction_state,
       channels=self.description.config.in_channels,
+      max_pixels=max_pixels,
       on_error=on_error,
     )
 

@@ -13,7 +13,7 @@ from nonlocal_jax.data.transforms import resize_to
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.batches import batches_of, images_at_once
 from nonlocal_jax.inference.buckets import PaddedShape, shapes_with_room
-from nonlocal_jax.inference.images import ImageLike, as_array, sizes_of
+from nonlocal_jax.inference.images import MAX_PIXELS, ImageLike, as_array, sizes_of
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.protocol import EvalProtocol, Size
@@ -66,6 +66,7 @@ def predictions(
   state: nnx.State,
   *,
   channels: int,
+  max_pixels: int = MAX_PIXELS,
   on_error: Callable[[int, UserError], object] | None = None,
 ) -> Iterator[Prediction]:
   """Predicts images, those of one padded shape after another.
@@ -75,12 +76,15 @@ def predictions(
     predictor: Predicts on the devices of its mesh.
     state: The network's weights, on the mesh.
     channels: Channels that each image must have.
+    max_pixels: See `PretrainedModel.predict`.
     on_error: See `PretrainedModel.predict_many`.
 
   Yields:
     A prediction of each image that could be read.
   """
-  for read, labels in one_behind(_computing(images, predictor, state, channels, on_error)):
+  for read, labels in one_behind(
+    _computing(images, predictor, state, channels, max_pixels, on_error)
+  ):
     on_host = np.asarray(labels)
     for place, (index, image, _) in enumerate(read):
       height, width = image.shape[:2]
@@ -92,6 +96,7 @@ def _computing(
   predictor: Predictor,
   state: nnx.State,
   channels: int,
+  max_pixels: int,
   on_error: Callable[[int, UserError], object] | None,
 ) -> Iterator[tuple[list[_Read], jax.Array]]:
   """Yields batches and their label maps, which devices may still be computing."""
@@ -102,7 +107,7 @@ def _computing(
 
   def read(index: int) -> _Read | UserError:
     try:
-      image = as_array(images[index], channels=channels)
+      image = as_array(images[index], channels=channels, max_pixels=max_pixels)
     except UserError as error:
       return error
     return _Read(index, image, _views(image, protocol))
@@ -116,7 +121,7 @@ def _computing(
     labels.copy_to_host_async()
     return [found._replace(views=[]) for found in together], labels
 
-  sizes = [size or _UNKNOWN for size in sizes_of(images)]
+  sizes = [size or _UNKNOWN for size in sizes_of(images, max_pixels=max_pixels)]
   shape_of = shapes_for_sizes(sizes)
   batches = batches_of(
     [shape_of[size] for size in sizes],

@@ -38,12 +38,12 @@ def views_of(protocol: EvalProtocol, size: Size) -> list[View]:
 
 def _resized(protocol: EvalProtocol, size: Size, ratio: float) -> Size:
   if protocol.ratios_of_image or (protocol.scale is None and ratio != 1):
-    target = (int(size[0] * ratio + 0.5), int(size[1] * ratio + 0.5))
+    target = (max(int(size[0] * ratio + 0.5), 1), max(int(size[1] * ratio + 0.5), 1))
   elif protocol.scale is None:
     return size
   else:
     width, height = protocol.scale
-    target = (int(height * ratio), int(width * ratio))
+    target = (max(int(height * ratio), 1), max(int(width * ratio), 1))
   return rescaled_size(size, target) if protocol.keep_ratio else target
 
 

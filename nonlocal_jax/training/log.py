@@ -81,10 +81,6 @@ class TrainingLog:
     """Returns whether the evaluation at `step` is logged."""
     return any(line['step'] == step for line in self.evaluations)
 
-  def would_be_best(self, summary: Mapping[str, float]) -> bool:
-    """Returns whether the mIoU of an evaluation exceeds that of all logged ones."""
-    return all(summary['mIoU'] > line['mIoU'] for line in self.evaluations)
-
   def write(self, step: int, metrics: Mapping[str, float], *, lr: float) -> dict[str, str]:
     """Logs the metrics of a step; returns the values for the progress bar."""
     now = time.perf_counter()

@@ -25,6 +25,7 @@ from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import is_first_process, replicated, shard_batch
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.runtime.signals import StopRequest
+from nonlocal_jax.training.best_weights import BestWeights
 from nonlocal_jax.training.checkpointing import restore, save, with_weights
 from nonlocal_jax.training.initial_weights import InitialWeights
 from nonlocal_jax.training.log import CURVES, LOG, TrainingLog, summary_table, write_curves
@@ -199,7 +200,7 @@ def train_and_evaluate(
   with (
     ThreadPoolExecutor(1, thread_name_prefix='compile') as beside,
     RunCheckpoints(workdir, keep=plan.keep) as checkpoints,
-    RunCheckpoints(workdir / BEST, keep=1) as best_weights,
+    RunCheckpoints(workdir / BEST, keep=BestWeights.KEEP) as best_checkpoints,
   ):
     # Compiles while this thread makes or reads the weights, which takes seconds as well.
     compiling = beside.submit(compiled, run.execution)
@@ -215,7 +216,6 @@ def train_and_evaluate(
       if ignored_checkpoint is not None:
         source += f'; {ignored_checkpoint} is not read again'
     start, steps = int(state.step), plan.steps
-    best_weights.delete_after(start)
     batches.start_prefetch()
 
     def rematerialized() -> StepMemory | None:
@@ -241,14 +241,14 @@ def train_and_evaluate(
       progress_bar(steps, 'Training', unit='step', initial=start) as bar,
       StopRequest() as stop,
     ):
+      best_weights = BestWeights(best_checkpoints, log.evaluations)
 
       def evaluate_and_log(step: int) -> Evaluation:
         evaluation = run.evaluator(run.evaluator.prepared(state.variables))
         summary = evaluation.scores.summary()
         # Saved before it is logged: if the program is killed between, it is saved again.
-        if log.would_be_best(summary):
-          best_weights.save(step, model=state.variables)
-          best_weights.wait()
+        if best_weights.are_worse_than(summary):
+          best_weights.save(step, state.variables, summary)
         log.write_evaluation(step, summary, picture_of(evaluation, run.dataset))
         if is_first_process():
           scores = '  '.join(f'{name} {value:.2f}' for name, value in summary.items())
@@ -307,6 +307,7 @@ def train_and_evaluate(
   if is_first_process():
     write_curves(workdir / LOG, workdir / CURVES)
     print(summary_table(log.evaluations))
+    print(f'The best weights, of step {best_weights.step:,}, are in {workdir / BEST}.')
   return evaluation
 
 

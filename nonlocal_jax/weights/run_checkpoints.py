@@ -1,6 +1,7 @@
 """The Orbax checkpoints of a training run: network, optimizer and data iterator."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -77,6 +78,10 @@ class RunCheckpoints:
     else:
       self._quiet.__exit__(error_type)
 
+  def steps(self) -> list[int]:
+    """Steps of all complete checkpoints, in order."""
+    return sorted(self._manager.all_steps())
+
   def latest_step(self) -> int | None:
     """Step of the newest complete checkpoint."""
     return self._manager.latest_step()
@@ -87,7 +92,7 @@ class RunCheckpoints:
     *,
     model: nnx.State,
     training: Any = None,
-    data: dict[str, int] | None = None,
+    data: Mapping[str, float | None] | None = None,
   ) -> None:
     """Saves a checkpoint in the background; does nothing if `step` is already saved.
 
@@ -95,18 +100,18 @@ class RunCheckpoints:
       step: Steps taken.
       model: Parameters and running statistics.
       training: Whatever else the next step needs, as a pytree of arrays.
-      data: State of the iterator over training batches.
+      data: Further numbers, such as the state of the iterator over training batches.
 
     Raises:
       UserError: If this checkpoint or the previous one cannot be written.
     """
-    if step == self.latest_step():
+    if step in self._manager.all_steps():
       return
     arrays = to_arrays(model)
     record = {'checksums': {'model': checksum(arrays), 'training': checksum(training)}}
     items = {
       'model': ocp.args.StandardSave(arrays),
-      'record': ocp.args.JsonSave({**record, 'data': data or {}}),
+      'record': ocp.args.JsonSave({**record, 'data': dict(data or {})}),
     }
     if training is not None:
       items['training'] = ocp.args.StandardSave(training)
@@ -169,11 +174,25 @@ class RunCheckpoints:
     self._check(step, model=restored.model, record=restored.record)
     return step, restored.model
 
-  def delete_after(self, step: int) -> None:
-    """Deletes the checkpoints of later steps."""
-    for later in self._manager.all_steps():
-      if later > step:
-        self._manager.delete(later)
+  def data_of(self, step: int) -> dict[str, Any]:
+    """Reads the `data` of a checkpoint; nothing if it cannot be read."""
+    try:
+      with one_error(self._unreadable(step)):
+        restored: Any = self._manager.restore(
+          step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+        )
+        return dict(restored.record['data'])
+    except (UserError, LookupError, TypeError, ValueError):
+      return {}
+
+  def delete(self, step: int) -> None:
+    """Deletes a checkpoint.
+
+    Raises:
+      UserError: If it cannot be deleted.
+    """
+    with one_error(self._what):
+      self._manager.delete(step)
 
   def _restore(self, step: int, model: nnx.State, training: Any) -> Restored:
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (to_arrays(model), training))
