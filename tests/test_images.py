@@ -57,7 +57,9 @@ def test_what_is_no_image_is_an_error(colours, tmp_path):
     as_array(colours.convert('F'))
   with pytest.raises(ValueError, match=r'image is \(4, 5\) uint8, expected \(h, w, 3\) uint8 RGB'):
     as_array(np.zeros((4, 5), np.uint8))
-  with pytest.raises(TypeError, match='image has the type bytes, expected a path, a PIL image or an array'):
+  with pytest.raises(
+    TypeError, match='image has the type bytes, expected a path, a PIL image or an array'
+  ):
     as_array(b'')
 
 
