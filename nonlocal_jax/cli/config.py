@@ -40,7 +40,11 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     )
   match = _NAME.fullmatch(named)
   named = os.path.expanduser(named)
-  path = named
+  path, file = named, named.partition(':')[0]
+  if not match and not Path(file).is_file():
+    raise UserError(
+      f'there is no config file {file}; give a file, or one of {", ".join(recipes.config_names())}.'
+    )
   if match and not Path(match['name']).is_file():
     recipes.get_config(named)  # raises if the name or variant is unknown
     path = f'{recipes.__file__}:{named}'
@@ -81,10 +85,7 @@ def _config_errors(named: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    file = named.partition(':')[0]
-    raise UserError(
-      f'there is no config file {file}; give a file, or one of {", ".join(recipes.config_names())}.'
-    ) from error
+    raise UserError(f'config file {named} cannot be read: {error.strerror}.') from error
   except flags.UnrecognizedFlagError as error:
     raise UsageError(' '.join(str(error).split())) from error
   except (AttributeError, KeyError) as error:
