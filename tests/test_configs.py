@@ -3,17 +3,19 @@
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from flax import nnx
 
+from nonlocal_jax.cli.config import read_config
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.experiment import Experiment
 from nonlocal_jax.models.nonlocal_net import state_shapes
-from nonlocal_jax.recipes import variant_name
+from nonlocal_jax.recipes import demo_config, variant_name
 from nonlocal_jax.weights.released import RELEASED, released_model, released_model_of_file
 from tests import peer
 
@@ -189,3 +191,47 @@ def test_released_models_by_file_name():
   assert found is not None
   assert found.replaced
   assert released_model_of_file('my_model.pth') is None
+
+
+@pytest.mark.parametrize(
+  ('text', 'said'),
+  [
+    ('import json\ndef get_config():\n  return json.x', 'fails in line 3: AttributeError: module'),
+    ('def get_config():\n  retrun 5', 'fails in line 2: SyntaxError: invalid syntax.'),
+    ('import no_such_module', "fails in line 1: ModuleNotFoundError: No module named 'no_such"),
+    ('x = 1', r'has no get_config\(\); begin with a file in configs/.'),
+    ('def get_config():\n  return None', 'returns no config; begin with that of a file'),
+  ],
+)
+def test_errors_in_a_config_file_are_said_with_their_line(text, said, tmp_path, monkeypatch):
+  monkeypatch.delitem(sys.modules, 'config_config', raising=False)  # of a test before
+  path = tmp_path / 'config.py'
+  path.write_text(text)
+  with pytest.raises(UserError, match=f'{path} {said}'):
+    read_config([f'--config={path}'])
+
+
+@pytest.mark.parametrize(
+  ('setting', 'said'),
+  [
+    ('train.class_weights=("a","b")', 'numbers that are not negative'),
+    ('train.crop=("a","b")', 'two positive numbers'),
+    ('train.crop=(64.5,64)', 'whole numbers'),
+    ('data.ignore_labels=("a",)', 'whole numbers from 0 to 255'),
+    ('model.width=1', 'a number of at least 2'),
+    ('train.precision=hihgest', 'one of default, high'),
+  ],
+)
+def test_values_of_a_wrong_kind_are_refused(setting, said):
+  config = read_config(['--config=demo', f'--config.{setting}'])
+  with pytest.raises(
+    UserError, match=rf'^config\.{setting.split("=")[0]} is .*; it must be {said}'
+  ):
+    Experiment.from_config(config)
+
+
+def test_a_misspelt_field_in_a_file_is_refused():
+  config = demo_config()
+  config.train.stepz = 5
+  with pytest.raises(UserError, match=r'no field config.train.stepz; the nearest is train.steps'):
+    Experiment.from_config(config)

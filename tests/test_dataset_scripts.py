@@ -123,6 +123,46 @@ def test_bad_samples_end_the_script_unless_left_out(described, script, tmp_path,
   assert 'custom-val: 1 images in' in printed.out
 
 
+@pytest.mark.slow
+def test_after_skip_bad_the_printed_command_trains(described, script, program, tmp_path, capsys):
+  source, samples = described
+  (source / 'dataset.json').unlink()
+  samples['train'][0].label.unlink()
+  samples['val'][0].image.write_bytes(b'')
+  arguments = ['--dataset=custom', '--source', source, '--data-dir', tmp_path / 'tfds']
+  assert script(prepare, *arguments, '--skip-bad') == (None, '')
+  command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+  assert program(*command[4:], *set_fields(SMALL), '--workdir=run') == (None, '')
+  assert json.loads(Path('run/metrics.json').read_text())['images'] == 1
+  assert 'warning: 1 bad samples of custom-train were left out.' in capsys.readouterr().err
+  # What became bad later is still told.
+  samples['train'][1].label.unlink()
+  status, said = program(*command[4:], *set_fields(SMALL), '--workdir=other')
+  assert (status, 'custom-train has 2 bad samples' in said) == (1, True)
+
+
+@pytest.mark.parametrize(
+  ('values', 'count', 'warnings'),
+  [
+    ((0, 255), 2, ['have the values 0 and 255 only, and 255 (']),
+    ((0, 7, 128), 129, ['The label values are 0, 7, 128: classes are 0, 1, ... without a gap']),
+    ((0, 1, 2), 3, []),
+  ],
+)
+def test_odd_label_values_are_told_when_prepared(values, count, warnings, script, tmp_path, capsys):
+  for samples in write_tree('custom', tmp_path / 'source').values():
+    for sample in samples:
+      h, w = cv2.imread(str(sample.image)).shape[:2]
+      sample.label.write_bytes(png_of(np.resize(np.array(values, np.uint8), (h, w))))
+  arguments = ['--dataset=custom', '--source', tmp_path / 'source', '--data-dir', tmp_path / 'tfds']
+  assert script(prepare, *arguments) == (None, '')
+  printed = capsys.readouterr()
+  assert printed.out.splitlines()[-1].split()[6] == f'--config.data.num_classes={count}'
+  assert ('warning' in printed.err) == bool(warnings)
+  for warning in warnings:
+    assert warning in printed.err
+
+
 def test_pictures_of_what_training_sees(described, script, tmp_path, capsys):
   source, samples = described
   out = tmp_path / 'pictures'

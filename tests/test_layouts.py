@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -149,7 +151,7 @@ def test_a_wrong_description_is_a_sentence(text, sentence, tmp_path):
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_every_layout_is_listed(layout, tmp_path):
   for split, samples in write_tree(layout, tmp_path).items():
-    assert layouts.list_samples(LAYOUTS[layout], tmp_path, split) == (samples, [], 0)
+    assert layouts.list_samples(LAYOUTS[layout], tmp_path, split) == (samples, {}, 0)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_files_that_are_no_images_are_passed_over_and_lonely_labels_counted(tmp_
   (tmp_path / 'images/val/.hidden.jpg').write_bytes(b'')
   (tmp_path / 'images/val/notes.txt').write_bytes(b'')
   (tmp_path / 'labels/val/lonely.png').write_bytes(b'')
-  assert layouts.list_samples(CUSTOM, tmp_path, 'val') == (samples['val'], [], 1)
+  assert layouts.list_samples(CUSTOM, tmp_path, 'val') == (samples['val'], {}, 1)
 
 
 def test_names_in_any_script(tmp_path):
@@ -326,5 +328,31 @@ def test_what_is_incomplete_is_listed(layout, missing, sentence, tmp_path):
   samples = write_tree(layout, tmp_path)['train']
   (tmp_path / missing).unlink()
   listing = layouts.list_samples(LAYOUTS[layout], tmp_path, 'train')
-  assert listing.incomplete == [sentence.format(root=tmp_path)]
+  assert list(listing.incomplete.values()) == [sentence.format(root=tmp_path)]
   assert listing.samples == [sample for sample in samples if tmp_path / missing not in sample]
+
+
+def test_pipes_and_links_to_nothing_are_told_and_folders_without_end_left(tmp_path):
+  samples = write_tree('custom', tmp_path)['train']
+  pipe, dangling = (tmp_path / f'images/train/{name}.png' for name in ('pipe', 'dangling'))
+  os.mkfifo(pipe)
+  dangling.symlink_to('nowhere.png')
+  labelled = tmp_path / 'images/train/y.png'
+  shutil.copy(samples[0].image, labelled)
+  (tmp_path / 'labels/train/y.png').symlink_to('nowhere.png')
+  for path in (pipe, dangling):
+    shutil.copy(samples[0].label, tmp_path / f'labels/train/{path.name}')
+  (tmp_path / 'images/train/endless').symlink_to('..')
+  hidden = tmp_path / 'images/train/.ipynb_checkpoints/x-checkpoint.tif'
+  hidden.parent.mkdir()
+  shutil.copy(samples[-1].image, hidden)
+  listing = layouts.list_samples(CUSTOM, tmp_path, 'train')
+  assert listing.samples == samples
+  assert {name: listing.incomplete.pop(name) for name in ('pipe.png', 'dangling.png', 'y.png')} == {
+    'pipe.png': f'File {pipe} is a pipe or device, no file: replace it.',
+    'dangling.png': f'File {dangling} is a link to a file that does not exist: replace it.',
+    'y.png': f'File {tmp_path}/labels/train/y.png is a link to a file that does not exist: replace '
+    'it.',
+  }
+  # The folder `endless` leads to the images of val, once, which have no labels there.
+  assert sorted(listing.incomplete) == ['endless/val/v.jpg', 'endless/val/w.PNG']

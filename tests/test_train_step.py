@@ -16,12 +16,14 @@ from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.layers import BatchNorm
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.runtime.parallel import data_mesh, over_batch, replicated, shard_batch
+from nonlocal_jax.training.checkpointing import with_weights
 from nonlocal_jax.training.loss import LossConfig
 from nonlocal_jax.training.optimizer import OptimizerConfig, sgd
 from nonlocal_jax.training.train_step import (
   BatchShape,
   StepConfig,
   TrainState,
+  initial_state,
   lower_train_step,
   make_train_step,
 )
@@ -252,3 +254,20 @@ def _equations(jaxpr):
       inner = getattr(value, 'jaxpr', value)
       if hasattr(inner, 'eqns'):
         yield from _equations(inner)
+
+
+def test_averaged_weights_share_no_memory_with_those_they_start_from():
+  """A step is given both to overwrite: XLA refuses to take one array twice."""
+  config = NonLocalNetConfig.from_depth(14, num_classes=4, width=8)
+  tx = optax.sgd(0.1)
+  state = initial_state(config, tx, seed=0, keep_ema=True, mesh=data_mesh(jax.devices()[:1]))
+  backbone = nnx.from_flat_state(
+    (path, variable.replace(np.full(variable.shape, 2, np.float32)))
+    for path, variable in nnx.to_flat_state(state.variables)
+    if path[0] == 'backbone'
+  )
+  started = jax.device_put(with_weights(state, backbone), jax.devices()[0])
+  arrays = jax.tree.leaves((started.params, started.ema))
+  assert len({array.unsafe_buffer_pointer() for array in arrays}) == len(arrays)
+  for ours, theirs in zip(*map(jax.tree.leaves, (started.params, started.ema)), strict=True):
+    np.testing.assert_array_equal(ours, theirs)

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,19 +40,29 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     )
   match = _NAME.fullmatch(named)
   named = os.path.expanduser(named)
-  path = named
+  path, file = named, named.partition(':')[0]
+  if not match and not Path(file).is_file():
+    raise UserError(
+      f'there is no config file {file}; give a file, or one of {", ".join(recipes.config_names())}.'
+    )
   if match and not Path(match['name']).is_file():
     recipes.get_config(named)  # raises if the name or variant is unknown
     path = f'{recipes.__file__}:{named}'
   values = flags.FlagValues()
   arguments = [f'--config={path}', *rest]
   config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=['', *arguments])
-  with _config_errors(named):
+  with _config_errors(named), _errors_in_file(path):
     _, *positional = values(['', *arguments])
     if positional:
       raise UsageError(f'{positional[0]!r} is no flag; options start with --, see --help.')
-    _ = config.value.name  # raises where the file could not be loaded
-    return config.value
+    found = config.value
+    try:
+      _ = found.name  # raises an OSError where the file could not be loaded
+    except AttributeError as error:
+      raise UserError(
+        f'get_config() in {named} returns no config; begin with that of a file in configs/.'
+      ) from error
+    return found
 
 
 def fields_set(arguments: Sequence[str]) -> frozenset[str]:
@@ -84,10 +95,7 @@ def _config_errors(named: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    file = named.partition(':')[0]
-    raise UserError(
-      f'there is no config file {file}; give a file, or one of {", ".join(recipes.config_names())}.'
-    ) from error
+    raise UserError(f'config file {named} cannot be read: {error.strerror}.') from error
   except flags.UnrecognizedFlagError as error:
     raise UsageError(' '.join(str(error).split())) from error
   except (AttributeError, KeyError) as error:
@@ -95,6 +103,29 @@ def _config_errors(named: str) -> Iterator[None]:
     raise UserError(f'the config has no such field: {message}') from error
   except (TypeError, ValueError, flags.Error) as error:
     raise UserError(' '.join(str(error).split())) from error
+
+
+@contextlib.contextmanager
+def _errors_in_file(path: str) -> Iterator[None]:
+  """Converts errors that code in a config file raises to `UserError`, with their place."""
+  file = os.path.abspath(path.partition(':')[0])
+  try:
+    yield
+  except (UserError, OSError):
+    raise
+  except Exception as error:
+    if file == os.path.abspath(recipes.__file__):
+      raise
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == file]
+    what = f'{type(error).__name__}: {" ".join(str(error).split())}'
+    if isinstance(error, SyntaxError):
+      lines, what = [error.lineno], f'SyntaxError: {error.msg}'
+    if lines:
+      raise UserError(f'{file} fails in line {lines[-1]}: {what}.') from error
+    if isinstance(error, AttributeError) and error.name == 'get_config':
+      raise UserError(f'{file} has no get_config(); begin with a file in configs/.') from error
+    raise
 
 
 def config_text(config: ConfigDict) -> str:

@@ -208,7 +208,9 @@ def find_images(inputs: Sequence[str]) -> dict[str, Path]:
   for given in inputs:
     named = list(_images_of(given))
     if not named:
-      raise UserError(f'{given} is no image, no folder of images and no pattern that fits any.')
+      raise UserError(
+        f'{given} is neither an image nor a folder of images nor a pattern that matches any.'
+      )
     with warnings.catch_warnings(), ThreadPoolExecutor(num_cores()) as pool:
       warnings.simplefilter('ignore')  # of large images and odd metadata
       are_predictions = list(pool.map(is_prediction, [path for _, path in named]))

@@ -13,8 +13,9 @@ Add "reduce_zero_label": true if 0 has no class and label k means class k - 1. A
 
 import argparse
 import shlex
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.data.datasets import (
@@ -49,13 +50,13 @@ def main(arguments: Sequence[str]) -> None:
   from nonlocal_jax.data.prepared import report_split
 
   description = read_description(options.source) if options.dataset == 'custom' else {}
-  named = bool({'num_classes', 'classes', 'label_map'} & description.keys())
+  described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
   if options.dataset != 'custom':
     dataset = PUBLISHED[options.dataset]
-  elif named:
-    dataset = custom_dataset(**description)
   else:
-    dataset = custom_dataset(255)
+    dataset = custom_dataset(
+      **(description if described else {**description, 'num_classes': IGNORE})
+    )
   splits = prepare(
     dataset,
     options.source,
@@ -63,22 +64,47 @@ def main(arguments: Sequence[str]) -> None:
     data_dir=options.data_dir,
     skip_bad=options.skip_bad,
   )
-  if dataset.name == 'custom' and not named:
-    dataset = one_class_per_value(splits.values())
+  counted = dataset.name == 'custom' and not described
+  if counted:
+    dataset = one_class_per_value(splits.values(), dataset, description)
   for split in splits.values():
-    if named or dataset.name != 'custom':
-      report_split(split, dataset)
+    report_split(split, dataset)
     print(f'\n{split.name}: {len(split):,} images in {split.directory}')
     print(shares_table(split, dataset))
-  if dataset.name == 'custom' and not named:
+  if counted:
     print(f'\nDescribe the label values in {DESCRIPTION} in {options.source}, see --help.')
-  print(f'\nTo train on it:\n  {training_command(options, dataset)}')
+  print(f'\nTo train on it:\n  {training_command(options, dataset if counted else None)}')
 
 
-def one_class_per_value(splits: Collection['PreparedSplit']) -> Dataset:
-  """Returns a dataset with one class for each label value up to the largest below 255."""
-  values = {value for split in splits for value in split.label_values} - {IGNORE}
-  return custom_dataset(classes=[f'value {value}' for value in range(max({1, *values}) + 1)])
+def one_class_per_value(
+  splits: Collection['PreparedSplit'], dataset: Dataset, description: Mapping[str, Any]
+) -> Dataset:
+  """Counts the classes of an undescribed dataset; warns where label values leave gaps.
+
+  Args:
+    splits: The prepared splits.
+    dataset: How their label values are read.
+    description: What is known of the dataset otherwise.
+
+  Returns:
+    A dataset with one class for each up to the largest label value below 255.
+  """
+  values = {value for split in splits for value in split.label_values}
+  of_class = {int(dataset.label_lookup[value]): value for value in sorted(values)}
+  of_class.pop(IGNORE, None)
+  count = max({1, *of_class}) + 1
+  if len(of_class) > 1 and len(of_class) < count:
+    listed = ', '.join(str(value) for value in list(of_class.values())[:10])
+    more = f' and {len(of_class) - 10} more' if len(of_class) > 10 else ''
+    print(
+      f'warning: The label values are {listed}{more}: classes are 0, 1, ... without a gap, so that '
+      f'there would be {count}. Write the files anew, or lead values to classes by "label_map" in '
+      f'{DESCRIPTION}.',
+      file=sys.stderr,
+    )
+  first = int(dataset.reduce_zero_label)
+  names = [f'value {index + first}' for index in range(count)]
+  return custom_dataset(classes=names, **description)
 
 
 def shares_table(split: 'PreparedSplit', dataset: Dataset) -> str:
@@ -86,13 +112,20 @@ def shares_table(split: 'PreparedSplit', dataset: Dataset) -> str:
   return class_shares(split.label_values, dataset).table(dataset)
 
 
-def training_command(options: argparse.Namespace, dataset: Dataset) -> str:
-  """Returns the command that trains on the prepared dataset."""
+def training_command(options: argparse.Namespace, counted: Dataset | None) -> str:
+  """Returns the command that trains on the prepared dataset.
+
+  Args:
+    options: Those of this command.
+    counted: The dataset whose classes were counted; None for a described one.
+  """
   words = [*program_name().split(), 'train']
-  if dataset.name == 'custom':
+  if options.dataset == 'custom':
     words += ['--config=custom', f'--config.data.source_dir={options.source}']
   else:
-    words += [f'--config={dataset.name}_r50']
+    words += [f'--config={options.dataset}_r50']
+  if counted:
+    words += [f'--config.data.num_classes={counted.num_classes}']
   if options.data_dir:
     words += [f'--config.data.data_dir={options.data_dir}']
   return shlex.join(words)

@@ -98,7 +98,8 @@ def custom_dataset(
   """Describes a custom dataset, or another set of classes for a published one.
 
   Args:
-    num_classes: Number of classes; None for that of the names, or else what the label map leads to.
+    num_classes: Number of classes; None for that of the names, what the label map leads to, or the
+      colors.
     name: Short name, used in folder names and messages.
     classes: Name of each class; none for 'class 0', 'class 1', ...
     palette: RGB color of each class; none for `distinct_colors`.
@@ -115,7 +116,7 @@ def custom_dataset(
       colors and label map.
   """
   mapped = [index for index in label_map if index != transforms.IGNORE]
-  num_classes = num_classes or len(classes) or max(mapped, default=-1) + 1
+  num_classes = num_classes or len(classes) or max(mapped, default=-1) + 1 or len(palette)
   if not num_classes:
     raise UserError(
       f'The number of classes of dataset {name} is not known: set num_classes, or "classes" in '

@@ -113,7 +113,7 @@ def usual_mistakes(values: Mapping[int, LabelValue], dataset: Dataset, *, split:
       f'Label value 0 ({share[0]} of the pixels of {split}) is ignored and value '
       f'{dataset.num_classes} does not occur: if 0 is a class, leave out reduce_zero_label.'
     )
-  if own and IGNORE in values and set(values) <= {0, IGNORE}:
+  if own and set(values) == {0, IGNORE}:
     found.append(
       f'The label files of {split} have the values 0 and 255 only, and 255 ({share[IGNORE]} of '
       'the pixels) is ignored: if it is a class, write the files anew with 1 in its place.'

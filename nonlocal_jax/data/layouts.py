@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nonlocal_jax.data.datasets import Dataset, Split
-from nonlocal_jax.data.paths import as_path, files_below
+from nonlocal_jax.data.paths import as_path, files_below, not_a_file
 from nonlocal_jax.errors import UserError
 
 
@@ -23,12 +23,13 @@ class Listing(NamedTuple):
 
   Attributes:
     samples: Images with a label map; the order depends on the names alone.
-    incomplete: A sentence on each image or label map that is missing.
+    incomplete: A sentence on each image that is missing, lacks a label map, or where one of the two
+      is no file, by the image's name.
     unused_labels: Number of label maps without an image.
   """
 
   samples: list[Sample]
-  incomplete: list[str]
+  incomplete: dict[str, str]
   unused_labels: int = 0
 
 
@@ -73,7 +74,7 @@ def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Sp
   except (OSError, ImportError, ValueError) as error:
     raise UserError(f'Folder {source} cannot be read: {error}; see to it.') from error
   if not listing.samples:
-    raise UserError(listing.incomplete[0])
+    raise UserError(next(iter(listing.incomplete.values())))
   for sample in listing.samples:
     try:
       sample.id.encode()
@@ -120,7 +121,7 @@ def _list_tree(dataset: Dataset, source: Path, split: Split) -> Listing:
   root = _find_root(dataset, source, tree.parents, tree.images[split])
   images = _below(root / tree.images[split])
   labels = _below(root / tree.labels[split])
-  image_of, samples, incomplete = {}, [], []
+  image_of, samples, incomplete = {}, [], {}
   for name, image in images.items():
     suffix = next((s for s in tree.image_suffixes if name.lower().endswith(s.lower())), None)
     if suffix is None:
@@ -132,11 +133,13 @@ def _list_tree(dataset: Dataset, source: Path, split: Split) -> Listing:
       )
     image_of[stem] = image
     label = next((f'{stem}{s}' for s in tree.label_suffixes if f'{stem}{s}' in labels), None)
-    if label:
-      samples.append(Sample(stem, image, labels[label]))
-    else:
+    if not label:
       expected = root / tree.labels[split] / f'{stem}{tree.label_suffixes[-1]}'
-      incomplete.append(f'Image {image} has no label map: expected {expected}.')
+      incomplete[name] = f'Image {image} has no label map: expected {expected}.'
+    elif reason := _no_files(image, labels[label]):
+      incomplete[name] = reason
+    else:
+      samples.append(Sample(stem, image, labels[label]))
   if not image_of:
     raise UserError(
       f'Folder {root / tree.images[split]} holds no images: put the {split} images of '
@@ -149,6 +152,12 @@ def _list_tree(dataset: Dataset, source: Path, split: Split) -> Listing:
     if name.endswith(suffix)
   }
   return Listing(samples, incomplete, unused_labels=len(stems - image_of.keys()))
+
+
+def _no_files(*paths: Path) -> str | None:
+  """A sentence on the first path that is no file, if there is one."""
+  found = ((path, not_a_file(path)) for path in paths)
+  return next((f'File {path} is {what}: replace it.' for path, what in found if what), None)
 
 
 def _below(folder: Path) -> dict[str, Path]:
@@ -172,13 +181,15 @@ def _list_voc(dataset: Dataset, source: Path, split: Split) -> Listing:
     known = {*ids, *_read_ids(lists / 'val.txt')}
     sources |= {id_: found for id_, found in more.items() if id_ not in known}
   images = _below(root / 'JPEGImages')
-  samples, incomplete = [], []
+  samples, incomplete = [], {}
   for id_, (id_file, label) in sources.items():
     image = root / f'JPEGImages/{id_}.jpg'
     if f'{id_}.jpg' not in images:
-      incomplete.append(f'There is no image {image}: add it, or strike it out in {id_file}.')
+      incomplete[id_] = f'There is no image {image}: add it, or strike it out in {id_file}.'
     elif label is None:
-      incomplete.append(f'Image {image}, named in {id_file}, has no label map: add it.')
+      incomplete[id_] = f'Image {image}, named in {id_file}, has no label map: add it.'
+    elif reason := _no_files(image, label):
+      incomplete[id_] = reason
     else:
       samples.append(Sample(id_, image, label))
   return Listing(samples, incomplete)

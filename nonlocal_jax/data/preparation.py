@@ -58,7 +58,7 @@ def prepare(
     source_dir: Folder or bucket of images and label maps, see `layouts.list_samples`.
     splits: Which splits; the files of the others need not exist.
     data_dir: Where prepared data is kept; None for `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
-    skip_bad: Whether to leave out bad samples.
+    skip_bad: Whether to leave out bad samples. Later, the copy without them is opened as it is.
 
   Returns:
     The opened splits by name.
@@ -79,11 +79,9 @@ def _prepare_split(
 ) -> PreparedSplit:
   name = f'{dataset.name}-{split}'
   listing = list_samples(dataset, source_dir, split)
-  if listing.incomplete and not skip_bad:
-    raise _bad_samples(name, listing.incomplete)
   own = dataset.layout == 'custom'
   description = read_description(source_dir) if own else {}
-  fingerprint = _fingerprint(listing.samples, salt=_FORMAT if own else '')
+  fingerprint = _fingerprint(listing, salt=_FORMAT if own else '')
   config = tfds.core.BuilderConfig(name=f'{name}-{fingerprint}')
   with _quiet():
     builder = _Builder(
@@ -96,6 +94,8 @@ def _prepare_split(
       data_dir=os.path.expanduser(data_dir) if data_dir else None,
     )
     if not builder.is_prepared():
+      if listing.incomplete and not skip_bad:
+        raise _bad_samples(name, list(listing.incomplete.values()))
       try:
         builder.prepare_alone()
       except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter on a full disk
@@ -109,7 +109,8 @@ def _prepare_split(
   return PreparedSplit(name, directory)
 
 
-def _fingerprint(samples: Sequence[Sample], *, salt: str) -> str:
+def _fingerprint(listing: Listing, *, salt: str) -> str:
+  samples = listing.samples
   paths = [path for sample in samples for path in (sample.image, sample.label)]
   with ThreadPoolExecutor(_READERS) as pool:
     versions = pool.map(version_of, paths) if is_remote(paths[0]) else map(version_of, paths)
@@ -117,6 +118,8 @@ def _fingerprint(samples: Sequence[Sample], *, salt: str) -> str:
     for sample, image, label in zip(samples, versions, versions, strict=True):
       names = (sample.id, sample.image.name, *sample.label.parts[-2:])
       digest.update(repr((names, [image, label])).encode())
+    for name in sorted(listing.incomplete):
+      digest.update(repr(name).encode())
   return digest.hexdigest()[:16]
 
 
@@ -142,7 +145,7 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
     self._unused_labels = listing.unused_labels
     self._split = split
     self._source = source
-    self._bad = list(listing.incomplete)
+    self._bad = list(listing.incomplete.values())
     self._skip_bad = skip_bad
     self._on_sample: Callable[[], object] = lambda: None
     super().__init__(file_format='array_record', **kwargs)

@@ -100,7 +100,7 @@ def _decode_whole(data: bytes) -> np.ndarray:
     try:
       with Image.open(io.BytesIO(data)) as file:
         file.load()
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
       raise ValueError(f'cut off or broken ({error})') from error
   return image
 
@@ -151,5 +151,8 @@ def _as_png(label: np.ndarray) -> bytes:
 
 
 def _is_turned(data: bytes) -> bool:
-  with Image.open(io.BytesIO(data)) as file:
-    return file.getexif().get(0x0112, 1) > 4
+  try:
+    with Image.open(io.BytesIO(data)) as file:
+      return file.getexif().get(0x0112, 1) > 4
+  except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
+    return False  # of a format or size that Pillow does not read

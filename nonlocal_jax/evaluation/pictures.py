@@ -16,6 +16,9 @@ from nonlocal_jax.runtime.files import write_whole
 if TYPE_CHECKING:
   from matplotlib.patches import Patch
 
+_MOST_INCHES = 9  # height of a row of panels, which are 3 inches wide; taller ones are compressed
+_MOST_PIXELS = 4096  # side of a panel, which matplotlib copies several times
+
 
 def colorize(
   label: np.ndarray, palette: Sequence[tuple[int, int, int]], *, ignore_index: int = 255
@@ -164,13 +167,14 @@ def _sheet(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-  heights = sum(3 * row[0].shape[0] / row[0].shape[1] for row in rows)
-  figure = Figure(figsize=(9, 0.8 + heights + 0.22 * -(-len(legend) // 4)), dpi=110)
+  height = sum(min(3 * row[0].shape[0] / row[0].shape[1], _MOST_INCHES) for row in rows)
+  figure = Figure(figsize=(9, 0.8 + height + 0.22 * -(-len(legend) // 4)), dpi=110)
   canvas = FigureCanvasAgg(figure)
   axes = figure.subplots(len(rows), len(titles), squeeze=False)
   for axes_of_row, row in zip(axes, rows, strict=True):
     for axis, panel in zip(axes_of_row, row, strict=True):
-      axis.imshow(panel, interpolation='nearest', aspect='auto')
+      down, right = (-(-side // _MOST_PIXELS) for side in panel.shape[:2])
+      axis.imshow(panel[::down, ::right], interpolation='nearest', aspect='auto')
       axis.set_axis_off()
   for axis, title in zip(axes[0], titles, strict=True):
     axis.set_title(title)

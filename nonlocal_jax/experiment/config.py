@@ -1,7 +1,10 @@
 """Reads and checks a `ConfigDict`; no other module looks into one."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,11 +21,12 @@ from nonlocal_jax.data.datasets import (
 )
 from nonlocal_jax.data.prepared import prepared_description
 from nonlocal_jax.data.transforms import AugmentConfig
-from nonlocal_jax.errors import UserError
+from nonlocal_jax.errors import UserError, nearest
 from nonlocal_jax.models import Execution, NonLocalNetConfig
 from nonlocal_jax.models.config import STAGE_BLOCKS, chosen_attention
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.recipes import base_config
 from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh
 from nonlocal_jax.training.loop import ScheduleConfig
@@ -31,6 +35,14 @@ from nonlocal_jax.training.optimizer import OptimizerConfig
 from nonlocal_jax.training.train_step import StepConfig
 
 _PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
+# Arguments of the data that errors name, and how their values are written.
+_DATA_FLAGS = {
+  'source_dir': 'DIR',
+  'data_dir': 'DIR',
+  'num_classes': 'NUMBER',
+  'ignore_labels': "'(VALUE,)'",
+  'reduce_zero_label': 'True',
+}
 _DATASET_FIELDS = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
 
 
@@ -78,6 +90,7 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
   Raises:
     UserError: See `Experiment.from_config`.
   """
+  _check_names(config)
   _check_values(config)
   dataset, mesh = _dataset(config), data_mesh(devices)
   weights = config.train.class_weights
@@ -184,6 +197,21 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
   }
 
 
+@contextlib.contextmanager
+def explained_by_flags() -> Iterator[None]:
+  """Adds to an error of the data the flags of the arguments that it names."""
+  try:
+    yield
+  except UserError as error:
+    words = re.findall(r'\w+', str(error))
+    flags = [
+      f'--config.data.{name}={value}' for name, value in _DATA_FLAGS.items() if name in words
+    ]
+    if not flags:
+      raise
+    raise UserError(f'{error} As a flag: {", or ".join(flags)}.') from error
+
+
 def _dataset(config: ConfigDict) -> Dataset:
   """Returns the dataset of a config; a custom one also reads its `dataset.json`.
 
@@ -195,7 +223,8 @@ def _dataset(config: ConfigDict) -> Dataset:
   if data.reduce_zero_label is not None:
     given['reduce_zero_label'] = data.reduce_zero_label
   if data.dataset == 'custom':
-    return custom_dataset(**{**_description(data), **given})
+    with explained_by_flags():
+      return custom_dataset(**{**_description(data), **given})
   datasets = {**PUBLISHED, 'demo': synthetic.DEMO}
   if data.dataset not in datasets:
     raise UserError(
@@ -295,8 +324,9 @@ def _check_values(config: ConfigDict) -> None:
   for key in ('train.precision', 'eval.precision'):
     _expect(_value(config, key) in _PRECISIONS, config, key, f'one of {", ".join(_PRECISIONS)}')
   for key in (*pairs, *(key for key in optional if _value(config, key))):
-    value = _value(config, key)
-    _expect(len(value) == 2 and min(value) > 0, config, key, 'two positive numbers')
+    _expect(_are_two_positive, config, key, 'two positive numbers')
+  for key in ('train.scale', 'train.crop', 'eval.scale', *windows):
+    _expect(_are_whole, config, key, 'whole numbers')
   both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
   _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
   alone = not (config.eval.scale and config.eval.scale_factor)
@@ -315,12 +345,47 @@ def _check_values(config: ConfigDict) -> None:
   _expect(has_block, config, 'model.attention', 'blocks without the non-local block')
   _expect(0 <= config.train.ema_decay < 1, config, 'train.ema_decay', 'in [0, 1)')
   _expect(config.optimizer.head_multiplier > 0, config, 'optimizer.head_multiplier', 'positive')
-  weights = config.train.class_weights
-  _expect(all(weight >= 0 for weight in weights), config, 'train.class_weights', 'not negative')
+  _expect(_are_weights, config, 'train.class_weights', 'numbers that are not negative')
   if config.data.num_classes is not None:
     _expect(2 <= config.data.num_classes <= 255, config, 'data.num_classes', 'from 2 to 255')
   for key in ('data.ignore_labels', 'data.label_map'):
-    _expect(all(0 <= x <= 255 for x in _value(config, key)), config, key, 'from 0 to 255 each')
+    _expect(_are_label_values, config, key, 'whole numbers from 0 to 255')
+
+
+def _are_two_positive(values: Sequence[float]) -> bool:
+  return len(values) == 2 and min(values) > 0 and math.isfinite(sum(values))
+
+
+def _are_whole(values: Sequence[float]) -> bool:
+  return all(value == int(value) for value in values)
+
+
+def _are_weights(values: Sequence[float]) -> bool:
+  return all(0 <= value < math.inf for value in values)
+
+
+def _are_label_values(values: Sequence[int]) -> bool:
+  return _are_whole(values) and all(0 <= value <= 255 for value in values)
+
+
+def _check_names(config: ConfigDict) -> None:
+  """Checks that a config has only known fields: a misspelt one would have no effect.
+
+  Raises:
+    UserError: If it has others.
+  """
+  known = dict(_fields(base_config()))
+  for key in dict(_fields(config)):
+    if key not in known and not key.startswith('published.'):  # facts of a published model
+      raise UserError(f'There is no field config.{key}; the nearest is {nearest(key, known)}.')
+
+
+def _fields(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from _fields(value, f'{prefix}{name}.')
+    else:
+      yield f'{prefix}{name}', value
 
 
 def _value(config: ConfigDict, key: str) -> Any:
@@ -328,6 +393,14 @@ def _value(config: ConfigDict, key: str) -> Any:
   return config[section][name]
 
 
-def _expect(holds: bool, config: ConfigDict, key: str, expected: str) -> None:
-  if not holds:
-    raise UserError(f'config.{key} is {_value(config, key)}; it must be {expected}.')
+def _expect(
+  holds: bool | Callable[[Any], bool], config: ConfigDict, key: str, expected: str
+) -> None:
+  """Raises `UserError` if a value is not as expected, or not of a type that can be."""
+  value = _value(config, key)
+  try:
+    is_expected = holds(value) if callable(holds) else holds
+  except (TypeError, ValueError, OverflowError):  # e.g. strings in a tuple of numbers
+    is_expected = False
+  if not is_expected:
+    raise UserError(f'config.{key} is {value}; it must be {expected}.')

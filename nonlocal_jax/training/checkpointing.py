@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from nonlocal_jax.data.loader import TrainIterator
@@ -20,7 +21,8 @@ def with_weights(state: TrainState, weights: nnx.State) -> TrainState:
     state,
     params=params,
     batch_stats=nnx.merge_state(state.batch_stats, batch_stats),
-    ema=None if state.ema is None else params,
+    # A copy: a training step is given its arrays to overwrite, each of them once.
+    ema=None if state.ema is None else jax.tree.map(jnp.copy, params),
   )
 
 

@@ -176,7 +176,7 @@ def _check_name(path: Path, sha256: str, released: ReleasedModel | None) -> list
       f'{named.sha256_prefix}: download it again, or rename it if it is another file.'
     )
   if released is None:
-    return ['It is not among the released files: there is no sha256 to compare.']
+    return ['It is not a released file, so there is no sha256 to compare with.']
   if released.replaced:
     return ['It was replaced later by another file of the same model.']
   return []
