@@ -55,11 +55,13 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     _, *positional = values(['', *arguments])
     if positional:
       raise UsageError(f'{positional[0]!r} is no flag; options start with --, see --help.')
-    found = config.value  # raises where the file could not be loaded
-    if not isinstance(found, ConfigDict) or 'name' not in found:
+    found = config.value
+    try:
+      _ = found.name  # raises an OSError where the file could not be loaded
+    except AttributeError as error:
       raise UserError(
         f'get_config() in {named} returns no config; begin with that of a file in configs/.'
-      )
+      ) from error
     return found
 
 
