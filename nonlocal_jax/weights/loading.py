@@ -65,6 +65,10 @@ def read_weights(
     UserError: If there are no weights of a NonLocalNet, or a released file is not what its name
       says.
   """
+  if not path.exists():
+    raise UserError(
+      f'There is no {path}: give a .pth file, a converted directory or the workdir of a run.'
+    )
   if not path.is_dir():
     weights = read_torch_weights(path, align_corners=align_corners)
     return weights.description, weights.state
