@@ -37,7 +37,7 @@ class EvalProtocol:
     pad_multiple: Multiple that the sides of a whole image are padded to with zeros, after
       normalization; None for no padding. The padding is cut off the logits.
     pad_size: (height, width) that smaller whole images are padded to in the same way.
-    version: Of mmsegmentation: what `ratios` multiply in multi-scale testing, `scale` in 'v0' and
+    version: Of MMSegmentation: what `ratios` multiply in multi-scale testing, `scale` in 'v0' and
       each image's own size in 'v1'.
     ratios: Resize factors. Over several, and over flips, class probabilities are averaged.
     flip: Whether each size is tested mirrored as well.
@@ -108,7 +108,7 @@ class EvalProtocol:
     pad_windows: bool | None = None,
     **fields: Any,
   ) -> Self:
-    """The protocol of a version of mmsegmentation.
+    """The protocol of a version of MMSegmentation.
 
     Args:
       version: 'v0', which the published scores were measured with, multiplies the test scale by the

@@ -310,7 +310,7 @@ def test_padding_of_the_first_versions():
   step = "dict(type='Pad', size_divisor=32), dict(type='ImageToTensor'"
   text = FIRST_VERSIONS.replace("dict(type='ImageToTensor'", step).replace('slide', 'whole')
   assert settings_of(text, 'config', mmseg_version='0.30.0').protocol.pad_multiple == 32
-  with pytest.raises(UserError, match=r"Pad.type='Pad', which mmsegmentation before 0\.26"):
+  with pytest.raises(UserError, match=r"Pad.type='Pad', which MMSegmentation before 0\.26"):
     settings_of(text, 'config', mmseg_version='0.25.0')
 
 

@@ -10,6 +10,7 @@ set on the command line.
 
 from collections.abc import Sequence
 
+from nonlocal_jax.cli.program import say_weights
 from nonlocal_jax.cli.run_options import make_parser, parse
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.devices import say_devices
@@ -29,4 +30,5 @@ def main(arguments: Sequence[str]) -> None:
 
   experiment = Experiment.from_config(config)
   say_devices(experiment.mesh)
+  say_weights(options.checkpoint)
   experiment.evaluate(options.checkpoint, options.workdir, overrides=options.fields_set)

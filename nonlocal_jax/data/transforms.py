@@ -2,7 +2,7 @@
 
 Pure functions on NumPy arrays. Images are RGB uint8 of shape (h, w, 3), label maps uint8 of shape
 (h, w) with 255 for pixels to ignore. A random function takes a `np.random.Generator` first and
-draws in the order of mmsegmentation 1.2.2: equal draws give equal pixels.
+draws in the order of MMSegmentation 1.2.2: equal draws give equal pixels.
 Resizing and color conversion are OpenCV's, because the published models were trained with its
 fixed-point arithmetic. Samples are uint8 until the device normalizes them.
 """

@@ -49,10 +49,11 @@ def load(
   (64, 96)
 
   Args:
-    path: A .pth file of mmsegmentation, a converted directory, or the workdir of a training run
-      (its newest checkpoint).
-    align_corners: The corner convention. By default that of the directory, or what the name of a
-      released file says, or else False, mmsegmentation's own default.
+    path: A .pth file of MMSegmentation, a converted directory, or the workdir of a training run:
+      'runs/NAME' for its newest checkpoint, 'runs/NAME/best' for the one with the best mIoU.
+    align_corners: The corner convention. None for that of the directory, of the released file with
+      this sha256, or of the config recorded in the file; False, MMSegmentation's own default, where
+      none is recorded.
     execution: How the network is computed; None for what is fastest on JAX's default backend.
     precision: Precision of matrix products: 'highest' is float32, as for the published scores. On
       recent GPUs 'default' is TF32, several times as fast, and 'high' computes each convolution as

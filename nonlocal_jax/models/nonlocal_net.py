@@ -31,7 +31,7 @@ class NonLocalNet(nnx.Module):
     execution: Execution | None = None,
     rngs: nnx.Rngs,
   ):
-    """Initializes the network with the initializers of mmsegmentation.
+    """Initializes the network with the initializers of MMSegmentation.
 
     Args:
       config: Architecture of the network.

@@ -9,9 +9,9 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import parse_object, write_whole
 from nonlocal_jax.weights.checkpoints import DESCRIPTION
 from nonlocal_jax.weights.description import ModelDescription
+from nonlocal_jax.weights.run_checkpoints import BEST
 
 CONFIG = 'config.json'
-BEST = 'best'  # subdirectory with the weights of the best mIoU
 # Fields that may change when a run resumes: they do not affect training except for rounding.
 _FREE = (
   'eval.',

@@ -3,7 +3,7 @@
 import ast
 from typing import Any
 
-MAX_CHARACTERS = 250_000  # of a text; those that mmsegmentation saves have some 10,000
+MAX_CHARACTERS = 250_000  # of a text; those that MMSegmentation saves have some 10,000
 
 
 class Unread:
@@ -21,7 +21,7 @@ def read_assignments(text: str) -> dict[str, Any]:
   {'model': {'norm_cfg': {'type': 'BN'}, 'strides': (1, 2)}}
 
   Args:
-    text: Assignments of literals and `dict(...)` calls, as mmsegmentation saves them; not trusted.
+    text: Assignments of literals and `dict(...)` calls, as MMSegmentation saves them; not trusted.
 
   Returns:
     The values by name, lists as tuples; `Unread` for what is none of these.

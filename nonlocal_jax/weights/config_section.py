@@ -36,7 +36,7 @@ class Section:
     shown = ascii(value) if not isinstance(value, str) else ascii(value[:100])
     raise UserError(
       f'{self.source} records a config with {ascii(name)[1:-1][:100]}={shown[:100]}, {why}; '
-      'evaluate it with mmsegmentation, or load the weights from a file without a config.'
+      'evaluate it with MMSegmentation, or load the weights from a file without a config.'
     )
 
   def expect(self, key: str, *allowed: Any, default: Any = _MISSING, needs: str) -> None:

@@ -65,6 +65,10 @@ def read_weights(
     UserError: If there are no weights of a NonLocalNet, or a released file is not what its name
       says.
   """
+  if not path.exists():
+    raise UserError(
+      f'There is no {path}: give a .pth file, a converted directory or the workdir of a run.'
+    )
   if not path.is_dir():
     weights = read_torch_weights(path, align_corners=align_corners)
     return weights.description, weights.state
@@ -78,7 +82,7 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
   """Reads the .pth file of a segmentation network.
 
   A released file is recognized by its sha256, whatever its name. For other files the settings that
-  arrays do not tell come from the config that mmsegmentation saved in them, see
+  arrays do not tell come from the config that MMSegmentation saved in them, see
   `mmseg_config.recorded_settings`.
 
   Args:

@@ -1,4 +1,4 @@
-"""Reads the settings in the config that mmsegmentation saves with its weights, 0.x and 1.x.
+"""Reads the settings in the config that MMSegmentation saves with its weights, 0.x and 1.x.
 
 A setting that can change a prediction is honored, or refused by name if the network or the test
 here has nothing for it. So is a key that is not known.
@@ -47,11 +47,11 @@ def recorded_settings(
 ) -> RecordedSettings:
   """Reads the settings in the `meta` of a checkpoint.
 
-  A key that a section leaves out has mmsegmentation's own default. A section that is left out
+  A key that a section leaves out has MMSegmentation's own default. A section that is left out
   altogether has the settings of the published models.
 
   Args:
-    meta: Not trusted. mmsegmentation 0.x stores the config's text as 'config', 1.x as 'cfg'.
+    meta: Not trusted. MMSegmentation 0.x stores the config's text as 'config', 1.x as 'cfg'.
     source: What to call the file in errors.
     in_channels: Number of channels of the network's input.
 
@@ -467,13 +467,13 @@ class _Reader:
     if not self._is_first_version or 'mean' not in self._protocol:
       section.refuse('type', 'Pad', 'which needs padding before the images are normalized')
     if self._released_before(26, unknown=False):
-      section.refuse('type', 'Pad', 'which mmsegmentation before 0.26 did not cut off again')
+      section.refuse('type', 'Pad', 'which MMSegmentation before 0.26 did not cut off again')
     section.expect('pad_val', 0, 0.0, needs='padding with other values than 0')
     section.ignore('seg_pad_val')
     self._pad(section, multiple='size_divisor', size='size')
 
   def _released_before(self, minor: int, *, unknown: bool = True) -> bool:
-    """Whether the mmsegmentation that saved the file is older than 0.`minor`."""
+    """Whether the MMSegmentation that saved the file is older than 0.`minor`."""
     match = re.match(r'(\d{1,4})\.(\d{1,4})', str(self._meta.get('mmseg_version'))[:20])
     return unknown if match is None else (int(match[1]), int(match[2])) < (0, minor)
 

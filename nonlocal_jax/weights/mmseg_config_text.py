@@ -1,4 +1,4 @@
-"""Writes the config of a network for mmsegmentation 1.x."""
+"""Writes the config of a network for MMSegmentation 1.x."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from nonlocal_jax.protocol import EvalProtocol
 
 
 def config_text(network: NonLocalNetConfig, protocol: EvalProtocol) -> str:
-  """The config of a network for mmsegmentation 1.x, without multi-scale testing and flips.
+  """The config of a network for MMSegmentation 1.x, without multi-scale testing and flips.
 
   `mmseg_config.recorded_settings` reads it, as people do.
   """
