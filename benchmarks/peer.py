@@ -44,7 +44,7 @@ def main() -> None:
   """Runs the measurement that the command line names."""
   name, arguments = sys.argv[1:]
   torch.set_num_threads(os.cpu_count() or 1)
-  torch.backends.cudnn.benchmark = True  # as in mmsegmentation's own default_runtime.py
+  torch.backends.cudnn.benchmark = True  # as in MMSegmentation's own default_runtime.py
   given = json.loads(arguments)
   tf32 = given.get('precision', 'default') == 'default'
   torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = tf32
@@ -309,7 +309,7 @@ def run_test(
   ignore_labels: Sequence[int],
   metric: dict[str, Any],
 ) -> tuple[Any, float, dict[str, Any]]:
-  """Runs a network on the val images of a folder, as mmsegmentation's tools/test.py does.
+  """Runs a network on the val images of a folder, as MMSegmentation's tools/test.py does.
 
   Args:
     model: The network.

@@ -32,7 +32,7 @@ class EvalProtocol:
     window_stride: (vertical, horizontal) step between windows; None for the whole image at once.
     pad_windows: Whether an image smaller than a window is padded with zeros to the window's size;
       otherwise the window shrinks to the image.
-    version: Of mmsegmentation: what `ratios` multiply in multi-scale testing, `scale` in 'v0' and
+    version: Of MMSegmentation: what `ratios` multiply in multi-scale testing, `scale` in 'v0' and
       each image's own size in 'v1'.
     ratios: Resize factors. Over several, and over flips, class probabilities are averaged.
     flip: Whether each size is tested mirrored as well.
@@ -91,7 +91,7 @@ class EvalProtocol:
     pad_windows: bool | None = None,
     **fields: Any,
   ) -> Self:
-    """The protocol of a version of mmsegmentation.
+    """The protocol of a version of MMSegmentation.
 
     Args:
       version: 'v0', which the published scores were measured with, multiplies the test scale by the

@@ -1,7 +1,7 @@
 """Training recipes: the base config, the published models, `custom` and `demo`.
 
 A scale is a (width, height) box: images are resized to fit into it, long edge along long edge, with
-their aspect ratio kept. Crops are (height, width). All values are those of mmsegmentation's
+their aspect ratio kept. Crops are (height, width). All values are those of MMSegmentation's
 `configs/nonlocal_net` and `configs/_base_`.
 """
 
@@ -85,7 +85,7 @@ def base_config() -> ConfigDict:
   config.optimizer.power = 0.9
   config.optimizer.momentum = 0.9
   config.optimizer.weight_decay = 5e-4
-  config.optimizer.schedule = 'v0'  # poly over t / steps; v1 (mmsegmentation 1.x): t / (steps - 1)
+  config.optimizer.schedule = 'v0'  # poly over t / steps; v1 (MMSegmentation 1.x): t / (steps - 1)
   config.optimizer.decay_norm_and_bias = True  # False: weight decay on kernels only
   config.optimizer.head_multiplier = 1.0  # factor of the learning rate of both heads
 
@@ -93,7 +93,7 @@ def base_config() -> ConfigDict:
   config.eval.scale = (2048, 512)
   config.eval.window_crop = ()  # (height, width) of sliding windows; empty: the whole image at once
   config.eval.window_stride = ()
-  config.eval.protocol = 'v0'  # v0: as the published numbers; v1: mmsegmentation 1.x
+  config.eval.protocol = 'v0'  # v0: as the published numbers; v1: MMSegmentation 1.x
   config.eval.multi_scale_flip = False  # averages six scales, each plain and flipped
   # Images smaller than a window: True pads them, False shrinks the window; None: v0 pads.
   config.eval.pad_windows = config_dict.placeholder(bool)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from nonlocal_jax.training.best_weights import BestWeights
 from nonlocal_jax.weights.arrays import to_arrays
-from nonlocal_jax.weights.run_checkpoints import RunCheckpoints
+from nonlocal_jax.weights.run_checkpoints import RunCheckpoints, chosen_weights
 
 OLD_RUN = Path(__file__).parent / 'data/workdir_of_2026_11'
 
@@ -62,3 +62,13 @@ def test_weights_that_were_saved_without_their_score_are_as_good_as_those_before
     best = BestWeights(checkpoints, log)
     assert best.step == 32
     assert [best.are_worse_than({'mIoU': score}) for score in (40.0, 40.1)] == [False, True]
+
+
+def test_which_weights_of_a_workdir_are_taken_is_said(tmp_path):
+  best = OLD_RUN / 'best'
+  assert chosen_weights(OLD_RUN) == (
+    f'The weights are those of step 36, the newest in {OLD_RUN}; those with the best mIoU are in '
+    f'{best}.'
+  )
+  assert chosen_weights(best) == f'The weights are those of step 32, the newest in {best}.'
+  assert chosen_weights(tmp_path) is None

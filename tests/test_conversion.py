@@ -109,7 +109,7 @@ def test_summary(convert, peer_checkpoint, tmp_path):
   assert re.search(
     r'^dataset +custom: 19 classes \(c0, c1, c2, c3, \.\.\.\)$', printed, re.MULTILINE
   )
-  assert 'Note: It is not among the released files' in printed
+  assert 'Note: It is not a released file' in printed
   assert 'It has no checksums' not in printed
   assert 'half-pixel corners (align_corners=False) are assumed.' in printed
   told = convert(peer_checkpoint, tmp_path / 'other', '--align-corners')

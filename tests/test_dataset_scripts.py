@@ -186,7 +186,6 @@ def test_pictures_of_what_training_sees(described, script, tmp_path, capsys):
   ('arguments', 'sentence'),
   [
     (['--count=0'], 'error: --count is 0; it must be at least 1.'),
-    ([], 'error: --config is missing; give one of ade20k_r101, '),
     (['--config=nowhere.py'], 'error: there is no config file nowhere.py'),
     (
       [f'--config={ROOT}/configs/custom.py', '--config.train.stepz=1'],

@@ -117,10 +117,10 @@ ADVICE = (
 
 def test_what_is_said(gpu_without_cuda, capsys, monkeypatch):
   say_devices(data_mesh(jax.devices()[:3]))
-  assert capsys.readouterr() == ('', f'Runs on 3 device(s) (cpu) of 1 process(es)\n{ADVICE}\n')
+  assert capsys.readouterr() == ('', f'Runs on 3 devices (cpu) of 1 process\n{ADVICE}\n')
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
   say_devices(data_mesh())
-  assert capsys.readouterr().err == 'Runs on 4 device(s) (cpu) of 1 process(es)\n'
+  assert capsys.readouterr().err == 'Runs on 4 devices (cpu) of 1 process\n'
   monkeypatch.setenv(devices.SAID, '1')
   say_devices(data_mesh())
   assert capsys.readouterr().err == ''
@@ -134,14 +134,14 @@ def test_commands_say_it_once(
   assert script(train, *training_arguments, workdir) == (None, '')
   printed, said = capsys.readouterr()
   assert said.count(ADVICE) == 1
-  assert (printed + said).count(' device(s) ') == 1
+  assert (printed + said).count(' devices (') == 1
 
   checkpoint = f'--checkpoint={tmp_path}/run'
   assert script(evaluate, *training_arguments, workdir, checkpoint) == (None, '')
   said = capsys.readouterr().err
-  assert said.count('Runs on 4 device(s) (cpu) of 1 process(es)\n') == said.count(ADVICE) == 1
+  assert said.count('Runs on 4 devices (cpu) of 1 process\n') == said.count(ADVICE) == 1
 
   image = next((demo_set / 'images/val').iterdir())
   assert script(predict, checkpoint, image, f'--out={tmp_path}/out') == (None, '')
   said = capsys.readouterr().err
-  assert said.count('Runs on 1 device(s) (cpu) of 1 process(es)\n') == said.count(ADVICE) == 1
+  assert said.count('Runs on 1 device (cpu) of 1 process\n') == said.count(ADVICE) == 1

@@ -15,7 +15,7 @@ from nonlocal_jax.runtime.devices import NvidiaDriver
 from tests.test_cli import WITHOUT_EXTRAS, run_elsewhere
 
 DEVICES = [
-  {'name': 'cpu:0', 'kind': 'cpu', 'platform': 'cpu', 'memory_gib': None, 'product': 'right'}
+  {'name': 'cpu:0', 'kind': 'cpu', 'platform': 'cpu', 'memory_gib': None, 'product': 'correct'}
 ]
 
 
@@ -50,7 +50,7 @@ def test_this_installation_works(tmp_path):
   for package in ('jax', 'jaxlib', 'flax', 'orbax-checkpoint', 'numpy'):
     assert found['versions'][package] == importlib.metadata.version(package)
   assert [device['name'] for device in found['devices']] == [str(d) for d in jax.devices()]
-  assert {device['product'] for device in found['devices']} == {'right'}
+  assert {device['product'] for device in found['devices']} == {'correct'}
   assert found['folders']['prepared data']['size_gib'] == pytest.approx(2**-10)
   assert found['folders']['runs']['size_gib'] is None
   assert found['folders']['cache']['path'] == os.environ['JAX_COMPILATION_CACHE_DIR']
@@ -61,7 +61,7 @@ def test_the_text_says_the_same(here, script, capsys):
   printed = capsys.readouterr().out
   assert f'jax               {jax.__version__}\n' in printed
   assert 'NVIDIA driver     none\n' in printed
-  assert 'cpu:0             cpu (cpu); a product is right\n' in printed
+  assert 'cpu:0             cpu (cpu); a product is correct\n' in printed
   assert 'data: does not exist yet, ' in printed
   assert printed.endswith('\nEverything works.\n')
 
@@ -97,7 +97,7 @@ def test_an_accelerator_that_hangs():
 
 def test_a_wrong_product_is_a_problem(here, script, monkeypatch, capsys):
   device = jax.devices()[1]
-  assert check_product(device) == 'right'
+  assert check_product(device) == 'correct'
   wrong = check_product(device, lambda a, b: (a @ b).at[3, 4:6].add(1))
   assert wrong == '2 of 16384 elements differ'
   found = [{**DEVICES[0], 'product': wrong}]

@@ -206,10 +206,10 @@ def test_published_configs_evaluate_as_the_original(
     ),
     (
       custom(Path('/nowhere'), **{'data.num_classes': 3, 'data.ignore_labels': '(256,)'}),
-      'data.ignore_labels is (256,); it must be from 0 to 255 each',
+      'data.ignore_labels is (256,); it must be whole numbers from 0 to 255',
     ),
     (
-      [f'--config={ROOT}/configs/custom.py'],
+      [f'--config={ROOT}/configs/custom.py', '--config.data.data_dir=/nowhere'],
       'The number of classes of dataset custom is not known',
     ),
     (
@@ -249,7 +249,7 @@ def bad_sets(photos: Path, root: Path):
     ('no_val', r'There is no folder .*images/val'),
     ('empty', r'images/val holds no images'),
     ('no_label', r'1\.png has no label map: expected .*labels/val/1\.png'),
-    ('broken_label', r'labels/val/1\.png is not an image, or broken'),
+    ('broken_label', r'labels/val/1\.png is cut off or broken'),
     ('small_label', r'labels/val/1\.png is 5x4 pixels but its image .*1\.png is 64x72'),
   ):
     folder = root / name

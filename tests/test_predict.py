@@ -266,7 +266,9 @@ def test_wrong_inputs_are_a_sentence(folder, peer_checkpoint, script, tmp_path):
   arguments = [f'--checkpoint={peer_checkpoint}', f'--out={tmp_path / "out"}']
   status, said = script(predict, 'nowhere/*.jpg', *arguments)
   assert status == 1
-  assert said.startswith('error: nowhere/*.jpg is no image, no folder of images and no pattern')
+  assert said.startswith(
+    'error: nowhere/*.jpg is neither an image nor a folder of images nor a pattern'
+  )
   (folder / 'a.jpg').write_bytes((folder / 'a.png').read_bytes())
   status, said = script(predict, folder, *arguments)
   assert (status, 'would both go to a.png: rename one.' in said) == (1, True)

@@ -139,7 +139,7 @@ def test_a_run_starts_from_a_given_backbone_and_then_needs_it_no_more(
   other.train.steps = other.checkpoint.every = 1
   other.optimizer.learning_rate = other.optimizer.min_learning_rate = 0.0
   train_and_evaluate(other, tmp_path / 'workdir')
-  assert f'from the backbone in {backbone}\n4 device(s)' in capsys.readouterr().out
+  assert f'from the backbone in {backbone}\n4 devices' in capsys.readouterr().out
   found = to_state_dict(read_weights(tmp_path / 'workdir')[1])
   for name, array in arrays.items():
     if '.running_' in name:
@@ -185,7 +185,7 @@ def test_two_processes_train_as_one_and_only_the_first_speaks(
   found, arrays = (to_arrays(read_weights(p)[1]) for p in (tmp_path / 'workdir', trained[0]))
   for name, array in arrays.items():
     assert_allclose(found[name], array, atol=1e-4 * np.abs(array).max() + 1e-5, err_msg=name)
-  assert "4 device(s) (cpu) of 2 process(es), mesh {'data': 4}; batch 4, 1 on each" in said[0]
+  assert "4 devices (cpu) of 2 processes, mesh {'data': 4}; batch 4, 1 on each" in said[0]
   assert not re.search('mIoU|step|images|Results', said[1])
 
 
@@ -210,7 +210,7 @@ def test_the_first_lines_say_what_the_run_is(averaged):
   size = sum(array.size for array in jax.tree.leaves(nnx.split_state(model, nnx.Param, ...)[0]))
   assert 'custom: from scratch\n' in said
   assert (
-    "4 device(s) (cpu) of 1 process(es), mesh {'data': 4}; batch 8, 2 on each device, "
+    "4 devices (cpu) of 1 process, mesh {'data': 4}; batch 8, 2 on each device, "
     'accumulated over 2 parts\n' in said
   )
   assert re.search(rf'{size:,} parameters; a training step needs 0\.\d\d GiB on each device', said)

@@ -31,14 +31,17 @@ def main(arguments: Sequence[str]) -> None:
   """Runs `nonlocal-jax browse`."""
   parser = Parser('nonlocal-jax browse', __doc__)
   parser.add_argument(
-    '--config', metavar='NAME', help=f'one of {", ".join(config_names())}, or a file'
+    '--config',
+    default='demo',
+    metavar='NAME',
+    help=f'one of {", ".join(config_names())}, or a file; default: demo',
   )
   parser.add_argument('--out', required=True, type=given_path, help='output folder')
   parser.add_argument('--count', type=int, default=16, help='number of samples; default: 16')
   options, rest = parser.parse_with_config(arguments)
   if options.count < 1:
     raise UserError(f'--count is {options.count}; it must be at least 1.')
-  config = read_config([*([f'--config={options.config}'] if options.config else []), *rest])
+  config = read_config([f'--config={options.config}', *rest])
 
   from nonlocal_jax.evaluation.pictures import write_samples
   from nonlocal_jax.experiment import Experiment

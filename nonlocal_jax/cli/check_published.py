@@ -26,7 +26,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
 from nonlocal_jax.recipes import variant_name
 from nonlocal_jax.runtime.devices import SAID
-from nonlocal_jax.runtime.files import given_path, write_whole
+from nonlocal_jax.runtime.files import given_path, parse_object, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.weights.loading import sha256_of
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel, released_model_of_sha256
@@ -148,10 +148,12 @@ def check_all(
 
 
 def _is_done(workdir: Path, settings: Sequence[str]) -> bool:
-  if not (workdir / COST).exists():
+  try:
+    cost = parse_object((workdir / COST).read_bytes())
+    parse_object((workdir / METRICS).read_bytes())
+    return cost['status'] == 0 and cost['settings'] == list(settings)
+  except (OSError, ValueError, KeyError):  # missing or damaged
     return False
-  cost = json.loads((workdir / COST).read_text())
-  return cost['status'] == 0 and cost['settings'] == list(settings)
 
 
 def _arguments(

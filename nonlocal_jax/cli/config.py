@@ -40,7 +40,11 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     )
   match = _NAME.fullmatch(named)
   named = os.path.expanduser(named)
-  path = named
+  path, file = named, named.partition(':')[0]
+  if not match and not Path(file).is_file():
+    raise UserError(
+      f'there is no config file {file}; give a file, or one of {", ".join(recipes.config_names())}.'
+    )
   if match and not Path(match['name']).is_file():
     recipes.get_config(named)  # raises if the name or variant is unknown
     path = f'{recipes.__file__}:{named}'
@@ -51,11 +55,13 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     _, *positional = values(['', *arguments])
     if positional:
       raise UsageError(f'{positional[0]!r} is no flag; options start with --, see --help.')
-    found = config.value  # raises where the file could not be loaded
-    if not isinstance(found, ConfigDict) or 'name' not in found:
+    found = config.value
+    try:
+      _ = found.name  # raises an OSError where the file could not be loaded
+    except AttributeError as error:
       raise UserError(
         f'get_config() in {named} returns no config; begin with that of a file in configs/.'
-      )
+      ) from error
     return found
 
 
@@ -79,10 +85,7 @@ def _config_errors(named: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    file = named.partition(':')[0]
-    raise UserError(
-      f'there is no config file {file}; give a file, or one of {", ".join(recipes.config_names())}.'
-    ) from error
+    raise UserError(f'config file {named} cannot be read: {error.strerror}.') from error
   except flags.UnrecognizedFlagError as error:
     raise UsageError(' '.join(str(error).split())) from error
   except (AttributeError, KeyError) as error:

@@ -4,7 +4,8 @@
     nonlocal-jax convert FOLDER OUT                each .pth of a folder, to OUT/STEM
     nonlocal-jax convert SOURCE --to-pth OUT.pth   for MMSegmentation
 
-SOURCE is a converted directory or the workdir of a training run (its newest checkpoint).
+SOURCE is a converted directory or the workdir of a training run: runs/NAME for its newest
+checkpoint, runs/NAME/best for the one with the best mIoU.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 from flax import nnx
 
 from nonlocal_jax.cli.config import Config
-from nonlocal_jax.cli.program import Parser, program_name
+from nonlocal_jax.cli.program import Parser, program_name, say_weights
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config, published_config, variant_name
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
   if (out is None) == (to_pth is None):
     parser.error('give either OUT or --to-pth OUT.pth')
   if to_pth:
+    say_weights(source)
     write_pth(source, to_pth)
   elif not source.is_dir():
     weights = read_torch_weights(source, align_corners=options.align_corners)

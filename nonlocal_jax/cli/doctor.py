@@ -82,7 +82,7 @@ def examine() -> Findings:
   problems += [
     f'The product of two matrices on {device["name"]} is wrong: {device["product"]}.'
     for device in devices
-    if device['product'] != 'right'
+    if device['product'] != 'correct'
   ]
   notes = []
   on_cpu = not devices or devices[0]['platform'] == 'cpu'
@@ -156,7 +156,7 @@ def check_devices() -> list[Findings]:
 
   Returns:
     For each device `name`, `kind`, `platform`, `memory_gib` (what JAX may use, None if unknown) and
-    `product`, which is 'right' or says what is wrong.
+    `product`, which is 'correct' or says what is wrong.
   """
   return [
     {
@@ -171,7 +171,7 @@ def check_devices() -> list[Findings]:
 
 
 def check_product(device: jax.Device, multiply: Any = jnp.matmul) -> str:
-  """Returns 'right' if a product of small integers, exact in any precision, is exact on a device.
+  """Returns 'correct' if a product of small integers, exact in any precision, is exact on a device.
 
   Args:
     device: The device.
@@ -184,7 +184,7 @@ def check_product(device: jax.Device, multiply: Any = jnp.matmul) -> str:
     wrong = int(np.sum(np.asarray(product) != a @ b))
   except jax.errors.JaxRuntimeError as error:
     return str(error).splitlines()[0]
-  return 'right' if wrong == 0 else f'{wrong} of {a.size} elements differ'
+  return 'correct' if wrong == 0 else f'{wrong} of {a.size} elements differ'
 
 
 def folders() -> dict[str, Path]:

@@ -8,6 +8,7 @@ Prints the scores of each class and their means, and writes metrics.json into th
 
 from collections.abc import Sequence
 
+from nonlocal_jax.cli.program import say_weights
 from nonlocal_jax.cli.run_options import make_parser, parse
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.devices import say_devices
@@ -27,4 +28,5 @@ def main(arguments: Sequence[str]) -> None:
 
   experiment = Experiment.from_config(config)
   say_devices(experiment.mesh)
+  say_weights(options.checkpoint)
   experiment.evaluate(options.checkpoint, options.workdir)

@@ -2,7 +2,8 @@
 
     nonlocal-jax predict --checkpoint=WEIGHTS INPUT... --out=DIR
 
-WEIGHTS is a .pth file of MMSegmentation, a converted directory or the workdir of a training run.
+WEIGHTS is a .pth file of MMSegmentation, a converted directory or the workdir of a training run:
+runs/NAME for its newest checkpoint, runs/NAME/best for the one with the best mIoU.
 An INPUT is an image, a folder, or a pattern such as 'photos/*.jpg'. For an image a.jpg, writes
 DIR/a.png, the class indices with the classes' colors as palette, and DIR/a_overlay.jpg, the image
 blended with these colors. The images of a folder keep their subfolders. Results of earlier
@@ -32,7 +33,7 @@ from nonlocal_jax.cli.prediction_files import (
   save,
   with_palette,
 )
-from nonlocal_jax.cli.program import Parser
+from nonlocal_jax.cli.program import Parser, say_weights
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.data.paths import files_below
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
@@ -127,6 +128,7 @@ def main(arguments: Sequence[str]) -> None:
   check_not_replaced([Path(f'{target}{ending}') for target in targets for ending in endings])
   devices = jax.local_devices()[: len(images)]
   say_devices(data_mesh(devices))
+  say_weights(options.checkpoint)
   execution = Execution.for_platform()
   if options.convolution == 'direct':
     execution = dataclasses.replace(execution, convolution='direct')
@@ -208,7 +210,9 @@ def find_images(inputs: Sequence[str]) -> dict[str, Path]:
   for given in inputs:
     named = list(_images_of(given))
     if not named:
-      raise UserError(f'{given} is no image, no folder of images and no pattern that fits any.')
+      raise UserError(
+        f'{given} is neither an image nor a folder of images nor a pattern that matches any.'
+      )
     with warnings.catch_warnings(), ThreadPoolExecutor(num_cores()) as pool:
       warnings.simplefilter('ignore')  # of large images and odd metadata
       are_predictions = list(pool.map(is_prediction, [path for _, path in named]))

@@ -15,6 +15,8 @@ import absl.logging
 from nonlocal_jax.cli.streams import keep_streams_open, output_error
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UsageError, UserError, nearest
 from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_compilation_cache
+from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.weights.run_checkpoints import chosen_weights
 
 # Import names of the packages that only the extras `plot` and `train` install; `train` has both.
 PLOT_PACKAGES = frozenset(('matplotlib',))
@@ -143,6 +145,12 @@ def _check_output() -> None:
   """Exits with status 1 if some of the output was lost, e.g. on a full disk."""
   if error := output_error():
     sys.exit(f'error: the output cannot be written: {error.strerror}.')
+
+
+def say_weights(path: Path) -> None:
+  """Says on stderr which weights of a workdir are taken."""
+  if is_first_process() and (sentence := chosen_weights(path)):
+    print(sentence, file=sys.stderr)
 
 
 def child_environment() -> dict[str, str]:

@@ -36,7 +36,7 @@ class Listing(NamedTuple):
 def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Split) -> Listing:
   """Lists the images of a split with their label maps; the other split need not exist.
 
-  The layouts are mmsegmentation's, and a custom one:
+  The layouts are MMSegmentation's, and a custom one:
 
       cityscapes  leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png
                   gtFine/SPLIT/CITY/ID_gtFine_labelTrainIds.png, or else ID_gtFine_labelIds.png

@@ -2,7 +2,7 @@
 
 Pure functions on NumPy arrays. Images are RGB uint8 of shape (h, w, 3), label maps uint8 of shape
 (h, w) with 255 for pixels to ignore. A random function takes a `np.random.Generator` first and
-draws in the order of mmsegmentation 1.2.2: equal draws give equal pixels.
+draws in the order of MMSegmentation 1.2.2: equal draws give equal pixels.
 Resizing and color conversion are OpenCV's, because the published models were trained with its
 fixed-point arithmetic. Samples are uint8 until the device normalizes them.
 """
@@ -190,7 +190,15 @@ def resize(image: np.ndarray, scale: tuple[int, int], *, keep_ratio: bool = True
 
   Returns:
     (h', w', c) uint8.
+
+  Raises:
+    ValueError: If `image` has another shape or dtype, or `scale` is not positive.
   """
+  image = np.asarray(image)
+  if image.ndim != 3 or image.dtype != np.uint8:
+    raise ValueError(f'image is {image.shape} {image.dtype}, expected (h, w, c) uint8')
+  if min(scale) < 1:
+    raise ValueError(f'scale is {scale}, expected a positive width and height')
   size = rescaled_size(image.shape[:2], scale) if keep_ratio else (scale[1], scale[0])
   return resize_to(image, size)
 

@@ -21,7 +21,7 @@ from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.files import write_whole
 
 METRICS = 'metrics.json'
-# Largest difference in percentage points from the published mIoU; mmsegmentation's own retests of
+# Largest difference in percentage points from the published mIoU; MMSegmentation's own retests of
 # Cityscapes models differ by up to 0.1.
 _TOLERANCES = {'ade20k': 0.02, 'voc12aug': 0.02, 'cityscapes': 0.1}
 _DEPENDENCIES = ('jax', 'jaxlib', 'flax', 'numpy', 'opencv-python-headless')

@@ -1,7 +1,9 @@
 """Reads and checks a `ConfigDict`; no other module looks into one."""
 
+import contextlib
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,6 +35,14 @@ from nonlocal_jax.training.optimizer import OptimizerConfig
 from nonlocal_jax.training.train_step import StepConfig
 
 _PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
+# Arguments of the data that errors name, and how their values are written.
+_DATA_FLAGS = {
+  'source_dir': 'DIR',
+  'data_dir': 'DIR',
+  'num_classes': 'NUMBER',
+  'ignore_labels': "'(VALUE,)'",
+  'reduce_zero_label': 'True',
+}
 _DATASET_FIELDS = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
 
 
@@ -185,6 +195,21 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
   }
 
 
+@contextlib.contextmanager
+def explained_by_flags() -> Iterator[None]:
+  """Adds to an error of the data the flags of the arguments that it names."""
+  try:
+    yield
+  except UserError as error:
+    words = re.findall(r'\w+', str(error))
+    flags = [
+      f'--config.data.{name}={value}' for name, value in _DATA_FLAGS.items() if name in words
+    ]
+    if not flags:
+      raise
+    raise UserError(f'{error} As a flag: {", or ".join(flags)}.') from error
+
+
 def _dataset(config: ConfigDict) -> Dataset:
   """Returns the dataset of a config; a custom one also reads its `dataset.json`.
 
@@ -196,7 +221,8 @@ def _dataset(config: ConfigDict) -> Dataset:
   if data.reduce_zero_label is not None:
     given['reduce_zero_label'] = data.reduce_zero_label
   if data.dataset == 'custom':
-    return custom_dataset(**{**_description(data), **given})
+    with explained_by_flags():
+      return custom_dataset(**{**_description(data), **given})
   datasets = {**PUBLISHED, 'demo': synthetic.DEMO}
   if data.dataset not in datasets:
     raise UserError(

@@ -20,13 +20,20 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.evaluate import comparable_miou, show_evaluation, write_evaluation
 from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
 from nonlocal_jax.evaluation.report import ReportFacts, published_line
-from nonlocal_jax.experiment.config import ConfigDict, DataConfig, EvalConfig, read_config
+from nonlocal_jax.experiment.config import (
+  ConfigDict,
+  DataConfig,
+  EvalConfig,
+  explained_by_flags,
+  read_config,
+)
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config
 from nonlocal_jax.runtime.compilation import compiler_options
+from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.parallel import (
   is_first_process,
   over_batch,
@@ -277,8 +284,8 @@ class Experiment:
     size, count, parts = self.schedule.batch_size, self.mesh.size, self.step.accumulate
     if size % (count * parts):
       raise UserError(
-        f'config.train.batch_size is {size}, which {count} devices cannot share'
-        f'{f" in {parts} parts each" if parts > 1 else ""}; make it a multiple.'
+        f'config.train.batch_size is {size}, which {counted(count, "device")} cannot share'
+        f'{f" in {parts} parts each" if parts > 1 else ""}; make it a multiple of {count * parts}.'
       )
 
   def description(self) -> ModelDescription:
@@ -329,12 +336,13 @@ class Experiment:
     if self.dataset.name == synthetic.DEMO.name and source_dir is None:
       source_dir = str(workdir / 'demo_set')
       synthetic.write_demo_set(workdir / 'demo_set')
-    if source_dir is None:
-      opened = open_prepared(self.dataset, splits=splits, data_dir=data_dir)
-    else:
-      opened = prepare(self.dataset, source_dir, splits=splits, data_dir=data_dir)
-    for split in opened.values():
-      report_split(split, self.dataset)
+    with explained_by_flags():
+      if source_dir is None:
+        opened = open_prepared(self.dataset, splits=splits, data_dir=data_dir)
+      else:
+        opened = prepare(self.dataset, source_dir, splits=splits, data_dir=data_dir)
+      for split in opened.values():
+        report_split(split, self.dataset)
     return opened
 
   def train_batches(self, split: PreparedSplit) -> TrainIterator:

@@ -57,7 +57,8 @@ def as_array(image: ImageLike, *, channels: int = 3, max_pixels: int = MAX_PIXEL
   """Reads or converts an image.
 
   Args:
-    image: The path of an image file, a PIL image, or an array (h, w, channels) uint8.
+    image: The path of an image file, a PIL image, or an array (h, w, channels) uint8 of NumPy or
+      JAX.
     channels: Channels that the image must have; files and PIL images have 3.
     max_pixels: Limit for files and PIL images.
 
@@ -76,12 +77,12 @@ def as_array(image: ImageLike, *, channels: int = 3, max_pixels: int = MAX_PIXEL
     if image.width * image.height > max_pixels:
       raise ImageTooLargeError('image', image.width * image.height, max_pixels)
     array = _from_pil(image)
-  elif isinstance(image, np.ndarray):
-    array = image
+  elif hasattr(image, '__array__'):
+    array = np.asarray(image)
   else:
     raise TypeError(
-      f'image is a {type(image).__name__}, expected a path, a PIL image or a NumPy array; convert '
-      'it with np.asarray'
+      f'image has the type {type(image).__name__}, expected a path, a PIL image or an array; put '
+      'several into a list'
     )
   if array.ndim != 3 or array.shape[-1] != channels or array.dtype != np.uint8 or not array.size:
     kind = 'uint8 RGB' if channels == 3 else 'uint8'

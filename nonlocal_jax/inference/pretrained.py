@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, cast, overload
+from typing import Literal, cast, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.images import MAX_PIXELS, ImageLike, as_array
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.stream import Prediction, labels_of, predictions
-from nonlocal_jax.models import Execution, NonLocalNet
+from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.config import chosen_attention
 from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.ops.attention import Attention
@@ -49,10 +49,11 @@ def load(
   (64, 96)
 
   Args:
-    path: A .pth file of mmsegmentation, a converted directory, or the workdir of a training run
-      (its newest checkpoint).
-    align_corners: The corner convention. By default that of the directory, or what the name of a
-      released file says, or else False, mmsegmentation's own default.
+    path: A .pth file of MMSegmentation, a converted directory, or the workdir of a training run:
+      'runs/NAME' for its newest checkpoint, 'runs/NAME/best' for the one with the best mIoU.
+    align_corners: The corner convention. None for that of the directory, of the released file with
+      this sha256, or of the config recorded in the file; False, MMSegmentation's own default, where
+      none is recorded.
     execution: How the network is computed; None for what is fastest on JAX's default backend.
     precision: Precision of matrix products: 'highest' is float32, as for the published scores. On
       recent GPUs 'default' is TF32, several times as fast, and 'high' computes each convolution as
@@ -102,7 +103,8 @@ def load_module(
     execution: How the network is computed; None for what is fastest on JAX's default backend.
 
   Returns:
-    The network with its weights on the default device.
+    The network with its weights on the default device. By default it supports reverse-mode
+    differentiation only; with `execution=Execution()` both modes work, and it is slower.
 
   Raises:
     UserError: If there are no weights of a NonLocalNet.
@@ -140,6 +142,9 @@ class PretrainedModel:
     Raises:
       ValueError: If `precision` is unknown.
     """
+    if precision not in get_args(Precision):
+      expected = ', '.join(get_args(Precision))
+      raise ValueError(f'precision is {precision!r}, expected one of {expected}')
     self.description = description
     self._mesh = data_mesh(devices or jax.local_devices()[:1])
     platform = platform_of_mesh(self._mesh)
@@ -167,7 +172,7 @@ class PretrainedModel:
     protocol: EvalProtocol | None = None,
     precision: Precision = 'highest',
   ) -> 'PretrainedModel':
-    """A predictor of a network that was trained or changed in Python, which `save` can write.
+    """Creates a predictor of a network that was trained or changed in Python; `save` writes it.
 
     Args:
       module: The network; its weights are copied.
@@ -178,9 +183,11 @@ class PretrainedModel:
 
     Raises:
       UserError: If there are not as many names or colors as classes.
-      ValueError: If `precision` is unknown.
+      ValueError: If `precision` is unknown, or `protocol` has other corners than the network.
     """
     config = module.config
+    if protocol is not None:
+      _check_corners(config, protocol)
     dataset = custom_dataset(config.num_classes, classes=classes, palette=palette)
     description = ModelDescription(
       config=config,
@@ -299,7 +306,7 @@ class PretrainedModel:
     )
 
   def logits(self, images: np.ndarray | jax.Array) -> jax.Array:
-    """Logits of whole images at their own size.
+    """Computes logits of whole images at their own size.
 
     Args:
       images: (n, h, w, in_channels) float32, normalized (see `nonlocal_jax.normalize`).
@@ -312,10 +319,14 @@ class PretrainedModel:
     return run(self._state, jnp.asarray(images))
 
   def with_protocol(self, protocol: EvalProtocol) -> 'PretrainedModel':
-    """The same network, tested by another protocol.
+    """Returns the same network, tested by another protocol.
 
     E.g. `model.with_protocol(dataclasses.replace(model.protocol, scale=(2048, 512)))`.
+
+    Raises:
+      ValueError: If `protocol` has other corners than the network.
     """
+    _check_corners(self.description.config, protocol)
     description = dataclasses.replace(self.description, protocol=protocol)
     return PretrainedModel(
       description,
@@ -363,3 +374,11 @@ class PretrainedModel:
       UserError: If `directory` exists.
     """
     save_weights(Path(directory), self._state, self.description)
+
+
+def _check_corners(config: NonLocalNetConfig, protocol: EvalProtocol) -> None:
+  if protocol.align_corners != config.align_corners:
+    raise ValueError(
+      f'protocol.align_corners is {protocol.align_corners}, but the network has '
+      f'align_corners={config.align_corners}; use dataclasses.replace on its own protocol'
+    )

@@ -64,15 +64,24 @@ class NonLocalNetConfig:
   batch_norm_momentum: float = 0.9
 
   def __post_init__(self):
-    """Checks the shape of the backbone.
+    """Checks the ranges of the fields.
 
     Raises:
-      ValueError: If there are not four stages, or a field has a value for more or fewer.
+      ValueError: If there are not four stages, a field has a value for more or fewer, or a value is
+        out of range.
     """
     for name in ('stage_blocks', 'stage_strides', 'stage_dilations'):
       value = getattr(self, name)
       if len(value) != 4 or min(value) < 1:
         raise ValueError(f'{name} is {value}, expected four positive numbers, one for each stage')
+    least = {'num_classes': 1, 'width': 2, 'in_channels': 1, 'reduction': 1}
+    for name, minimum in least.items():
+      if (value := getattr(self, name)) < minimum:
+        raise ValueError(f'{name} is {value}, expected a number of at least {minimum}')
+    if not 0 <= self.dropout < 1:
+      raise ValueError(f'dropout is {self.dropout}, expected a number in [0, 1)')
+    if self.mode not in get_args(Mode):
+      raise ValueError(f'mode is {self.mode!r}, expected one of {", ".join(get_args(Mode))}')
 
   @classmethod
   def from_depth(cls, depth: int, **fields: Any) -> Self:
@@ -236,7 +245,11 @@ def chosen_attention(
 
   Raises:
     UserError: If the network or the devices do not support it.
+    ValueError: If it is unknown.
   """
+  if attention not in (*get_args(Attention), 'auto'):
+    expected = ', '.join((*get_args(Attention), 'auto'))
+    raise ValueError(f'attention is {attention!r}, expected one of {expected}')
   fits = config.non_local and config.mode == 'embedded_gaussian'
   if attention == 'auto':
     if not fits:

@@ -103,6 +103,7 @@ class NonLocalBlock(nnx.Module):
     if key_block and mode not in _SOFTMAX_MODES:
       raise ValueError(f'key_block is {key_block}, but mode {mode!r} has no softmax over keys')
     inner = max(channels // reduction, 1)
+    self.channels = channels
     self.mode = mode
     self.use_scale = use_scale
     self.sub_sample = sub_sample
@@ -153,7 +154,14 @@ class NonLocalBlock(nnx.Module):
 
     Returns:
       (n, h, w, channels), the dtype of `x`.
+
+    Raises:
+      ValueError: If `x` has another shape, or is not of floats.
     """
+    if x.ndim != 4 or x.shape[-1] != self.channels or not jnp.issubdtype(x.dtype, jnp.floating):
+      raise ValueError(
+        f'x is {x.shape} {x.dtype}, expected (n, h, w, {self.channels}) of a floating dtype'
+      )
     pool = (lambda y: nnx.max_pool(y, (2, 2), (2, 2))) if self.sub_sample else (lambda y: y)
     queries = _positions(x if self.theta is None else self.theta(x))
     keys = _positions(pool(x if self.phi is None else self.phi(x)))

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from nonlocal_jax.models.config import Execution, NonLocalNetConfig
@@ -30,7 +31,7 @@ class NonLocalNet(nnx.Module):
     execution: Execution | None = None,
     rngs: nnx.Rngs,
   ):
-    """Initializes the network with the initializers of mmsegmentation.
+    """Initializes the network with the initializers of MMSegmentation.
 
     Args:
       config: Architecture of the network.
@@ -57,7 +58,11 @@ class NonLocalNet(nnx.Module):
 
     Returns:
       (n, h, w, num_classes) float32.
+
+    Raises:
+      ValueError: If `images` have another shape, or are integers.
     """
+    _check_images(images, self.config.in_channels)
     _, height, width, _ = images.shape
     return self.upsample(self.encode_decode(images), (height, width))
 
@@ -72,7 +77,11 @@ class NonLocalNet(nnx.Module):
     Returns:
       (n, ceil(h / stride), ceil(w / stride), num_classes) float32, with `config.output_stride`;
       values in the padding are meaningless.
+
+    Raises:
+      ValueError: If `images` have another shape, or are integers.
     """
+    _check_images(images, self.config.in_channels)
     _, features = self.backbone(images, sizes=sizes)
     return self.decode_head(features, sizes=strided_sizes(sizes, self.config.output_stride))
 
@@ -86,7 +95,13 @@ class NonLocalNet(nnx.Module):
     Returns:
       Logits of the decode head and of the auxiliary head, each (n, ceil(h / stride), ceil(w /
       stride), num_classes) float32, with the strides of the fourth and the third stage.
+
+    Raises:
+      ValueError: If `images` have another shape or are integers, or batch norms are folded.
     """
+    _check_images(images, self.config.in_channels)
+    if self.execution.batch_norm == 'folded':
+      raise ValueError("batch_norm is 'folded', which is for prediction only; use 'global'")
     auxiliary_features, features = self.backbone(images, train=True)
     logits = self.decode_head(features, train=True, rngs=rngs)
     return logits, self.auxiliary_head(auxiliary_features, train=True, rngs=rngs)
@@ -94,6 +109,15 @@ class NonLocalNet(nnx.Module):
   def upsample(self, logits: jax.Array, size: tuple[int, int]) -> jax.Array:
     """Resizes logits (n, h, w, c) to `size` (height, width) with the config's `align_corners`."""
     return resize_bilinear(logits, size, align_corners=self.config.align_corners)
+
+
+def _check_images(images: jax.Array, channels: int) -> None:
+  if images.ndim != 4 or images.shape[-1] != channels:
+    raise ValueError(f'images have shape {images.shape}, expected (n, h, w, {channels})')
+  if not jnp.issubdtype(images.dtype, jnp.floating):
+    raise ValueError(
+      f'images are {images.dtype}, expected floats; normalize them with nonlocal_jax.normalize'
+    )
 
 
 def state_shapes(config: NonLocalNetConfig) -> nnx.State:

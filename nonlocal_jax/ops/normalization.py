@@ -34,9 +34,12 @@ def normalize(
     (n, h, w, c) float32.
 
   Raises:
-    ValueError: If `mean` or `std` does not have one value per channel.
+    ValueError: If `images` have another shape, or `mean` or `std` does not have one value per
+      channel.
   """
   images = jnp.asarray(images)
+  if images.ndim != 4:
+    raise ValueError(f'images have shape {images.shape}, expected (n, h, w, c)')
   channels = images.shape[-1]
   if not channels == len(mean) == len(std):
     raise ValueError(

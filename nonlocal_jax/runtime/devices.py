@@ -111,9 +111,19 @@ def describe(kind: str, count: int, processes: int = 1) -> str:
   """Returns kind and count of devices, and the number of processes.
 
   >>> describe('NVIDIA H100', 4)
-  '4 device(s) (NVIDIA H100) of 1 process(es)'
+  '4 devices (NVIDIA H100) of 1 process'
   """
-  return f'{count} device(s) ({kind}) of {processes} process(es)'
+  return f'{counted(count, "device")} ({kind}) of {counted(processes, "process")}'
+
+
+def counted(count: int, noun: str) -> str:
+  """Returns a count with its noun.
+
+  >>> counted(1, 'device'), counted(2, 'process')
+  ('1 device', '2 processes')
+  """
+  plural = f'{noun}es' if noun.endswith('s') else f'{noun}s'
+  return f'{count} {noun if count == 1 else plural}'
 
 
 def describe_mesh(mesh: Mesh) -> str:

@@ -61,6 +61,21 @@ def write_whole(path: Path, contents: str | bytes) -> None:
     partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
 
 
+def parse_object(data: str | bytes) -> dict[str, Any]:
+  """Parses a JSON object, in UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
+
+  Raises:
+    ValueError: If it is none.
+  """
+  try:
+    value = json.loads(data) if data else None
+  except RecursionError as error:
+    raise ValueError('nested too deeply') from error
+  if not isinstance(value, dict):
+    raise ValueError('no JSON object' if data else 'empty')
+  return value
+
+
 def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
   """Adds the checksum 'crc32' to the fields of a JSON file."""
   return {**fields, _CHECKSUM: _crc32(fields)}

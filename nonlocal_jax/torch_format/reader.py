@@ -46,7 +46,7 @@ class TorchCheckpoint:
   Attributes:
     state_dict: Weights by name, without the prefix `module.`; arrays may share memory.
     meta: The file's `meta`, {} if it has none. It holds e.g. CLASSES and PALETTE if
-      mmsegmentation 0.x wrote it, dataset_meta and cfg if 1.x did.
+      MMSegmentation 0.x wrote it, dataset_meta and cfg if 1.x did.
     has_checksums: Whether the file has checksums, which were compared. PyTorch's legacy format has
       none, and `torch.serialization.set_crc32_options` leaves them out.
   """

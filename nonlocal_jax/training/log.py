@@ -2,7 +2,9 @@
 
 import io
 import json
+import math
 import os
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.files import write_whole
+from nonlocal_jax.runtime.files import parse_object, write_whole
 from nonlocal_jax.runtime.parallel import is_first_process
 
 LOG = 'log.jsonl'
@@ -40,11 +42,19 @@ class TrainingLog:
     self._batch_size = batch_size
     self._step, self._time, self._waited = start, time.perf_counter(), 0.0
     self._path = path = workdir / LOG
-    lines = [line for line in read_log(path) if line['step'] <= start]
+    logged, num_damaged = _read(path)
+    lines = [line for line in logged if line['step'] <= start]
     self.evaluations = [line for line in lines if 'mIoU' in line]
     self._writer = None
     if is_first_process():
-      write_whole(path, ''.join(json.dumps(line) + '\n' for line in lines))
+      if num_damaged:
+        copy = path.with_name(f'{path.name}.damaged')
+        path.replace(copy)
+        print(
+          f'warning: {num_damaged} lines of {path} are damaged; a copy is in {copy}.',
+          file=sys.stderr,
+        )
+      write_whole(path, ''.join(map(_as_json, lines)))
       self._writer = SummaryWriter(str(workdir), purge_step=start + 1)
     self._file = (path if is_first_process() else Path(os.devnull)).open('a')
 
@@ -117,7 +127,7 @@ class TrainingLog:
 
   def _write(self, step: int, values: Mapping[str, float], group: str) -> None:
     with self._one_error():
-      self._file.write(json.dumps({'step': step, **values}) + '\n')
+      self._file.write(_as_json({'step': step, **values}))
       self._file.flush()
     if self._writer is not None:
       for name, value in values.items():
@@ -125,20 +135,48 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-  """Reads the complete lines of a `log.jsonl`; returns an empty list if it does not exist."""
+  """Reads the complete lines of a `log.jsonl` that are not damaged.
+
+  Returns:
+    A step and numbers each, NaN where they were not finite; none if there is no file.
+  """
+  return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+  """Reads a log; returns its lines, and how many others are damaged."""
   if not path.exists():
-    return []
-  lines = path.read_text().splitlines(keepends=True)
-  return [json.loads(line) for line in lines if line.endswith('\n')]
+    return [], 0
+  data = path.read_bytes()
+  text = data.decode(json.detect_encoding(data), errors='replace')
+  complete = [line for line in text.split('\n')[:-1] if line.strip()]  # the last may be cut
+  lines = [line for line in map(_parsed, complete) if line is not None]
+  return lines, len(complete) - len(lines)
+
+
+def _parsed(text: str) -> dict[str, Any] | None:
+  try:
+    line = parse_object(text)
+  except ValueError:
+    return None
+  line = {name: math.nan if value is None else value for name, value in line.items()}
+  are_numbers = all(type(value) in (int, float) for value in line.values())
+  return line if are_numbers and type(line.get('step')) is int else None
+
+
+def _as_json(line: Mapping[str, Any]) -> str:
+  """Formats a line of the log; JSON has no NaN and no infinity."""
+  values = {name: value if math.isfinite(value) else None for name, value in line.items()}
+  return json.dumps(values, allow_nan=False) + '\n'
 
 
 def summary_table(evaluations: list[dict[str, Any]]) -> str:
   """Formats the best and the last evaluation as a table with one row each."""
-  best = max(evaluations, key=lambda line: line['mIoU'])
+  best = max(evaluations, key=lambda line: np.nan_to_num(line['mIoU'], nan=-np.inf))
   names = [name for name in best if name != 'step']
   lines = [f'{"":6}{"step":>9}' + ''.join(f'{name:>8}' for name in names)]
   for title, line in (('best', best), ('last', evaluations[-1])):
-    scores = ''.join(f'{line[name]:8.2f}' for name in names)
+    scores = ''.join(f'{line.get(name, math.nan):8.2f}' for name in names)
     lines.append(f'{title:6}{line["step"]:9,}{scores}')
   return '\n'.join(lines)
 
@@ -158,7 +196,7 @@ def write_curves(log: Path, path: Path) -> None:
   loss, scores = figure.subplots(2, 1, sharex=True)
   at = np.array([line['step'] for line in steps])
   for key, name in (('loss', 'loss'), ('loss_auxiliary', 'auxiliary loss')):
-    values = np.array([line[key] for line in steps])
+    values = np.array([line.get(key, math.nan) for line in steps])
     (plain,) = loss.plot(at, values, alpha=0.25, linewidth=0.8)
     parts = np.array_split(np.arange(len(at)), min(_POINTS, max(len(at) // 10, 1)))
     means = [(at[part].mean(), values[part].mean()) for part in parts if len(part)]
@@ -167,10 +205,12 @@ def write_curves(log: Path, path: Path) -> None:
   loss.set_yscale('log')
   loss.legend(loc='upper right')
   rate = loss.twinx()
-  rate.plot(at, [line['lr'] for line in steps], color='gray', linewidth=0.8, linestyle='--')
+  rate.plot(
+    at, [line.get('lr', math.nan) for line in steps], color='gray', linewidth=0.8, linestyle='--'
+  )
   rate.set_ylabel('learning rate (dashed)')
   for key in ('mIoU', 'mAcc', 'aAcc'):
-    values = [line[key] for line in evaluations]
+    values = [line.get(key, math.nan) for line in evaluations]
     scores.plot([line['step'] for line in evaluations], values, marker='.', label=key)
   scores.set_ylabel('percent on val')
   scores.set_xlabel('step')

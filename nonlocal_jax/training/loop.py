@@ -38,7 +38,6 @@ from nonlocal_jax.training.memory import (
 )
 from nonlocal_jax.training.optimizer import OptimizerConfig
 from nonlocal_jax.training.parameter_tables import PARAMETERS, all_parameters, parameters_by_module
-from nonlocal_jax.training.run_files import BEST
 from nonlocal_jax.training.train_step import (
   BatchShape,
   Metrics,
@@ -46,7 +45,7 @@ from nonlocal_jax.training.train_step import (
   initial_state,
   lower_train_step,
 )
-from nonlocal_jax.weights.run_checkpoints import RunCheckpoints
+from nonlocal_jax.weights.run_checkpoints import BEST, RunCheckpoints
 
 _BATCH = ('image', 'label', 'size')
 

@@ -83,7 +83,7 @@ def poly_schedule(
     power: Exponent.
     steps: Number of training steps.
     version: 'v0': `last` is `steps`, one after the last step (mmcv's `PolyLrUpdaterHook`,
-      mmsegmentation 0.x). 'v1': `last` is `steps - 1` (mmengine's `PolyLR`, mmsegmentation 1.x).
+      MMSegmentation 0.x). 'v1': `last` is `steps - 1` (mmengine's `PolyLR`, MMSegmentation 1.x).
 
   Returns:
     A function from the 0-based step to the learning rate, float32.

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.files import write_whole
+from nonlocal_jax.runtime.files import parse_object, write_whole
 from nonlocal_jax.weights.checkpoints import DESCRIPTION
 from nonlocal_jax.weights.description import ModelDescription
+from nonlocal_jax.weights.run_checkpoints import BEST
 
 CONFIG = 'config.json'
-BEST = 'best'  # subdirectory with the weights of the best mIoU
 # Fields that may change when a run resumes: they do not affect training except for rounding.
 _FREE = (
   'eval.',
@@ -38,14 +38,22 @@ def check_same_run(workdir: Path, config: Mapping[str, Any], defaults: Mapping[s
     defaults: Values of fields that the saved config does not have yet.
 
   Raises:
-    UserError: If the configs differ; the message lists the differences.
+    UserError: If the configs differ, in which case the message lists the differences, or the saved
+      one cannot be read.
   """
   path = workdir / CONFIG
   if not path.exists():
     return
+  try:
+    saved = parse_object(path.read_bytes())
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f'{path} cannot be read ({error}); choose another workdir, or remove the file if the run in '
+      f'{workdir} has the config of this command.'
+    ) from error
   differences = [
     difference
-    for difference in config_differences(json.loads(path.read_text()), config, defaults)
+    for difference in config_differences(saved, config, defaults)
     if not difference.startswith(_FREE)
   ]
   if differences:

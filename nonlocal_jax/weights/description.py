@@ -8,7 +8,7 @@ from typing import Any, Self
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.protocol import EvalProtocol
-from nonlocal_jax.runtime.files import sealed, unsealed
+from nonlocal_jax.runtime.files import parse_object, sealed, unsealed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ModelDescription:
     """
     try:
       fields: dict[str, Any] = {
-        key: _tuples(value) for key, value in unsealed(json.loads(text)).items()
+        key: _tuples(value) for key, value in unsealed(parse_object(text)).items()
       }
       if 'architecture' in fields:
         fields = _from_before_december_2026(fields)

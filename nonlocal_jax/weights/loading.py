@@ -65,6 +65,10 @@ def read_weights(
     UserError: If there are no weights of a NonLocalNet, or a released file is not what its name
       says.
   """
+  if not path.exists():
+    raise UserError(
+      f'There is no {path}: give a .pth file, a converted directory or the workdir of a run.'
+    )
   if not path.is_dir():
     weights = read_torch_weights(path, align_corners=align_corners)
     return weights.description, weights.state
@@ -169,7 +173,7 @@ def _check_name(path: Path, sha256: str, released: ReleasedModel | None) -> list
       f'{named.sha256_prefix}: download it again, or rename it if it is another file.'
     )
   if released is None:
-    return ['It is not among the released files: there is no sha256 to compare.']
+    return ['It is not a released file, so there is no sha256 to compare with.']
   if released.replaced:
     return ['It was replaced later by another file of the same model.']
   return []

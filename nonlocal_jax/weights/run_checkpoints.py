@@ -17,6 +17,7 @@ from nonlocal_jax.weights.arrays import Arrays, checksum, from_arrays, to_arrays
 from nonlocal_jax.weights.orbax_errors import QuietThreads, one_error
 
 CHECKPOINTS = 'checkpoints'
+BEST = 'best'  # subfolder of a workdir with the weights of the best mIoU
 SET_ASIDE = 'unreadable_checkpoints'
 
 
@@ -24,6 +25,23 @@ def has_checkpoint(workdir: Path) -> bool:
   """Whether `workdir` holds a complete checkpoint; unfinished ones have other names."""
   directory = workdir / CHECKPOINTS
   return directory.is_dir() and any(entry.name.isdigit() for entry in directory.iterdir())
+
+
+def chosen_weights(path: Path) -> str | None:
+  """Says which weights of a workdir `load_weights` takes, and where the best are.
+
+  Args:
+    path: Weights of any kind.
+
+  Returns:
+    A sentence; None if `path` is no workdir.
+  """
+  if not path.is_dir() or not has_checkpoint(path):
+    return None
+  newest = max(int(entry.name) for entry in (path / CHECKPOINTS).iterdir() if entry.name.isdigit())
+  best = path / BEST
+  others = f'; those with the best mIoU are in {best}' if has_checkpoint(best) else ''
+  return f'The weights are those of step {newest:,}, the newest in {path}{others}.'
 
 
 class Restored(NamedTuple):
