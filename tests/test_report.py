@@ -164,13 +164,13 @@ def test_what_cannot_be_serialised_leaves_the_old_report(tmp_path):
   assert json.loads((tmp_path / 'metrics.json').read_text()) == old
 
 
-@pytest.mark.parametrize('method', ['write_text', 'replace'])
+@pytest.mark.parametrize('method', ['write_bytes', 'replace'])
 def test_a_write_that_fails_leaves_the_old_report(tmp_path, monkeypatch, method):
   old = written(tmp_path)
   whole = getattr(Path, method)
 
   def fail(path: Path, argument):
-    if method == 'write_text':
+    if method == 'write_bytes':
       whole(path, argument[:100])
     raise OSError(28, 'No space left on device')
 

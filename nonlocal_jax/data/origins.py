@@ -97,7 +97,7 @@ def record_origin(directory: Path, source: str, description: Mapping[str, Any]) 
       write_whole(directory / ORIGINS, json.dumps(sealed(fields), indent=2) + '\n')
   except DAMAGED:
     pass  # opening the copy reports it
-  except (OSError, UserError) as error:
+  except (OSError, NotImplementedError, UserError) as error:  # e.g. without locks
     if before is not None and before.description not in (None, description):
       print(
         f'warning: {directory} keeps another dataset.json of {source} and cannot be written '
