@@ -338,6 +338,7 @@ def test_what_a_config_leaves_open_is_named():
     ('a = 1\n' * 50_000, 'it has 300000 characters'),
     ('a = ' + '[' * 5000, 'it is no Python'),
     ('model = dict(type=open("x"))', 'model.type='),
+    ('model = open("x")', 'model=an expression, which is not a dict'),
     ("model = dict(type='EncoderDecoder', backbone=3)", 'model.backbone=3, which is not a dict'),
     ("model = {'type': 'EncoderDecoder', 'a\\x1b[2J': 3}", r'model.a\\x1b\[2J=3'),
   ],

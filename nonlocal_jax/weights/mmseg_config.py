@@ -62,7 +62,7 @@ def recorded_settings(
   texts = {key: meta.get(key) for key in ('cfg', 'config')}
   key = next((key for key, text in texts.items() if type(text) is str and text.strip()), None)
   if key is None:
-    return _nothing_recorded(in_channels)
+    return _nothing_recorded()
   try:
     config = read_assignments(str(texts[key]))
   except ValueError as error:
@@ -70,8 +70,8 @@ def recorded_settings(
       f"{source} records a config that cannot be read (meta['{key}']): {error}; load the weights "
       'from a file without it.'
     ) from error
-  if not isinstance(config.get('model'), dict):
-    return _nothing_recorded(in_channels)
+  if 'model' not in config:
+    return _nothing_recorded()
   recorded = _Reader(config, meta, source=source, in_channels=in_channels, key=key).read()
   ours = meta.get(PROTOCOL_KEY)
   if type(ours) is not str:
@@ -92,14 +92,10 @@ def protocol_entry(protocol: EvalProtocol, assumed: Sequence[str]) -> str:
   return json.dumps({'protocol': protocol.to_dict(), 'assumed': list(assumed)})
 
 
-def _nothing_recorded(in_channels: int) -> RecordedSettings:
-  protocol = EvalProtocol(**_no_statistics(in_channels))
-  return RecordedSettings({}, protocol, tuple(f.name for f in dataclasses.fields(EvalProtocol)))
-
-
-def _no_statistics(in_channels: int) -> dict[str, Any]:
-  """Fields of a protocol that leaves inputs of other than 3 channels as they are."""
-  return {} if in_channels == 3 else {'mean': (0.0,) * in_channels, 'std': (1.0,) * in_channels}
+def _nothing_recorded() -> RecordedSettings:
+  return RecordedSettings(
+    {}, EvalProtocol(), tuple(f.name for f in dataclasses.fields(EvalProtocol))
+  )
 
 
 class _Reader:
@@ -334,7 +330,6 @@ class _Reader:
       )
     else:
       self._assumed += ['mean', 'std', 'channel_order']
-      self._protocol |= _no_statistics(self._in_channels)
 
   def _normalize(self, section: Section) -> None:
     self._normalization(section, 'rgb' if section.is_on('to_rgb', default=True) else 'bgr')
