@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
@@ -26,12 +27,16 @@ class EvalProtocol:
 
   Attributes:
     scale: (width, height) that images are resized to; None for each image's own size.
-    keep_ratio: Whether the aspect ratio is kept: `scale` is then a box that the image is fitted
-      into, see `transforms.rescaled_size`.
+    scale_factor: (width, height) factors of each image's own size, in place of `scale`.
+    keep_ratio: Whether the aspect ratio is kept: `scale`, or the size that `scale_factor` gives, is
+      then a box that the image is fitted into, see `transforms.rescaled_size`.
     window_crop: (height, width) of sliding windows, in pixels; None for the whole image at once.
     window_stride: (vertical, horizontal) step between windows; None for the whole image at once.
     pad_windows: Whether an image smaller than a window is padded with zeros to the window's size;
       otherwise the window shrinks to the image.
+    pad_multiple: Multiple that the sides of a whole image are padded to with zeros, after
+      normalization; None for no padding. The padding is cut off the logits.
+    pad_size: (height, width) that smaller whole images are padded to in the same way.
     version: Of MMSegmentation: what `ratios` multiply in multi-scale testing, `scale` in 'v0' and
       each image's own size in 'v1'.
     ratios: Resize factors. Over several, and over flips, class probabilities are averaged.
@@ -47,10 +52,13 @@ class EvalProtocol:
   """
 
   scale: tuple[int, int] | None = None
+  scale_factor: tuple[float, float] | None = None
   keep_ratio: bool = True
   window_crop: Size | None = None
   window_stride: Size | None = None
   pad_windows: bool = True
+  pad_multiple: int | None = None
+  pad_size: Size | None = None
   version: Version = 'v0'
   ratios: tuple[float, ...] = (1.0,)
   flip: bool = False
@@ -61,14 +69,23 @@ class EvalProtocol:
 
   def __post_init__(self):
     """Checks the values."""
-    for name in ('scale', 'window_crop', 'window_stride'):
+    for name in ('scale', 'window_crop', 'window_stride', 'pad_size'):
       pair = getattr(self, name)
       if pair is not None and not (
         isinstance(pair, tuple) and len(pair) == 2 and all(type(x) is int and x > 0 for x in pair)
       ):
         raise ValueError(f'{name} is {pair!r}, expected two positive integers or None')
+    factor, multiple = self.scale_factor, self.pad_multiple
+    if factor is not None and not (len(factor) == 2 and min(factor) > 0 and max(factor) < math.inf):
+      raise ValueError(f'scale_factor is {factor!r}, expected two positive numbers or None')
+    if factor is not None and self.scale is not None:
+      raise ValueError('scale and scale_factor are both given; set one to None')
+    if multiple is not None and not (type(multiple) is int and multiple > 0):
+      raise ValueError(f'pad_multiple is {multiple!r}, expected a positive integer or None')
     if (self.window_crop is None) != (self.window_stride is None):
       raise ValueError('window_crop and window_stride must be given together')
+    if self.window_crop is not None and (multiple or self.pad_size):
+      raise ValueError('pad_multiple and pad_size are for whole images; set window_crop to None')
     if self.version not in ('v0', 'v1'):
       raise ValueError(f"version is {self.version!r}, expected 'v0' or 'v1'")
     if not self.ratios or min(self.ratios) <= 0:

@@ -90,7 +90,9 @@ def base_config() -> ConfigDict:
   config.optimizer.head_multiplier = 1.0  # factor of the learning rate of both heads
 
   config.eval = ConfigDict()
-  config.eval.scale = (2048, 512)
+  config.eval.scale = (2048, 512)  # box that images are resized into; empty: their own size
+  config.eval.scale_factor = ()  # (width, height) factors of the image's own size instead
+  config.eval.keep_ratio = True  # False: images are resized to the scale itself
   config.eval.window_crop = ()  # (height, width) of sliding windows; empty: the whole image at once
   config.eval.window_stride = ()
   config.eval.protocol = 'v0'  # v0: as the published numbers; v1: MMSegmentation 1.x

@@ -1,5 +1,6 @@
 """mmsegmentation's own NonLocalNet, small and on the CPU: the reference."""
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from tests.mmseg_import import mmseg_module
 
 mmseg = mmseg_module('mmseg')
 _config = mmseg_module('mmengine.config')
+_dataset = mmseg_module('mmengine.dataset')
 _registry = mmseg_module('mmseg.registry')
 _structures = mmseg_module('mmseg.structures')
 _pixel_data = mmseg_module('mmengine.structures')
@@ -39,7 +41,16 @@ def build(
 
   A shallow one has one bottleneck in each stage but the third, which has three.
   """
-  model = read_config(name).model
+  config = small_config(name, width=width, num_classes=num_classes, shallow=shallow)
+  return randomise(_registry.MODELS.build(config.model))
+
+
+def small_config(
+  name: str, *, width: int, num_classes: int | None = None, shallow: bool = False
+) -> Any:
+  """The config of `build`, whole, to be changed and built by `randomise(build_model(config))`."""
+  config = read_config(name)
+  model = config.model
   model.pretrained = None
   if shallow:
     model.backbone.depth = _SHALLOW
@@ -50,7 +61,26 @@ def build(
   model.auxiliary_head.update(in_channels=16 * width, channels=4 * width, dropout_ratio=0)
   if num_classes is not None:
     model.decode_head.num_classes = model.auxiliary_head.num_classes = num_classes
-  return randomise(_registry.MODELS.build(model))
+  return config
+
+
+def parse_config(text: str) -> Any:
+  """The config of a text."""
+  return _config.Config.fromstring(text, '.py')
+
+
+def build_model(config: Any) -> torch.nn.Module:
+  """The network of a whole config."""
+  return _registry.MODELS.build(copy.deepcopy(config.model))
+
+
+@torch.no_grad()
+def predict_file(config: Any, model: torch.nn.Module, path: Path) -> np.ndarray:
+  """Labels (h, w) of an image file by the config's own test pipeline and preprocessor."""
+  steps = [step for step in config.test_pipeline if step['type'] != 'LoadAnnotations']
+  item = _dataset.Compose(steps)({'img_path': str(path)})
+  (sample,) = model.eval().test_step(_dataset.pseudo_collate([item]))
+  return sample.pred_sem_seg.data[0].numpy()
 
 
 @torch.no_grad()

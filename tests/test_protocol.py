@@ -27,9 +27,13 @@ def test_json_holds_every_field():
     std=(5.0, 6.0, 7.0, 8.0),
   )
   defaults = EvalProtocol()
-  names = [field.name for field in dataclasses.fields(EvalProtocol)]
-  assert all(getattr(protocol, name) != getattr(defaults, name) for name in names)
-  assert EvalProtocol.from_json(protocol.to_json()) == protocol
+  # These exclude others.
+  whole = EvalProtocol(scale_factor=(0.5, 2.0), pad_multiple=32, pad_size=(4, 5))
+  names = {field.name for field in dataclasses.fields(EvalProtocol)}
+  for one in (protocol, whole):
+    names -= {name for name in names if getattr(one, name) != getattr(defaults, name)}
+    assert EvalProtocol.from_json(one.to_json()) == one
+  assert not names
   assert EvalProtocol.from_dict({}) == defaults
 
 
@@ -37,6 +41,13 @@ def test_json_holds_every_field():
   ('fields', 'sentence'),
   [
     ({'scale': [0, 8]}, r'scale is \(0, 8\), expected two positive integers or None'),
+    ({'scale_factor': [1.0, 0.0]}, r'scale_factor is \(1.0, 0.0\), expected two positive numbers'),
+    ({'scale': [8, 8], 'scale_factor': [1.0, 2.0]}, 'scale and scale_factor are both given'),
+    ({'pad_multiple': 0}, 'pad_multiple is 0, expected a positive integer'),
+    (
+      {'window_crop': [8, 8], 'window_stride': [8, 8], 'pad_size': [9, 9]},
+      'pad_multiple and pad_size are for whole images',
+    ),
     ({'window_crop': [8, 8]}, 'window_crop and window_stride must be given together'),
     ({'version': 'v2'}, "version is 'v2', expected 'v0' or 'v1'"),
     ({'ratios': []}, r'ratios is \(\), expected one or more positive numbers'),

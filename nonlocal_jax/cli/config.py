@@ -65,6 +65,16 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
     return found
 
 
+def fields_set(arguments: Sequence[str]) -> frozenset[str]:
+  """Names of the config's fields that a command line sets.
+
+  >>> sorted(fields_set(['--config=demo', '--config.eval.scale=(96,96)', '--config.seed', '3']))
+  ['eval.scale', 'seed']
+  """
+  matches = (re.match(r'--?(?:no)?config\.([^=]+)', argument) for argument in arguments)
+  return frozenset(match[1] for match in matches if match)
+
+
 def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
   """Splits off the value of --config, the last one if there are several."""
   named, rest = None, []

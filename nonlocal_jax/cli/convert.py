@@ -28,7 +28,8 @@ from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import DESCRIPTION, read_description, save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import TorchWeights, read_torch_weights, read_weights
-from nonlocal_jax.weights.mmseg_config import config_text
+from nonlocal_jax.weights.mmseg_config import PROTOCOL_KEY, protocol_entry
+from nonlocal_jax.weights.mmseg_config_text import config_text
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel
 from nonlocal_jax.weights.state_dict import to_state_dict
 
@@ -111,16 +112,17 @@ def write_pth(source: Path, path: Path) -> None:
   """
   description, state = read_weights(source)
   classes, palette = list(description.classes), list(map(list, description.palette))
-  text = config_text(description.protocol)
+  text = config_text(description.config, description.protocol)
   meta = {
     'dataset_meta': {'classes': classes, 'palette': palette},
     'CLASSES': classes,
     'PALETTE': palette,
-    'config': text,
+    'cfg': text,
+    PROTOCOL_KEY: protocol_entry(description.protocol, description.assumed),
   }
   arrays = to_state_dict(state, description.num_batches_tracked)
   write_torch_checkpoint(path, arrays, meta)
-  print(f'{path}: {len(arrays)} arrays, {description.config}; how it was tested here:')
+  print(f'{path}: {len(arrays)} arrays, {description.config}; its config:')
   print(text, end='')
 
 
@@ -166,10 +168,17 @@ def evaluation_command(description: ModelDescription, directory: Path) -> str:
     'model.non_local': description.config.non_local,
     'model.align_corners': protocol.align_corners,
     'data.num_classes': description.config.num_classes,
-    'eval.scale': protocol.scale or '(WIDTH,HEIGHT)',
+    'eval.scale': '(WIDTH,HEIGHT)' if 'scale' in description.assumed else protocol.scale or (),
+    'eval.scale_factor': protocol.scale_factor or (),
+    'eval.keep_ratio': protocol.keep_ratio,
     'eval.window_crop': protocol.window_crop or (),
     'eval.window_stride': protocol.window_stride or (),
+    'eval.multi_scale_flip': protocol.averages,
   }
+  if protocol.window_crop and protocol.pad_windows != (protocol.version == 'v0'):
+    wanted['eval.pad_windows'] = protocol.pad_windows
+  if protocol.averages or protocol.window_crop:
+    wanted['eval.protocol'] = protocol.version
   configs = {'custom': base_config()}
   for model in RELEASED:
     if model.dataset == description.dataset and not model.replaced:

@@ -3,7 +3,9 @@
     nonlocal-jax eval --config=ade20k_r101 --config.data.source_dir=DIR --checkpoint=WEIGHTS
     nonlocal-jax eval --config=custom --config.data.source_dir=DIR --checkpoint=runs/custom
 
-Prints the scores of each class and their means, and writes metrics.json into the workdir.
+Prints the scores of each class and their means, and writes metrics.json into the workdir. Where the
+weights record how they were tested, a config that says otherwise is an error, unless its fields are
+set on the command line.
 """
 
 from collections.abc import Sequence
@@ -29,4 +31,4 @@ def main(arguments: Sequence[str]) -> None:
   experiment = Experiment.from_config(config)
   say_devices(experiment.mesh)
   say_weights(options.checkpoint)
-  experiment.evaluate(options.checkpoint, options.workdir)
+  experiment.evaluate(options.checkpoint, options.workdir, overrides=options.fields_set)

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nonlocal_jax.cli.config import Config, config_text, read_config
+from nonlocal_jax.cli.config import Config, config_text, fields_set, read_config
 from nonlocal_jax.cli.program import Parser, print_and_exit
 from nonlocal_jax.recipes import base_config, config_names
 from nonlocal_jax.runtime.files import given_path
@@ -70,7 +70,8 @@ def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace,
     arguments: The command line.
 
   Returns:
-    The options, with `workdir` set to a path, and the config.
+    The options, with `workdir` set to a path and `fields_set` to the names of the config's fields
+    on the command line, and the config.
 
   Raises:
     UserError: If an option, a field or a value is invalid.
@@ -81,6 +82,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace,
     print_and_exit(config_text(config))
   if options.distributed:
     join_processes(options.coordinator, options.processes, options.process)
+  options.fields_set = fields_set(rest)
   options.workdir = options.workdir or Path('runs', config.name)
   return options, config
 

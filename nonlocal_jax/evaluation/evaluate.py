@@ -107,6 +107,8 @@ def _differences(
     differences.append(f'{images} images were tested, not {original.published_sizes["val"]}')
   if protocol.scale != theirs.scale:
     differences.append(f'the scale was {theirs.scale}')
+  if protocol.keep_ratio != theirs.keep_ratio:
+    differences.append('the aspect ratio was kept')
   windows = protocol.window_crop, protocol.window_stride
   if windows != (theirs.window_crop, theirs.window_stride):
     differences.append(f'the window crop was {theirs.window_crop}')

@@ -117,7 +117,9 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
   )
   protocol = EvalProtocol.from_version(
     evaluation.protocol,
-    scale=tuple(evaluation.scale),
+    scale=tuple(evaluation.scale) or None,
+    scale_factor=tuple(evaluation.scale_factor) or None,
+    keep_ratio=evaluation.keep_ratio,
     window_crop=tuple(evaluation.window_crop) or None,
     window_stride=tuple(evaluation.window_stride) or None,
     multi_scale_flip=evaluation.multi_scale_flip,
@@ -308,8 +310,9 @@ def _check_values(config: ConfigDict) -> None:
   """
   counts = ('train.steps', 'train.batch_size', 'train.log_every', 'eval.every', 'checkpoint.every')
   counts += ('eval.shapes', 'train.accumulate', 'train.ohem_min_kept')
-  pairs = ('train.scale', 'train.crop', 'train.ratio_range', 'eval.scale')
+  pairs = ('train.scale', 'train.crop', 'train.ratio_range')
   windows = ('eval.window_crop', 'eval.window_stride')
+  optional = (*windows, 'eval.scale', 'eval.scale_factor')
   if config.eval.batch_size is not None:
     counts += ('eval.batch_size',)
   for key in (*counts, 'checkpoint.keep'):
@@ -320,12 +323,14 @@ def _check_values(config: ConfigDict) -> None:
   _expect(config.model.depth in STAGE_BLOCKS, config, 'model.depth', f'one of {depths}')
   for key in ('train.precision', 'eval.precision'):
     _expect(_value(config, key) in _PRECISIONS, config, key, f'one of {", ".join(_PRECISIONS)}')
-  for key in (*pairs, *(key for key in windows if _value(config, key))):
+  for key in (*pairs, *(key for key in optional if _value(config, key))):
     _expect(_are_two_positive, config, key, 'two positive numbers')
   for key in ('train.scale', 'train.crop', 'eval.scale', *windows):
     _expect(_are_whole, config, key, 'whole numbers')
   both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
   _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
+  alone = not (config.eval.scale and config.eval.scale_factor)
+  _expect(alone, config, 'eval.scale_factor', 'empty, or config.eval.scale')
   choices = {
     'model.attention': ('blocks', 'cudnn', 'flash', 'auto'),
     'model.convolution': ('fast', 'direct'),

@@ -1,7 +1,7 @@
 """The `Experiment`: everything that a config sets, typed, with methods to train and evaluate."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,8 +27,10 @@ from nonlocal_jax.experiment.config import (
   explained_by_flags,
   read_config,
 )
+from nonlocal_jax.experiment.recorded import protocol_of_evaluation
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
+from nonlocal_jax.models.config import chosen_attention
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config
@@ -138,6 +140,7 @@ class Experiment:
     if not has_checkpoint(workdir):
       initial = read_initial_weights(
         self.network,
+        self.protocol,
         backbone=self.init_backbone,
         checkpoint=checkpoint,
         new_classifier=new_classifier,
@@ -184,27 +187,56 @@ class Experiment:
         forget_run(workdir)
       raise UserError(message) from error
 
-  def evaluate(self, checkpoint: Path, workdir: Path) -> Evaluation:
+  def evaluate(
+    self, checkpoint: Path, workdir: Path, *, overrides: Collection[str] = ()
+  ) -> Evaluation:
     """Evaluates saved weights; prints the scores and writes them to `workdir`.
+
+    What is recorded beside the weights and cannot be set in a config, such as the normalization or
+    the pairwise function, is taken from there.
 
     Args:
       checkpoint: A .pth file, a converted directory or the workdir of a training run.
       workdir: Output directory for `metrics.json` and `predictions.png`.
+      overrides: Fields of the config, such as 'eval.scale', that may differ from what is recorded
+        beside the weights.
 
     Returns:
       The evaluation.
 
     Raises:
-      UserError: If the weights belong to another network, or the data is missing or invalid.
+      UserError: If the weights belong to another network, they were tested otherwise than the
+        config says, or the data is missing or invalid.
     """
-    description, state = read_weights(checkpoint, align_corners=self.network.align_corners)
-    if not description.config.predicts_like(self.network):
+    description, state = read_weights(checkpoint)
+    ours, found = self.network, description.config
+    if found != dataclasses.replace(
+      found,
+      stage_blocks=ours.stage_blocks,
+      num_classes=ours.num_classes,
+      width=ours.width,
+      non_local=ours.non_local,
+    ):
       raise UserError(
-        f'{checkpoint} holds {description.config}, but the config describes {self.network}; '
+        f'{checkpoint} holds {found}, but the config describes {ours}; '
         'give its own config, or set config.model and config.data.num_classes to match.'
       )
+    protocol = protocol_of_evaluation(
+      self.protocol, description, overrides=overrides, source=str(checkpoint)
+    )
+    network = dataclasses.replace(found, align_corners=protocol.align_corners)
+    try:
+      chosen_attention(
+        self.eval_execution.attention,
+        network,
+        list(self.mesh.devices.flat),
+        precision=self.evaluation.precision,
+        train=False,
+      )
+    except UserError as error:
+      raise UserError(f'config.model.{error}') from error
     split = self.open_splits(workdir, ['val'])['val']
-    evaluator = self.evaluator(split)
+    evaluator = self.evaluator(split, network=network, protocol=protocol)
     weights = evaluator.prepared(state)
     del state  # frees the host copy of the weights
     evaluation = evaluator(weights)
@@ -214,13 +246,13 @@ class Experiment:
       published = comparable_miou(
         released,
         self.dataset,
-        self.protocol,
+        protocol,
         images=len(split),
         attention=self.eval_execution.attention,
       )
     facts = ReportFacts(
       config=self.values,
-      protocol=self.protocol,
+      protocol=protocol,
       images=len(split),
       checkpoint=str(checkpoint),
       sha256=description.sha256,
@@ -301,11 +333,23 @@ class Experiment:
       num_batches_tracked=dict.fromkeys(('backbone', 'decode_head', 'auxiliary_head'), 0),
     )
 
-  def evaluator(self, split: PreparedSplit) -> Evaluator:
-    """Returns an evaluator for a split that runs on all devices of the mesh."""
+  def evaluator(
+    self,
+    split: PreparedSplit,
+    *,
+    network: NonLocalNetConfig | None = None,
+    protocol: EvalProtocol | None = None,
+  ) -> Evaluator:
+    """Returns an evaluator for a split that runs on all devices of the mesh.
+
+    Args:
+      split: The images and labels.
+      network: Architecture of the network; None for the config's.
+      protocol: How images are tested; None for the config's.
+    """
     predictor = Predictor(
-      self.network,
-      self.protocol,
+      network or self.network,
+      protocol or self.protocol,
       execution=self.eval_execution,
       precision=self.evaluation.precision,
       mesh=self.mesh,

@@ -198,6 +198,7 @@ class PretrainedModel:
       source='a module in Python',
       sha256=None,
       num_batches_tracked={},
+      assumed=() if protocol else tuple(f.name for f in dataclasses.fields(EvalProtocol)),
     )
     state = jax.tree.map(jnp.copy, nnx.state(module, (nnx.Param, nnx.BatchStat)))
     execution = module.execution

@@ -18,8 +18,8 @@ class View:
   Attributes:
     size: (height, width) that the image is resized to.
     crop: (height, width) of the part of the image in a window.
-    network: (height, width) of the network's input: `crop`, or larger where small windows are
-      padded.
+    network: (height, width) of the network's input: `crop`, or larger where small windows or whole
+      images are padded.
     tops: First row of the windows, from the first to the last.
     lefts: First column of the windows.
   """
@@ -37,8 +37,12 @@ def views_of(protocol: EvalProtocol, size: Size) -> list[View]:
 
 
 def _resized(protocol: EvalProtocol, size: Size, ratio: float) -> Size:
-  if protocol.ratios_of_image or (protocol.scale is None and ratio != 1):
+  factor = protocol.scale_factor
+  if protocol.ratios_of_image or (protocol.scale is None and factor is None and ratio != 1):
     target = (max(int(size[0] * ratio + 0.5), 1), max(int(size[1] * ratio + 0.5), 1))
+  elif factor is not None:
+    height, width = size[0] * factor[1] * ratio, size[1] * factor[0] * ratio
+    target = (max(int(height + 0.5), 1), max(int(width + 0.5), 1))
   elif protocol.scale is None:
     return size
   else:
@@ -50,10 +54,16 @@ def _resized(protocol: EvalProtocol, size: Size, ratio: float) -> Size:
 def _view(protocol: EvalProtocol, size: Size) -> View:
   window, stride = protocol.window_crop or size, protocol.window_stride or size
   crop = (min(window[0], size[0]), min(window[1], size[1]))
+  network = window if protocol.pad_windows else crop
+  if protocol.pad_size is not None:
+    network = (max(network[0], protocol.pad_size[0]), max(network[1], protocol.pad_size[1]))
+  if protocol.pad_multiple is not None:
+    multiple = protocol.pad_multiple
+    network = (-(-network[0] // multiple) * multiple, -(-network[1] // multiple) * multiple)
   return View(
     size=size,
     crop=crop,
-    network=window if protocol.pad_windows else crop,
+    network=network,
     tops=window_starts(size[0], crop[0], stride[0]),
     lefts=window_starts(size[1], crop[1], stride[1]),
   )

@@ -123,8 +123,16 @@ class NonLocalNetConfig:
 
   def predicts_like(self, other: 'NonLocalNetConfig') -> bool:
     """Whether two configs differ only in fields that do not affect predictions."""
-    fields = {name: getattr(other, name) for name in _TRAINING_ONLY}
-    return dataclasses.replace(self, **fields) == other
+    return not self.differences(other)
+
+  def differences(self, other: 'NonLocalNetConfig') -> list[str]:
+    """Lists the fields that affect predictions and differ, as in 'width 64, not 32'."""
+    return [
+      f'{field.name} {getattr(self, field.name)}, not {getattr(other, field.name)}'
+      for field in dataclasses.fields(self)
+      if field.name not in _TRAINING_ONLY
+      and getattr(self, field.name) != getattr(other, field.name)
+    ]
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as JSON-compatible values."""

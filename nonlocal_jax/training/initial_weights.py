@@ -8,6 +8,7 @@ from flax import nnx
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import NonLocalNetConfig
+from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.weights.loading import read_backbone, read_weights
 
 _CLASSIFIER = 'conv_seg'  # of both heads
@@ -27,6 +28,7 @@ class InitialWeights(NamedTuple):
 
 def read_initial_weights(
   network: NonLocalNetConfig,
+  protocol: EvalProtocol,
   *,
   backbone: Path | None = None,
   checkpoint: Path | None = None,
@@ -36,6 +38,7 @@ def read_initial_weights(
 
   Args:
     network: Architecture of the network.
+    protocol: How images are normalized, also in training.
     backbone: A .pth file with a backbone.
     checkpoint: Weights of a whole network: a .pth file, a converted directory or a workdir.
     new_classifier: Whether to leave out the last layer of both heads of the checkpoint.
@@ -44,14 +47,14 @@ def read_initial_weights(
     The weights and their origin.
 
   Raises:
-    UserError: If the weights belong to another network.
+    UserError: If the weights belong to another network, or to other inputs.
   """
   if checkpoint is None:
     if backbone is None:
       return InitialWeights(None, 'scratch')
     return InitialWeights(read_backbone(backbone, network), f'the backbone in {backbone}')
   description, state = read_weights(checkpoint, align_corners=network.align_corners)
-  found = description.config
+  found, tested = description.config, description.protocol
   with_their_classes = dataclasses.replace(network, num_classes=found.num_classes)
   if not found.predicts_like(with_their_classes if new_classifier else network):
     hint = (
@@ -59,7 +62,17 @@ def read_initial_weights(
       if found.predicts_like(with_their_classes)
       else '; use its own config, or set the model to match'
     )
-    raise UserError(f'{checkpoint} holds {found}, but the config describes {network}{hint}.')
+    listed = '; '.join(found.differences(network))
+    raise UserError(
+      f'{checkpoint} holds {found}, but the config describes {network}{hint} ({listed}).'
+    )
+  inputs = ('channel_order', 'mean', 'std')
+  there, here = ({name: getattr(of, name) for name in inputs} for of in (tested, protocol))
+  if there != here:
+    raise UserError(
+      f'{checkpoint} takes images normalized by {there}, but training normalizes them by {here}; '
+      'start from other weights.'
+    )
   if not new_classifier:
     return InitialWeights(state, str(checkpoint))
   kept = nnx.from_flat_state(

@@ -25,6 +25,8 @@ class ModelDescription:
     sha256: The file's sha256 in hex digits, None if there was none.
     num_batches_tracked: PyTorch's counters of training batches, for each part of the network;
       kept to write them back.
+    assumed: Names of the fields of `protocol` that are not known from the weights' source, and have
+      their defaults.
   """
 
   config: NonLocalNetConfig
@@ -35,6 +37,7 @@ class ModelDescription:
   source: str
   sha256: str | None
   num_batches_tracked: Mapping[str, int]
+  assumed: tuple[str, ...] = ()
 
   def with_align_corners(self, align_corners: bool) -> Self:
     """The same with another corner convention, in `config` and in `protocol`."""
@@ -42,6 +45,7 @@ class ModelDescription:
       self,
       config=dataclasses.replace(self.config, align_corners=align_corners),
       protocol=dataclasses.replace(self.protocol, align_corners=align_corners),
+      assumed=tuple(name for name in self.assumed if name != 'align_corners'),
     )
 
   def to_json(self) -> str:
@@ -69,6 +73,8 @@ class ModelDescription:
         'config': NonLocalNetConfig.from_dict(fields['config']),
         'protocol': EvalProtocol.from_dict(fields['protocol']),
       }
+      if 'assumed' not in fields:
+        fields['assumed'] = _assumed_before(parts['protocol'])
       return cls(**{**fields, **parts})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
       raise UserError(
@@ -83,6 +89,16 @@ def _from_before_december_2026(fields: dict[str, Any]) -> dict[str, Any]:
   protocol = {'scale': fields.pop('test_scale'), **corners}
   protocol |= {name: fields.pop(name) for name in ('window_crop', 'window_stride')}
   return {**fields, 'config': config, 'protocol': protocol}
+
+
+def _assumed_before(protocol: EvalProtocol) -> tuple[str, ...]:
+  """Older descriptions of weights whose test was not known have the defaults, but for corners."""
+  names = tuple(field.name for field in dataclasses.fields(EvalProtocol))
+  if protocol == EvalProtocol():
+    return names
+  if protocol == EvalProtocol(align_corners=True):
+    return tuple(name for name in names if name != 'align_corners')
+  return ()
 
 
 def _tuples(value: Any) -> Any:

@@ -16,7 +16,7 @@ from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.torch_format.reader import read_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import load_weights
 from nonlocal_jax.weights.description import ModelDescription
-from nonlocal_jax.weights.mmseg_config import recorded_protocol
+from nonlocal_jax.weights.mmseg_config import RecordedSettings, recorded_settings
 from nonlocal_jax.weights.released import (
   ReleasedModel,
   released_model_of_file,
@@ -81,16 +81,17 @@ def read_weights(
 def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> TorchWeights:
   """Reads the .pth file of a segmentation network.
 
-  A released file is recognized by its sha256, whatever its name. For other files the protocol comes
-  from the config that mmsegmentation saved in them, see `mmseg_config.recorded_protocol`.
+  A released file is recognized by its sha256, whatever its name. For other files the settings that
+  arrays do not tell come from the config that MMSegmentation saved in them, see
+  `mmseg_config.recorded_settings`.
 
   Args:
     path: The file.
     align_corners: Overrides the corner convention; None for that of the file.
 
   Raises:
-    UserError: If there are no weights of a NonLocalNet, or a released file is not what its name
-      says.
+    UserError: If there are no weights of a NonLocalNet, a released file is not what its name says,
+      or the recorded config has a setting that is not supported.
   """
   sha256 = sha256_of(path)
   released = released_model_of_sha256(sha256)
@@ -98,6 +99,11 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
   checkpoint = read_torch_checkpoint(path)
   arrays = checkpoint.state_dict
   config = infer_config(arrays, source=str(path))
+  if released:
+    recorded = RecordedSettings({}, released.protocol, ())
+  else:
+    recorded = recorded_settings(checkpoint.meta, source=str(path), in_channels=config.in_channels)
+  config = dataclasses.replace(config, **recorded.network)
   state = from_state_dict(arrays, config, source=str(path))
   skips = skipped(arrays)
   if not checkpoint.has_checksums and not released:
@@ -106,25 +112,26 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
   if rounded:
     notes.append(f'{rounded} float64 arrays were rounded to float32.')
 
-  protocol, unknown = (released.protocol, ()) if released else recorded_protocol(checkpoint.meta)
-  if align_corners is not None:
-    protocol = dataclasses.replace(protocol, align_corners=align_corners)
-  elif 'align_corners' in unknown:
+  notes += recorded.notes
+  if align_corners is None and 'align_corners' in recorded.assumed:
     notes.append(
       'The file does not tell the corner convention: half-pixel corners (align_corners=False) are '
       'assumed.'
     )
   dataset, classes, palette = _classes(config.num_classes, released, checkpoint.meta)
   description = ModelDescription(
-    config=dataclasses.replace(config, align_corners=protocol.align_corners),
-    protocol=protocol,
+    config=dataclasses.replace(config, align_corners=recorded.protocol.align_corners),
+    protocol=recorded.protocol,
     dataset=dataset,
     classes=classes,
     palette=palette,
     source=path.name,
     sha256=sha256,
     num_batches_tracked=tracked_batches(arrays),
+    assumed=recorded.assumed,
   )
+  if align_corners is not None:
+    description = description.with_align_corners(align_corners)
   reasons = collections.Counter(skips.values())
   return TorchWeights(description, state, released, reasons, tuple(notes))
 

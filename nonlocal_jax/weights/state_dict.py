@@ -110,12 +110,21 @@ def infer_config(state_dict: Mapping[str, np.ndarray], *, source: str) -> NonLoc
       f'channels and {num_classes} classes; give a checkpoint of a whole segmentation model.'
     )
   stem = state_dict.get('backbone.stem.0.weight', np.empty((0, 3, 3, 3)))
+  block = 'decode_head.nl_block'
+  inner = state_dict.get(f'{block}.g.conv.weight', np.empty(0)).shape[:1]
+  mode = 'embedded_gaussian'
+  if f'{block}.g.conv.weight' in state_dict and f'{block}.theta.conv.weight' not in state_dict:
+    mode = 'gaussian'
+  elif f'{block}.concat_project.conv.weight' in state_dict:
+    mode = 'concatenation'
   return NonLocalNetConfig(
     stage_blocks=tuple(blocks),
     width=width,
     num_classes=num_classes,
     in_channels=stem.shape[1] if stem.ndim == 4 and stem.shape[1] else 3,
-    non_local=any(name.startswith('decode_head.nl_block.') for name in state_dict),
+    non_local=any(name.startswith(f'{block}.') for name in state_dict),
+    mode=mode,
+    reduction=max(8 * width // inner[0], 1) if inner and inner[0] else 2,
   )
 
 
