@@ -182,7 +182,7 @@ def test_sizes_that_headers_do_not_tell_are_those_of_the_pixels(monkeypatch):
   monkeypatch.setattr(stream, 'images_at_once', lambda *_: 4)
   images = [np.full((60 + value, 64, 3), value, np.uint8) for value in range(5)]
   told = [(60, 64), None, (62, 64), (90, 20), (64, 64)]
-  monkeypatch.setattr(stream, 'sizes_of', lambda _: told)
+  monkeypatch.setattr(stream, 'sizes_of', lambda _, **__: told)
   found = {x.index: x.labels for x in stream.predictions(images, _Predictor(), None, channels=3)}
   for index, image in enumerate(images):
     np.testing.assert_array_equal(found[index], image[..., 0])
