@@ -155,7 +155,7 @@ def test_published_configs_evaluate_as_the_original(
       'there is no config file',
     ),
     (['--mode=eval'], 'eval needs --checkpoint'),
-    (['--checkpoint=x.pth'], 'x.pth does not exist'),
+    (['--checkpoint=x.pth'], 'There is no x.pth: give a .pth file'),
     (['--new_classifier'], '--new_classifier is for the network of a --checkpoint; give one'),
     (
       [DEMO, '--config.train.dtype=float16'],
