@@ -20,7 +20,7 @@ _DETERMINISTIC_GPU_OPTIONS = {
   'xla_gpu_exclude_nondeterministic_ops': True,
 }
 _COMPILED = '/jax/core/compile/backend_compile_duration'  # JAX's monitoring event
-_LONG_SECS = 2.0
+_LONG_SECS = 0.5
 _MAX_CACHE_BYTES = 4 * 2**30
 
 
