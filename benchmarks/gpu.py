@@ -35,7 +35,9 @@ from PIL import Image
 from benchmarks.compare import PEER
 from benchmarks.report import as_markdown
 from nonlocal_jax.cli import benchmark
-from nonlocal_jax.cli.benchmark import Child, Record, as_line, at_least_one, run_child
+from nonlocal_jax.cli.benchmark import Record, as_line, at_least_one
+from nonlocal_jax.cli.benchmark_plan import evaluated_folder
+from nonlocal_jax.cli.benchmark_process import Child, last_line, run_child
 from nonlocal_jax.cli.program import Parser, child_environment, run_program
 from nonlocal_jax.data.synthetic import DEMO, write_demo_set
 from nonlocal_jax.errors import STOPPED_STATUS, UserError
@@ -179,7 +181,7 @@ class Checks:
       process.kill()
       raise UserError(f'{arguments[0]} takes longer than {_CHECK_SECONDS} s') from None
     if process.returncode != 0:
-      raise UserError(f'{arguments[0]} says: {benchmark.last_line(errors)}')
+      raise UserError(f'{arguments[0]} says: {last_line(errors)}')
 
   def _start(self, *arguments: str, platform: str) -> subprocess.Popen:
     environment = child_environment() | {
@@ -207,7 +209,7 @@ class Checks:
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate()
     if process.returncode != STOPPED_STATUS:
-      raise UserError(f'train was not stopped by SIGTERM: {benchmark.last_line(errors)}')
+      raise UserError(f'train was not stopped by SIGTERM: {last_line(errors)}')
 
 
 def _last_step(workdir: Path) -> int:
@@ -437,7 +439,7 @@ def _evaluation(folder: Path) -> Iterator[tuple[float, Child]]:
 
 
 def _tree(folder: Path, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-  """Writes images and labels and random weights; returns what `benchmark.evaluated_folder` does."""
+  """Writes images and labels and random weights; returns what `evaluated_folder` does."""
   write_photographs(folder / 'source', sizes, count=_FOLDER_IMAGES)
   options = argparse.Namespace(
     data=folder / 'source',
@@ -448,7 +450,7 @@ def _tree(folder: Path, sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
     width=_WIDTH,
     ignore_label=(),
   )
-  return benchmark.evaluated_folder(options, folder)
+  return evaluated_folder(options, folder)
 
 
 def write_photographs(folder: Path, sizes: Sequence[tuple[int, int]], *, count: int) -> None:

@@ -234,9 +234,8 @@ def measure_evaluation(
   """
   del precision
   model = build(classes=num_classes, width=width, depth=depth, stage_blocks=stage_blocks)
-  model.load_state_dict(torch.load(checkpoint, weights_only=False)['state_dict'])
   dataset, seconds, scores = run_test(
-    on_device(model, device).eval(),
+    with_weights(model, checkpoint, device),
     Path(data),
     num_classes=num_classes,
     pipeline=[
@@ -287,10 +286,9 @@ def measure_folder(
   """
   del precision
   model = build(classes=num_classes, width=width, depth=depth, stage_blocks=stage_blocks)
-  model.load_state_dict(torch.load(checkpoint, weights_only=False)['state_dict'])
   with tempfile.TemporaryDirectory() as folder:
     dataset, seconds, _ = run_test(
-      on_device(model, device).eval(),
+      with_weights(model, checkpoint, device),
       Path(data),
       num_classes=num_classes,
       pipeline=[{'type': 'LoadImageFromFile'}, {'type': 'PackSegInputs'}],
@@ -364,6 +362,12 @@ MEASURES: dict[str, Callable[..., Figures]] = {
 def layout_of(device: str) -> torch.memory_format:
   """Returns the fastest memory format of images and kernels on a device."""
   return torch.channels_last if device == 'cuda' else torch.contiguous_format
+
+
+def with_weights(model: torch.nn.Module, checkpoint: str, device: str) -> torch.nn.Module:
+  """Loads weights into a network, on a device and ready to test."""
+  model.load_state_dict(torch.load(checkpoint, weights_only=False)['state_dict'])
+  return on_device(model, device).eval()
 
 
 def on_device(model: torch.nn.Module, device: str) -> torch.nn.Module:

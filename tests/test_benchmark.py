@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import compare, gpu, peer, report
 from benchmarks.report import as_markdown, peak_of
-from nonlocal_jax.cli import benchmark
+from nonlocal_jax.cli import benchmark, benchmark_process
 from nonlocal_jax.cli.measurements import forward_flops, measure
 from nonlocal_jax.data.synthetic import write_demo_set
 from nonlocal_jax.models.config import STAGE_BLOCKS, NonLocalNetConfig
@@ -29,7 +29,7 @@ def in_this_process(monkeypatch):
   def run_child(child, _):
     key = child.measure, json.dumps(child.options)
     if key not in found:
-      found[key] = measure(child.measure, benchmark.started(child))
+      found[key] = measure(child.measure, benchmark_process.started(child))
     return found[key]
 
   monkeypatch.setattr(benchmark, 'run_child', run_child)
@@ -183,7 +183,7 @@ def test_plan_on_a_gpu(script, tmp_path, monkeypatch):
   def run_child(child, folder):
     if child.measure == 'machine':
       return {**MACHINE, 'backend': 'gpu'}
-    children.append((child, benchmark.environment_of(child, folder)))
+    children.append((child, benchmark_process.environment_of(child, folder)))
     return {'error': 'not measured'}
 
   monkeypatch.setattr(benchmark, 'run_child', run_child)

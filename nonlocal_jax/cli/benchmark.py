@@ -9,33 +9,28 @@ and writes them to OUT/results.json.
 """
 
 import argparse
-import dataclasses
 import datetime
 import json
 import os
 import platform
 import re
-import signal
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 
-from nonlocal_jax.cli.program import Parser, child_environment
-from nonlocal_jax.data.synthetic import DEMO, write_demo_set
+from nonlocal_jax.cli.benchmark_plan import planned
+from nonlocal_jax.cli.benchmark_process import Child, run_child
+from nonlocal_jax.cli.program import Parser
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.pretrained import Precision
-from nonlocal_jax.models.config import STAGE_BLOCKS, NonLocalNetConfig
+from nonlocal_jax.models.config import STAGE_BLOCKS
 from nonlocal_jax.runtime.devices import describe, say_advice_on_cuda
 from nonlocal_jax.runtime.files import given_path, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
-from nonlocal_jax.torch_format.writer import write_torch_checkpoint
-from nonlocal_jax.weights.state_dict import to_state_dict
 
 Record = Mapping[str, Any]
 
@@ -51,10 +46,8 @@ SECTIONS = (
   'network',
   'non_local',
 )
-_ON_FOLDERS = ('evaluation', 'folder', 'pipeline')
 _POSITIONS = (1024, 4096, 16384, 65536, 131072)
 _SIZES = ((512, 512), (512, 1024), (769, 769), (1024, 2048))
-_PIPELINE_BATCHES = 20
 _NO_FIGURES = ('section', 'label', 'side', 'options', 'run', 'jax')
 
 
@@ -75,32 +68,6 @@ _ON_GPU = Defaults(
   ['highest', 'high', 'default'],
   repeats=20,
 )
-# Products and copies that fill the device, and are done in a second.
-_CEILING = {False: {'side': 2048, 'gib': 0.25}, True: {'side': 8192, 'gib': 2.0}}
-
-
-@dataclasses.dataclass(frozen=True)
-class Child:
-  """A measurement in its own process.
-
-  Attributes:
-    section: One of `SECTIONS`.
-    label: The label within the section, e.g. '512x1024'.
-    measure: The name of the measurement, see `measurements.MEASURES`.
-    options: Its arguments.
-    side: 'first' starts with an empty compilation cache, 'ours' with a filled one; 'theirs' is the
-      peer.
-    cached: Whether to use a compilation cache, which measurements of a section and label share.
-    program: The arguments of Python, followed by `measure` and `options`.
-  """
-
-  section: str
-  label: str
-  measure: str
-  options: dict[str, Any]
-  side: Literal['first', 'ours', 'theirs'] = 'ours'
-  cached: bool = False
-  program: tuple[str, ...] = ('-m', 'nonlocal_jax.cli.measurements')
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -310,185 +277,3 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
   return {
     name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()
   }
-
-
-def planned(
-  options: argparse.Namespace, folder: Path, *, gpu: bool, peer: Path | None = None
-) -> list[Child]:
-  """Lists the measurements in order.
-
-  Args:
-    options: See `make_parser`.
-    folder: A folder for the images and weights to evaluate.
-    gpu: Whether JAX runs on a GPU. If so, the FLOPs of the network are counted as well, to compare
-      with the peak of the GPU.
-    peer: See `run`; it is measured `options.rounds` times.
-  """
-  network = {'width': options.width, 'depth': options.depth, 'classes': options.classes}
-  wanted = set(options.only)
-  if gpu and wanted & {'inference', 'training'}:
-    wanted.add('network')
-  data = {}
-  if wanted.intersection(_ON_FOLDERS):
-    data = evaluated_folder(options, folder)
-    data |= {'width': options.width, 'depth': options.depth}
-  children = []
-  if 'ceiling' in wanted:
-    children.append(Child('ceiling', '', 'ceiling', _CEILING[gpu]))
-  if 'network' in wanted:
-    sizes = [*options.sizes, *(size[:2] for size in options.train_sizes)]
-    children.append(Child('network', '', 'network', {**network, 'sizes': sizes}))
-  for label, measure, given in timed_calls(options, network, data):
-    if measure not in wanted:
-      continue
-    ours = Child(measure, label, measure, given, cached=True)
-    children.append(dataclasses.replace(ours, side='first'))
-    if peer is None:
-      children.append(ours)
-      continue
-    of_peer = {'stage_blocks': STAGE_BLOCKS[options.depth], 'device': 'cuda' if gpu else 'cpu'}
-    if measure == 'folder':  # we read these from the checkpoint
-      of_peer |= {name: data[name] for name in ('num_classes', 'width', 'depth')}
-    theirs = Child(
-      measure, label, measure, {**given, **of_peer}, side='theirs', program=(str(peer),)
-    )
-    children += [ours, theirs] * options.rounds
-  if 'pipeline' in wanted:
-    batches = {name: data[name] for name in ('data', 'num_classes', 'ignore_labels')}
-    batches['batches'] = _PIPELINE_BATCHES
-    children.append(Child('pipeline', '', 'pipeline', batches))
-  if 'compile' in wanted:
-    for depth in options.compile_depths:
-      once = {**network, 'depth': depth, 'repeats': 1}
-      *size, batch = options.train_sizes[0]
-      training = {**once, 'size': size, 'batch': batch, 'dtype': options.dtypes[0]}
-      children.append(Child('compile', f'training R-{depth}', 'training', training))
-      inference = {**once, 'size': options.sizes[0], 'precision': options.precisions[0]}
-      children.append(Child('compile', f'inference R-{depth}', 'inference', inference))
-  if 'non_local' in wanted:
-    block = {'channels': 8 * options.width, 'positions': options.positions}
-    children.append(Child('non_local', '', 'non_local', block))
-  return children
-
-
-def evaluated_folder(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-  """Prepares images and weights to evaluate; returns arguments for the measurements."""
-  from nonlocal_jax.cli.measurements import random_state
-
-  source, num_classes = options.data, options.num_classes
-  if source is None:
-    source, num_classes = folder / 'synthetic', DEMO.num_classes
-    write_demo_set(source, train=options.limit, val=options.limit)
-  linked = folder / 'data'
-  for split in ('train', 'val'):
-    link_first(source, linked, split, options.limit)
-  checkpoint = options.checkpoint
-  if checkpoint is None:
-    checkpoint = folder / 'random.pth'
-    config = NonLocalNetConfig.from_depth(
-      options.depth, width=options.width, num_classes=num_classes
-    )
-    arrays = to_state_dict(random_state(config), num_batches_tracked={})
-    write_torch_checkpoint(checkpoint, arrays, meta={})
-  return {
-    'data': str(linked),
-    'checkpoint': str(checkpoint.absolute()),
-    'num_classes': num_classes,
-    'ignore_labels': list(options.ignore_label),
-  }
-
-
-def link_first(source: Path, linked: Path, split: str, limit: int) -> None:
-  """Creates a folder of links to the first images of a split and their labels.
-
-  Raises:
-    UserError: If there are no images with labels.
-  """
-  labels = {path.stem: path for path in (source / 'labels' / split).glob('*.png')}
-  images = sorted(path for path in (source / 'images' / split).glob('*') if path.stem in labels)
-  if not images:
-    raise UserError(f'{source} has no images/{split} with labels/{split} of the same stems.')
-  for kind in ('images', 'labels'):
-    (linked / kind / split).mkdir(parents=True)
-  for image in images[:limit]:
-    label = labels[image.stem]
-    (linked / 'images' / split / image.name).symlink_to(image.absolute())
-    (linked / 'labels' / split / label.name).symlink_to(label.absolute())
-
-
-def timed_calls(
-  options: argparse.Namespace, network: dict[str, Any], data: dict[str, Any]
-) -> Iterator[tuple[str, str, dict[str, Any]]]:
-  """Yields label, name and options of the measurements that both sides run."""
-  repeated = {**network, 'repeats': options.repeats}
-  for size in options.sizes:
-    for precision in options.precisions:
-      label = f'{size[0]}x{size[1]}, {precision}'
-      yield label, 'inference', {**repeated, 'size': size, 'precision': precision}
-  for *size, batch in options.train_sizes:
-    for dtype in options.dtypes:
-      label = f'{size[0]}x{size[1]}, batch {batch}, {dtype}'
-      yield label, 'training', {**repeated, 'size': size, 'batch': batch, 'dtype': dtype}
-  if data:
-    for precision in options.precisions:
-      yield precision, 'evaluation', {**data, 'scale': options.eval_scale, 'precision': precision}
-      folder = {'data': data['data'], 'checkpoint': data['checkpoint'], 'precision': precision}
-      yield precision, 'folder', folder
-
-
-def run_child(child: Child, folder: Path, *, timeout: float | None = None) -> dict[str, Any]:
-  """Runs a measurement; returns its results, or an `error` if it fails.
-
-  Args:
-    child: The measurement.
-    folder: A folder for the compilation caches.
-    timeout: The seconds after which it is stopped, which is an error; None for no limit.
-  """
-  with subprocess.Popen(
-    [sys.executable, *child.program, child.measure, json.dumps(started(child))],
-    env=environment_of(child, folder),
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  ) as process:
-    try:
-      stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-      process.kill()
-      return {'error': f'took longer than {timeout:.0f} s'}
-    except BaseException:
-      process.terminate()
-      raise
-  if process.returncode < 0:
-    return {'error': f'ended by {signal.Signals(-process.returncode).name}'}
-  if process.returncode > 0:
-    return {'error': last_line(stderr)}
-  return json.loads(last_line(stdout))
-
-
-def environment_of(child: Child, folder: Path) -> dict[str, str]:
-  """Returns the environment of a measurement, see `run_child`."""
-  environment = {**child_environment(), 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
-  environment['JAX_TRACEBACK_FILTERING'] = 'off'  # so that the last line of stderr is the error
-  if child.measure == 'network':
-    # On other platforms JAX counts the FLOPs of compiled programs only.
-    environment['JAX_PLATFORMS'] = 'cpu'
-  if child.cached:
-    cache = folder / 'compiled' / f'{child.section} {child.label}'
-    environment |= {
-      'JAX_ENABLE_COMPILATION_CACHE': 'true',
-      'JAX_COMPILATION_CACHE_DIR': str(cache),
-    }
-  return environment
-
-
-def started(child: Child) -> dict[str, Any]:
-  """Returns the arguments of a measurement that starts now."""
-  if child.measure in ('inference', 'training') or child.side == 'theirs':
-    return {**child.options, 'started': time.time()}
-  return child.options
-
-
-def last_line(text: str) -> str:
-  """Returns the last nonempty line."""
-  return next((line for line in reversed(text.splitlines()) if line.strip()), '')

@@ -8,14 +8,10 @@ of stdout is a JSON object of the results, with the peak memory of the process.
 
 import json
 import math
-import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,17 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nonlocal_jax.cli.program import child_environment, needs_extra, run_program
+from nonlocal_jax.cli.folder_measurements import (
+  benchmark_config,
+  measure_evaluation,
+  measure_folder,
+  measure_pipeline,
+  of_device_or_host,
+  seconds_of,
+)
+from nonlocal_jax.cli.program import needs_extra, run_program
 from nonlocal_jax.data.datasets import custom_dataset
-from nonlocal_jax.errors import UserError
-from nonlocal_jax.evaluation.report import METRICS, peak_memory_gib
+from nonlocal_jax.evaluation.report import peak_memory_gib
 from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
 from nonlocal_jax.models import Execution, NonLocalBlock, NonLocalNet
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.ops.attention import fastest_attention
 from nonlocal_jax.protocol import EvalProtocol
-from nonlocal_jax.recipes import custom_config
 from nonlocal_jax.runtime.parallel import platform_of, shard_batch
 from nonlocal_jax.weights.description import ModelDescription
 
@@ -53,12 +55,6 @@ def measure(name: str, options: Mapping[str, Any]) -> Figures:
   if 'peak_gib' in figures or 'peak_host_gib' in figures:
     return figures
   return {**of_device_or_host(peak_memory_gib()), **figures}
-
-
-def of_device_or_host(memory: Mapping[str, float | None]) -> Figures:
-  """Returns the peak memory of the device if it is known, else of the host; and of the host."""
-  peak = memory['host'] if memory['device'] is None else memory['device']
-  return {'peak_gib': peak, 'peak_host_gib': memory['host']}
 
 
 def measure_machine() -> Figures:
@@ -165,7 +161,7 @@ def measure_training(
   from nonlocal_jax.training.memory import StepMemory
   from nonlocal_jax.training.train_step import initial_state
 
-  config = _config(classes=classes, width=width, depth=depth)
+  config = benchmark_config(classes=classes, width=width, depth=depth)
   config.train.batch_size, config.train.crop, config.train.dtype = batch, tuple(size), dtype
   config.model.attention = 'auto'
   experiment = Experiment.from_config(config, jax.local_devices()[:1])
@@ -208,115 +204,6 @@ def measure_training(
   }
 
 
-def measure_evaluation(
-  *,
-  data: str,
-  checkpoint: str,
-  scale: Sequence[int],
-  num_classes: int,
-  ignore_labels: Sequence[int],
-  width: int,
-  depth: int,
-  precision: str,
-) -> Figures:
-  """Times the command `eval` on a folder that was not prepared before.
-
-  Args:
-    data: The folder, with images/val and labels/val.
-    checkpoint: The weights.
-    scale: (width, height) of the box that images are resized into.
-    num_classes: Number of classes.
-    ignore_labels: Label values without a class, beside 255.
-    width: Base channels of the network.
-    depth: Layers of its backbone.
-    precision: See nonlocal_jax/recipes.py. Attention is the fastest for it.
-
-  Returns:
-    `total_seconds`, the time of the whole process; `seconds`, that of the evaluation alone; the
-    number of `images`; `mIoU` in percent; and the peak memory of the process.
-
-  Raises:
-    UserError: If the command fails.
-  """
-  with tempfile.TemporaryDirectory() as folder:
-    total, _ = run_command(
-      'eval',
-      '--config=custom',
-      f'--checkpoint={checkpoint}',
-      f'--workdir={folder}/workdir',
-      f'--config.data.source_dir={data}',
-      f'--config.data.data_dir={folder}/prepared',
-      f'--config.data.num_classes={num_classes}',
-      f'--config.data.ignore_labels={tuple(ignore_labels)}',
-      f'--config.eval.scale={tuple(scale)}',
-      f'--config.eval.precision={precision}',
-      '--config.model.attention=auto',
-      f'--config.model.width={width}',
-      f'--config.model.depth={depth}',
-    )
-    report = json.loads((Path(folder) / 'workdir' / METRICS).read_text())
-  return {
-    **of_device_or_host(report['peak_memory_gib']),
-    'seconds': report['seconds'],
-    'total_seconds': total,
-    'images': report['images'],
-    'mIoU': report['mIoU'],
-  }
-
-
-def run_command(*arguments: str) -> tuple[float, str]:
-  """Runs a command of `nonlocal-jax` in a process of its own.
-
-  Returns:
-    The seconds that it took, and what it printed.
-
-  Raises:
-    UserError: If the command fails.
-  """
-  begun = time.perf_counter()
-  done = subprocess.run(
-    [sys.executable, '-m', 'nonlocal_jax', *arguments],
-    env=child_environment(),
-    capture_output=True,
-    text=True,
-  )
-  if done.returncode != 0:
-    raise UserError(f'{arguments[0]} says: {done.stderr.strip().splitlines()[-1]}')
-  return time.perf_counter() - begun, done.stdout
-
-
-def measure_folder(*, data: str, checkpoint: str, precision: str) -> Figures:
-  """Times the command `predict` on the val images of a folder, from files to label maps.
-
-  Args:
-    data: The folder, with images/val.
-    checkpoint: The weights.
-    precision: See `nonlocal_jax.load`. Attention is the fastest for it.
-
-  Returns:
-    `total_seconds`, the time of the whole process; `seconds`, that without the start and loading
-    the weights; the number of `images`; and the peak memory of the process on the host.
-
-  Raises:
-    UserError: If the command fails.
-  """
-  images = Path(data, 'images', 'val')
-  with tempfile.TemporaryDirectory() as folder:
-    total, printed = run_command(
-      'predict',
-      f'--checkpoint={checkpoint}',
-      f'--precision={precision}',
-      '--attention=auto',
-      '--no-overlays',
-      str(images),
-      f'--out={folder}',
-    )
-    written = len(list(Path(folder).glob('*.png')))
-  seconds = float(printed.rpartition(' predicted in ')[-1].partition(' s,')[0])
-  host = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-  return {'seconds': seconds, 'total_seconds': total, 'images': written, 'peak_host_gib': host}
-
-
 def measure_ceiling(*, side: int, gib: float) -> Figures:
   """Times a large matrix product and a large copy on the first device.
 
@@ -354,41 +241,6 @@ def _seconds_in_a_row(call: Callable[[], jax.Array], *, calls: int = 10, rounds:
     jax.block_until_ready(call())
 
   return statistics.median(seconds_of(several) for _ in range(rounds)) / calls
-
-
-def measure_pipeline(
-  *, data: str, num_classes: int, ignore_labels: Sequence[int], batches: int
-) -> Figures:
-  """Times the data pipeline of the recipe in nonlocal_jax/recipes.py without a network.
-
-  Args:
-    data: The folder, with images/train and labels/train.
-    num_classes: Number of classes.
-    ignore_labels: Label values without a class, beside 255.
-    batches: Number of timed batches.
-
-  Returns:
-    `seconds` per batch, the size of a `batch`, the size of a `crop`, and the number of `images` in
-    the folder.
-  """
-  from nonlocal_jax.experiment import Experiment
-
-  config = _config(classes=num_classes)
-  config.data.source_dir, config.data.ignore_labels = data, tuple(ignore_labels)
-  with tempfile.TemporaryDirectory() as folder:
-    config.data.data_dir = folder
-    experiment = Experiment.from_config(config)
-    split = experiment.open_splits(Path(folder), ['train'])['train']
-    stream = experiment.train_batches(split)
-    next(stream)
-    seconds = seconds_of(lambda: [next(stream) for _ in range(batches)]) / batches
-    stream.close()
-  return {
-    'seconds': seconds,
-    'batch': config.train.batch_size,
-    'crop': list(config.train.crop),
-    'images': len(split),
-  }
 
 
 def measure_network(
@@ -488,22 +340,6 @@ def random_state(config: NonLocalNetConfig) -> nnx.State:
       values = rng.uniform(low, low + 0.6, variable.shape)
     arrays[path] = variable.replace(values.astype(np.float32))
   return nnx.from_flat_state(arrays)
-
-
-def _config(*, classes: int, width: int = 64, depth: int = 50):
-  """Returns the config `custom` for a network of the given size."""
-  config = custom_config()
-  config.name = 'benchmark'
-  config.data.num_classes = classes
-  config.model.width, config.model.depth = width, depth
-  return config
-
-
-def seconds_of(action: Callable[[], object]) -> float:
-  """Returns the wall-clock time of a call."""
-  started = time.perf_counter()
-  action()
-  return time.perf_counter() - started
 
 
 if __name__ == '__main__':
