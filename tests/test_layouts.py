@@ -50,11 +50,27 @@ def test_custom_dataset():
     ({}, 'The number of classes of dataset custom is not known: set num_classes, or'),
     ({'classes': ['sky']}, 'has 1 classes; from 2 to 255 are possible'),
     ({'num_classes': 2, 'label_map': [0, 3]}, 'leads to class 3, but there are 2 classes: lead to'),
+    (
+      {'classes': ['__ignore__', '_background_', 'crack']},
+      "Class 0 .* is called '__ignore__', which labelme writes into label files as 255 .* take the "
+      'name out of classes, or, if the label files have 0 there, add 0 to ignore_labels',
+    ),
+    (
+      {'classes': ['_background_', 'crack', '__ignore__'], 'reduce_zero_label': True},
+      'Class 2 .* if the label files have 3 there, add 3 to ignore_labels',
+    ),
   ],
 )
 def test_custom_dataset_that_does_not_fit_together(arguments, sentence):
   with pytest.raises(UserError, match=sentence):
     datasets.custom_dataset(**arguments)
+
+
+def test_a_name_of_labelme_without_a_value_is_no_class():
+  dataset = datasets.custom_dataset(
+    classes=['_background_', 'crack', '__ignore__'], ignore_labels=[2]
+  )
+  assert dataset.label_lookup[:3].tolist() == [0, 1, 255]
 
 
 def test_label_map_is_mmsegs(tmp_path):
@@ -151,7 +167,9 @@ def test_a_wrong_description_is_a_sentence(text, sentence, tmp_path):
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_every_layout_is_listed(layout, tmp_path):
   for split, samples in write_tree(layout, tmp_path).items():
-    assert layouts.list_samples(LAYOUTS[layout], tmp_path, split) == (samples, {}, 0)
+    listing = layouts.list_samples(LAYOUTS[layout], tmp_path, split)
+    assert listing.samples == samples
+    assert not any(listing[1:])
 
 
 @pytest.mark.parametrize(
@@ -169,12 +187,13 @@ def test_the_folder_above_will_do(layout, inner, tmp_path):
   assert layouts.list_samples(LAYOUTS[layout], tmp_path, 'val').samples == expected['val']
 
 
-def test_files_that_are_no_images_are_passed_over_and_lonely_labels_counted(tmp_path):
+def test_files_that_are_no_images_are_told_and_lonely_labels_counted(tmp_path):
   samples = write_tree('custom', tmp_path)
   (tmp_path / 'images/val/.hidden.jpg').write_bytes(b'')
   (tmp_path / 'images/val/notes.txt').write_bytes(b'')
   (tmp_path / 'labels/val/lonely.png').write_bytes(b'')
-  assert layouts.list_samples(CUSTOM, tmp_path, 'val') == (samples['val'], {}, 1)
+  found = layouts.list_samples(CUSTOM, tmp_path, 'val')
+  assert found == (samples['val'], {}, 1, ['notes.txt'])
 
 
 def test_names_in_any_script(tmp_path):
@@ -266,8 +285,8 @@ def move(path):
     (
       'custom',
       lambda root: (root / 'images/train/x.bmp').touch(),
-      'Images {root}/images/train/x.bmp and {root}/images/train/x.tif would share one label map: '
-      'rename one of them.',
+      'Files {root}/images/train/x.bmp and {root}/images/train/x.tif cannot be told apart, since '
+      'neither suffixes nor forms of Unicode count: rename or delete one of them.',
     ),
     (
       'cityscapes',

@@ -1,7 +1,9 @@
 """predict.py: images in, label maps and pictures out."""
 
 import dataclasses
+import os
 import re
+import socket
 import struct
 import zlib
 
@@ -175,6 +177,58 @@ def test_images_that_cannot_be_read_are_listed_and_the_others_done(
   assert [path.name for path in out.iterdir()] == ['a.png']
   said = capsys.readouterr().out
   assert re.fullmatch(rf'1 of 2 images were predicted in \d+\.\d s, to {out}\.', said.strip())
+
+
+def test_what_is_no_file_is_listed_and_never_opened(
+  folder, peer_checkpoint, script, tmp_path, capsys
+):
+  """A pipe to which nobody writes would be waited for without end."""
+  os.mkfifo(folder / 'pipe.png')
+  (folder / 'link.png').symlink_to('nowhere.png')
+  with socket.socket(socket.AF_UNIX) as server:
+    server.bind(os.path.relpath(folder / 'socket.png'))  # the length of its path is limited
+    arguments = [f'--checkpoint={peer_checkpoint}', f'--out={tmp_path / "out"}', *SCALE]
+    status, said = script(predict, folder, *arguments)
+  assert (status, said.splitlines()) == (
+    1,
+    [
+      'error: 3 images failed:',
+      f'  File {folder}/link.png is a link to a file that does not exist.',
+      f'  File {folder}/pipe.png is a pipe or device, no file.',
+      f'  File {folder}/socket.png is a pipe or device, no file.',
+    ],
+  )
+  printed = capsys.readouterr()
+  assert printed.out.startswith('3 of 6 images were predicted')
+  assert (
+    f'1 files whose names do not end as those of images are left out, such as {folder}/notes'
+    in (printed.err)
+  )
+  status, said = script(predict, folder / 'pipe.png', *arguments)
+  assert said == f'error: 1 images failed:\n  File {folder}/pipe.png is a pipe or device, no file.'
+  model = in_box(nonlocal_jax.load(peer_checkpoint))
+  with pytest.raises(UserError, match='is a pipe or device, no file'):
+    model.predict(folder / 'pipe.png')
+  with pytest.raises(UserError, match='is a folder, no file'):
+    model.predict(folder)
+
+
+def test_overlays_too_large_for_jpeg_are_png_files(peer_checkpoint, script, tmp_path, capsys, rng):
+  image = rng.integers(0, 256, (2, 66_000, 3), np.uint8)
+  Image.fromarray(image).save(tmp_path / 'wide.png')
+  arguments = [f'{tmp_path}/wide.*', f'--checkpoint={peer_checkpoint}', f'--out={tmp_path / "out"}']
+  assert script(predict, *arguments, *SCALE) == (None, '')
+  assert f'are PNG files, such as {tmp_path}/out/wide_overlay.png.' in capsys.readouterr().err
+  with (
+    Image.open(tmp_path / 'out/wide_overlay.png') as picture,
+    Image.open(tmp_path / 'out/wide.png') as labels,
+  ):
+    colors = np.asarray(labels.convert('RGB')).astype(int)
+    np.testing.assert_allclose(np.asarray(picture)[:2, :66_000], (image + colors) / 2, atol=1)
+    assert labels.size == (66_000, 2)
+  (tmp_path / 'out/wide_overlay.png').write_bytes((tmp_path / 'wide.png').read_bytes())
+  status, said = script(predict, *arguments, *SCALE)
+  assert (status, 'wide_overlay.png exists and is no earlier prediction' in said) == (1, True)
 
 
 def test_results_are_never_inputs_and_replace_nothing_else(

@@ -303,6 +303,17 @@ def test_label_maps_without_an_image_are_told(tmp_path):
   assert not prepared.check_split(opened['train'], CUSTOM)
 
 
+def test_files_of_other_types_beside_the_images_are_told(tmp_path):
+  write_tree('custom', tmp_path / 'source')
+  (tmp_path / 'source/images/val/photo.heic').write_bytes(b'')
+  opened = preparation.prepare(CUSTOM, tmp_path / 'source', data_dir=tmp_path / 'tfds')
+  assert prepared.check_split(opened['val'], CUSTOM) == [
+    '1 files beside the images of custom-val were left out, such as photo.heic: their names do not '
+    'end as those of its images do.'
+  ]
+  assert not prepared.check_split(opened['train'], CUSTOM)
+
+
 def test_other_sizes_than_the_published_are_told(tmp_path):
   write_tree('ade20k', tmp_path / 'source')
   dataset = datasets.PUBLISHED['ade20k']

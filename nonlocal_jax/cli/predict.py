@@ -27,6 +27,7 @@ from PIL import Image
 
 import nonlocal_jax
 from nonlocal_jax.cli.prediction_files import (
+  JPEG_MAX_SIDE,
   check_not_replaced,
   concerns_one_file,
   is_prediction,
@@ -35,7 +36,7 @@ from nonlocal_jax.cli.prediction_files import (
 )
 from nonlocal_jax.cli.program import Parser, say_weights
 from nonlocal_jax.data.datasets import PUBLISHED
-from nonlocal_jax.data.paths import files_below
+from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, without_suffix
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
@@ -49,8 +50,6 @@ from nonlocal_jax.runtime.files import given_path, make_folder
 from nonlocal_jax.runtime.parallel import data_mesh
 from nonlocal_jax.runtime.pipeline import in_threads, num_cores
 from nonlocal_jax.runtime.progress import progress_bar
-
-_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -123,6 +122,7 @@ def main(arguments: Sequence[str]) -> None:
     )
   images = find_images(options.inputs)
   targets = [options.out / name for name in images]
+  label_maps = {Path(f'{target}.png') for target in targets}
   overlays = options.overlays and not options.submission
   endings = ('.png', '_overlay.jpg') if overlays else ('.png',)
   check_not_replaced([Path(f'{target}{ending}') for target in targets for ending in endings])
@@ -146,6 +146,8 @@ def main(arguments: Sequence[str]) -> None:
   values = submission_values(model) if options.submission else None
   make_folder(options.out)
 
+  large_overlays: list[Path] = []
+
   def write(prediction: Prediction) -> tuple[int, UserError | None]:
     target, label = targets[prediction.index], prediction.labels
     label_map = with_palette(label, model.palette)
@@ -155,7 +157,12 @@ def main(arguments: Sequence[str]) -> None:
       save(label_map, Path(f'{target}.png'))
       if overlays:
         picture = overlay(prediction.image, label, classes=model.classes, palette=model.palette)
-        save(Image.fromarray(picture), Path(f'{target}_overlay.jpg'))
+        path = Path(f'{target}_overlay.jpg')
+        if max(picture.shape) > JPEG_MAX_SIDE:
+          path = path.with_suffix('.png')
+          check_not_replaced([path], but=label_maps)
+          large_overlays.append(path)
+        save(Image.fromarray(picture), path)
     except UserError as error:
       if not concerns_one_file(error):
         raise
@@ -191,6 +198,12 @@ def main(arguments: Sequence[str]) -> None:
   seconds = time.perf_counter() - started
   predicted = len(images) - len(failures)
   print(f'{predicted} of {len(images)} images were predicted in {seconds:.1f} s, to {options.out}.')
+  if large_overlays:
+    print(
+      f'{len(large_overlays)} overlays with more than {JPEG_MAX_SIDE:,} pixels on a side, which '
+      f'JPEG does not allow, are PNG files, such as {large_overlays[0]}.',
+      file=sys.stderr,
+    )
   if failures:
     listed = [failures[index] for index in sorted(failures)]
     raise UserError('\n  '.join([f'{len(failures)} images failed:', *listed]))
@@ -206,9 +219,11 @@ def find_images(inputs: Sequence[str]) -> dict[str, Path]:
     UserError: If an input names no image, or two images would have the same output file.
   """
   found: dict[str, Path] = {}
-  num_left_out = 0
+  num_left_out, others = 0, []
   for given in inputs:
-    named = list(_images_of(given))
+    files = list(_files_of(given))
+    named = [(name, path) for name, path in files if name is not None]
+    others += [path for name, path in files if name is None]
     if not named:
       raise UserError(
         f'{given} is neither an image nor a folder of images nor a pattern that matches any.'
@@ -224,19 +239,26 @@ def find_images(inputs: Sequence[str]) -> dict[str, Path]:
         raise UserError(f'{found[name]} and {path} would both go to {name}.png: rename one.')
   if num_left_out:
     print(f'{num_left_out} results of earlier predictions are left out.', file=sys.stderr)
+  if others:
+    print(
+      f'{len(others)} files whose names do not end as those of images are left out, such as '
+      f'{others[0]}.',
+      file=sys.stderr,
+    )
   return found
 
 
-def _images_of(given: str) -> Iterable[tuple[str, Path]]:
+def _files_of(given: str) -> Iterable[tuple[str | None, Path]]:
+  """The files that an input names, with the names of their results, None for other than images."""
   folder = given_path(given)
   if folder.is_dir():
     for path in files_below(folder):
-      if path.suffix.lower() in _SUFFIXES and path.is_file():
-        yield path.relative_to(folder).with_suffix('').as_posix(), path
+      name = path.relative_to(folder).as_posix()
+      yield without_suffix(name, IMAGE_SUFFIXES), path
     return
   paths = [folder] if folder.is_file() else sorted(glob.glob(str(folder), recursive=True))
   for path in map(Path, paths):
-    if path.is_file():
+    if not path.is_dir():
       yield path.stem, path
 
 

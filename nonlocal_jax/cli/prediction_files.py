@@ -2,14 +2,17 @@
 
 import errno
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
+from nonlocal_jax.data.paths import not_a_file
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import write_whole
+
+JPEG_MAX_SIDE = 65_500  # of libjpeg, in pixels
 
 _MARK = 'nonlocal-jax predict'  # in PNG files as Software, in JPEG files as the comment
 # Errors of one name. After others, such as a full disk, no further file can be written.
@@ -55,6 +58,8 @@ def concerns_one_file(error: UserError) -> bool:
 def is_prediction(path: Path) -> bool:
   """Whether a file was written by `save`."""
   try:
+    if not_a_file(path):
+      return False
     with Image.open(path) as image:
       return _MARK in (image.info.get('Software'), _text(image.info.get('comment')))
   except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
@@ -65,15 +70,19 @@ def _text(comment: object) -> object:
   return comment.decode(errors='replace') if isinstance(comment, bytes) else comment
 
 
-def check_not_replaced(targets: Sequence[Path]) -> None:
+def check_not_replaced(targets: Sequence[Path], *, but: Collection[Path] = ()) -> None:
   """Checks that no file will be replaced but earlier predictions.
+
+  Args:
+    targets: Where files will be written.
+    but: Predictions that must not be replaced either.
 
   Raises:
     UserError: If there is another file in the place of one of `targets`.
   """
   for target in targets:
     try:
-      is_taken = target.is_file() and not is_prediction(target)
+      is_taken = target in but or (target.is_file() and not is_prediction(target))
     except OSError:  # e.g. a name that is too long, which is reported when it is written
       continue
     if is_taken:

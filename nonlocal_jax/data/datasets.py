@@ -17,6 +17,7 @@ from nonlocal_jax.errors import UserError
 Split = Literal['train', 'val']
 Color = tuple[int, int, int]
 DESCRIPTION = 'dataset.json'
+_IGNORED_BY_LABELME = '__ignore__'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ def custom_dataset(
       raise UserError(
         f'Dataset {name} has {num_classes} classes but {len(given)} {what}: give one for each.'
       )
-  return Dataset(
+  dataset = Dataset(
     name,
     names,
     colors,
@@ -145,6 +146,22 @@ def custom_dataset(
     ignore_labels=tuple(ignore_labels),
     label_map=tuple(label_map),
   )
+  _check_no_class_of_labelme(dataset)
+  return dataset
+
+
+def _check_no_class_of_labelme(dataset: Dataset) -> None:
+  """Checks that the names are no list of labelme's, which begins with a name for 255."""
+  if _IGNORED_BY_LABELME not in dataset.classes:
+    return
+  index = dataset.classes.index(_IGNORED_BY_LABELME)
+  values = np.flatnonzero(dataset.label_lookup == index).tolist()
+  if values:
+    raise UserError(
+      f'Class {index} of dataset {dataset.name} is called {_IGNORED_BY_LABELME!r}, which labelme '
+      'writes into label files as 255 and does not count as a class: take the name out of classes, '
+      f'or, if the label files have {values[0]} there, add {values[0]} to ignore_labels.'
+    )
 
 
 def merge_classes(dataset: Dataset, label_map: Sequence[int]) -> Dataset:

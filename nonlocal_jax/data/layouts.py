@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nonlocal_jax.data.datasets import Dataset, Split
-from nonlocal_jax.data.paths import as_path, files_below, not_a_file
+from nonlocal_jax.data.paths import (
+  IMAGE_SUFFIXES,
+  as_path,
+  files_below,
+  in_one_form,
+  not_a_file,
+  read_text,
+  without_suffix,
+)
 from nonlocal_jax.errors import UserError
 
 
@@ -26,11 +34,13 @@ class Listing(NamedTuple):
     incomplete: A sentence on each image that is missing, lacks a label map, or where one of the two
       is no file, by the image's name.
     unused_labels: Number of label maps without an image.
+    passed_over: Files beside the images that are none by their names.
   """
 
   samples: list[Sample]
   incomplete: dict[str, str]
   unused_labels: int = 0
+  passed_over: Sequence[str] = ()
 
 
 def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Split) -> Listing:
@@ -47,9 +57,10 @@ def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Sp
                   ImageSets/Segmentation/{train,val}.txt
                   for more training images, SegmentationClassAug/ID.png (those of aug.txt beside
                   train.txt, if it is there), or SBD's cls/ID.mat and {train,val}.txt
-      custom      images/SPLIT/**/ID.{jpg,jpeg,png,bmp,tif,tiff}
+      custom      images/SPLIT/**/ID.{jpg,png,...}, see `paths.IMAGE_SUFFIXES`
                   labels/SPLIT/**/ID.png
 
+  Suffixes may be in upper case. Names are compared in one form of Unicode, see `paths.in_one_form`.
   SBD is looked for in VOCaug/dataset, VOCaug, benchmark_RELEASE/dataset, SBD/dataset and SBD,
   beside the folder of VOC or in it. Training on VOC takes its train images and SBD's, but none of
   its val images.
@@ -110,7 +121,7 @@ _TREES = {
     parents=('.',),
     images={'train': 'images/train', 'val': 'images/val'},
     labels={'train': 'labels/train', 'val': 'labels/val'},
-    image_suffixes=('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff'),
+    image_suffixes=IMAGE_SUFFIXES,
     label_suffixes=('.png',),
   ),
 }
@@ -119,50 +130,59 @@ _TREES = {
 def _list_tree(dataset: Dataset, source: Path, split: Split) -> Listing:
   tree = _TREES[dataset.layout]
   root = _find_root(dataset, source, tree.parents, tree.images[split])
-  images = _below(root / tree.images[split])
-  labels = _below(root / tree.labels[split])
-  image_of, samples, incomplete = {}, [], {}
-  for name, image in images.items():
-    suffix = next((s for s in tree.image_suffixes if name.lower().endswith(s.lower())), None)
-    if suffix is None:
-      continue
-    stem = name[: -len(suffix)]
-    if stem in image_of:
-      raise UserError(
-        f'Images {image_of[stem]} and {image} would share one label map: rename one of them.'
-      )
-    image_of[stem] = image
-    label = next((f'{stem}{s}' for s in tree.label_suffixes if f'{stem}{s}' in labels), None)
+  image_folder, label_folder = root / tree.images[split], root / tree.labels[split]
+  image_files, label_files = files_below(image_folder), files_below(label_folder)
+  images = _by_stem(image_folder, image_files, tree.image_suffixes)
+  labels = [_by_stem(label_folder, label_files, [suffix]) for suffix in tree.label_suffixes]
+  if not images:
+    raise UserError(
+      f'Folder {image_folder} holds no images: put the {split} images of {dataset.name} there, '
+      f'as {" or ".join(f"ID{suffix}" for suffix in tree.image_suffixes)}.'
+    )
+  other_labels = {  # e.g. TIFF files
+    in_one_form(path.relative_to(label_folder).with_suffix('').as_posix()): path
+    for path in label_files
+  }
+  samples, incomplete = [], {}
+  for stem, image in images.items():
+    name = in_one_form(image.relative_to(image_folder).as_posix())
+    label = next((of_suffix[stem] for of_suffix in labels if stem in of_suffix), None)
     if not label:
-      expected = root / tree.labels[split] / f'{stem}{tree.label_suffixes[-1]}'
-      incomplete[name] = f'Image {image} has no label map: expected {expected}.'
-    elif reason := _no_files(image, labels[label]):
+      expected = label_folder / f'{stem}{tree.label_suffixes[-1]}'
+      found = f', found {other_labels[stem]}' if stem in other_labels else ''
+      incomplete[name] = f'Image {image} has no label map: expected {expected}{found}.'
+    elif reason := _no_files(image, label):
       incomplete[name] = reason
     else:
-      samples.append(Sample(stem, image, labels[label]))
-  if not image_of:
-    raise UserError(
-      f'Folder {root / tree.images[split]} holds no images: put the {split} images of '
-      f'{dataset.name} there, as {" or ".join(f"ID{suffix}" for suffix in tree.image_suffixes)}.'
-    )
-  stems = {
-    name.removesuffix(suffix)
-    for suffix in tree.label_suffixes
-    for name in labels
-    if name.endswith(suffix)
-  }
-  return Listing(samples, incomplete, unused_labels=len(stems - image_of.keys()))
+      samples.append(Sample(stem, image, label))
+  stems = {stem for of_suffix in labels for stem in of_suffix}
+  taken = set(images.values())
+  others = [path.name for path in image_files if path not in taken]
+  return Listing(samples, incomplete, len(stems - images.keys()), others)
+
+
+def _by_stem(folder: Path, files: Sequence[Path], suffixes: Sequence[str]) -> dict[str, Path]:
+  """The files that end with one of the suffixes, by the rest of their relative paths.
+
+  Raises:
+    UserError: If two differ in nothing else.
+  """
+  found: dict[str, Path] = {}
+  for path in files:
+    name = in_one_form(path.relative_to(folder).as_posix())
+    stem = without_suffix(name, suffixes)
+    if stem is not None and found.setdefault(stem, path) != path:
+      raise UserError(
+        f'Files {found[stem]} and {path} cannot be told apart, since neither suffixes nor forms of '
+        'Unicode count: rename or delete one of them.'
+      )
+  return found
 
 
 def _no_files(*paths: Path) -> str | None:
   """A sentence on the first path that is no file, if there is one."""
   found = ((path, not_a_file(path)) for path in paths)
   return next((f'File {path} is {what}: replace it.' for path, what in found if what), None)
-
-
-def _below(folder: Path) -> dict[str, Path]:
-  """The files of a folder, by relative path."""
-  return {path.relative_to(folder).as_posix(): path for path in files_below(folder)}
 
 
 _SBD_FOLDERS = ('VOCaug/dataset', 'VOCaug', 'benchmark_RELEASE/dataset', 'SBD/dataset', 'SBD')
@@ -174,18 +194,19 @@ def _list_voc(dataset: Dataset, source: Path, split: Split) -> Listing:
   ids = _read_ids(lists / f'{split}.txt')
   if not ids:
     raise UserError(f'There are no image names in {lists / f"{split}.txt"}: add them.')
-  labels = _below(root / 'SegmentationClass')
-  sources = {id_: (lists / f'{split}.txt', labels.get(f'{id_}.png')) for id_ in ids}
+  labels = _in_folder(root / 'SegmentationClass', '.png')
+  sources = {id_: (lists / f'{split}.txt', labels.get(id_)) for id_ in ids}
   if split == 'train':
     more = _augmented(root)
     known = {*ids, *_read_ids(lists / 'val.txt')}
     sources |= {id_: found for id_, found in more.items() if id_ not in known}
-  images = _below(root / 'JPEGImages')
+  images = _in_folder(root / 'JPEGImages', '.jpg')
   samples, incomplete = [], {}
   for id_, (id_file, label) in sources.items():
-    image = root / f'JPEGImages/{id_}.jpg'
-    if f'{id_}.jpg' not in images:
-      incomplete[id_] = f'There is no image {image}: add it, or strike it out in {id_file}.'
+    image = images.get(id_)
+    if image is None:
+      expected = root / f'JPEGImages/{id_}.jpg'
+      incomplete[id_] = f'There is no image {expected}: add it, or strike it out in {id_file}.'
     elif label is None:
       incomplete[id_] = f'Image {image}, named in {id_file}, has no label map: add it.'
     elif reason := _no_files(image, label):
@@ -201,10 +222,10 @@ def _augmented(root: Path) -> dict[str, tuple[Path, Path | None]]:
   Raises:
     UserError: If there are none.
   """
-  pngs = _below(root / 'SegmentationClassAug')
+  pngs = _in_folder(root / 'SegmentationClassAug', '.png')
   candidates = (parent / name for parent in (root.parent, root) for name in _SBD_FOLDERS)
   sbd = next((folder for folder in candidates if (folder / 'cls').is_dir()), None)
-  mats = _below(sbd / 'cls') if sbd else {}
+  mats = _in_folder(sbd / 'cls', '.mat') if sbd else {}
   aug_list = root / 'ImageSets/Segmentation/aug.txt'
   if aug_list.is_file():
     listed = dict.fromkeys(_read_ids(aug_list), aug_list)
@@ -212,23 +233,25 @@ def _augmented(root: Path) -> dict[str, tuple[Path, Path | None]]:
     lists = [sbd / f'{split}.txt' for split in ('train', 'val')]
     listed = {id_: id_file for id_file in lists for id_ in sorted(_read_ids(id_file))}
   else:
-    listed = {name.removesuffix('.png'): path for name, path in pngs.items()}
+    listed = pngs
   if not listed:
     raise UserError(
       f'Nothing in or beside {root} is of SBD, the larger part of the training images: put '
       f'{_SBD_FOLDERS[0]} with train.txt, val.txt and cls/*.mat beside it, or SegmentationClassAug '
       'into it.'
     )
-  return {
-    id_: (id_file, pngs.get(f'{id_}.png') or mats.get(f'{id_}.mat'))
-    for id_, id_file in listed.items()
-  }
+  return {id_: (id_file, pngs.get(id_) or mats.get(id_)) for id_, id_file in listed.items()}
+
+
+def _in_folder(folder: Path, suffix: str) -> dict[str, Path]:
+  return _by_stem(folder, files_below(folder), [suffix])
 
 
 def _read_ids(path: Path) -> list[str]:
-  """The image names in a list: the first word of each line."""
-  lines = path.read_text().splitlines() if path.is_file() else []
-  return [line.split()[0] for line in lines if line.strip()]
+  """The image names in a list: the first word of each line, without folder and suffix."""
+  lines = read_text(path).splitlines() if path.is_file() else []
+  names = [in_one_form(line.split()[0]).rpartition('/')[2] for line in lines if line.strip()]
+  return [without_suffix(name, ('.jpg', '.png')) or name for name in names]
 
 
 def _find_root(dataset: Dataset, source: Path, parents: Sequence[str], folder: str) -> Path:

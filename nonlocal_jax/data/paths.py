@@ -1,13 +1,21 @@
-"""Paths of sources: local folders and buckets."""
+"""Paths of sources, local folders and buckets, and the names of the files in them."""
 
+import codecs
 import os
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from etils import epath
 
 from nonlocal_jax.errors import UserError
+
+# How names of image files end: the formats that OpenCV reads.
+IMAGE_SUFFIXES = (
+  *('.jpg', '.jpeg', '.jpe', '.png', '.bmp', '.dib', '.webp', '.tif', '.tiff', '.jp2', '.avif'),
+  *('.gif', '.ppm', '.pgm', '.pbm', '.pnm'),
+)
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
@@ -73,15 +81,65 @@ def _is_hidden(path: Path) -> bool:
   return any(part.startswith('.') for part in path.parts)
 
 
-def not_a_file(path: Path) -> str | None:
-  """Says what a path is that cannot be read as a file is; None for files and what is in buckets.
+def in_one_form(name: str) -> str:
+  r"""Returns a name in the composed form of Unicode (NFC), in which equal names are equal.
+
+  >>> in_one_form('e\u0301.jpg') == '\u00e9.jpg'  # as macOS writes it, and Linux
+  True
+  """
+  return unicodedata.normalize('NFC', name)
+
+
+def without_suffix(name: str, suffixes: Iterable[str]) -> str | None:
+  """Removes from a name the first of some suffixes that it ends with, in any case.
+
+  >>> without_suffix('a.b.JPG', ['.jpeg', '.jpg'])
+  'a.b'
 
   Args:
-    path: A path from `files_below`.
+    name: A file's name.
+    suffixes: Such as '.jpg' or '_labelIds.png'.
+
+  Returns:
+    The rest; None if it ends with none of them.
+  """
+  found = (s for s in suffixes if name[-len(s) :].lower() == s.lower())
+  suffix = next(found, None)
+  return None if suffix is None else name[: -len(suffix)]
+
+
+def read_text(path: Path) -> str:
+  """Reads a text file in UTF-8, or in UTF-16 with a byte-order mark.
+
+  Raises:
+    UserError: If it is neither.
+    OSError: If it cannot be read.
+  """
+  data = path.read_bytes()
+  is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+  try:
+    text = data.decode('utf-16' if is_utf16 else 'utf-8-sig')
+  except UnicodeDecodeError:
+    text = '\0'
+  if '\0' in text:
+    raise UserError(f'File {path} is no text in UTF-8: save it as that.')
+  return text
+
+
+def not_a_file(path: Path) -> str | None:
+  """Says what a path is that must not be opened as a file, which can wait forever.
+
+  Args:
+    path: A path of `as_path`.
+
+  Returns:
+    What it is; None for files, what is missing, and what is in buckets.
   """
   if is_remote(path) or path.is_file():
     return None
-  return 'a pipe or device, no file' if path.exists() else 'a link to a file that does not exist'
+  if path.exists():
+    return 'a folder, no file' if path.is_dir() else 'a pipe or device, no file'
+  return 'a link to a file that does not exist' if path.is_symlink() else None
 
 
 def version_of(path: Path) -> tuple[int, int]:

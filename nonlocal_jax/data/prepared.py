@@ -39,6 +39,7 @@ class PreparedSplit(Sequence):
     label_values: For each raw label value that occurs, its `LabelValue`.
     left_out: A sentence on each sample that was bad and left out.
     unused_labels: Number of label maps without an image.
+    passed_over: Number of files beside the images that are none by their names, and the first.
   """
 
   def __init__(self, name: str, directory: str | os.PathLike[str]):
@@ -63,6 +64,7 @@ class PreparedSplit(Sequence):
       self.sizes: list[tuple[int, int]] = list(map(tuple, metadata['sizes']))
       self.left_out: list[str] = metadata['left_out']
       self.unused_labels: int = metadata['unused_labels']
+      self.passed_over: list = metadata.get('passed_over', [0])  # not in copies of earlier versions
       self.label_values = {
         int(value): LabelValue(*found) for value, found in metadata['label_values'].items()
       }
@@ -171,6 +173,12 @@ def check_split(split: PreparedSplit, dataset: Dataset) -> list[str]:
     odd.append(f'{len(split.left_out):,} bad samples of {split.name} were left out.')
   if split.unused_labels:
     odd.append(f'{split.unused_labels:,} label maps of {split.name} have no image.')
+  if split.passed_over[0]:
+    count, name = split.passed_over
+    odd.append(
+      f'{count:,} files beside the images of {split.name} were left out, such as {name}: their '
+      'names do not end as those of its images do.'
+    )
   return odd + usual_mistakes(split.label_values, dataset, split=split.name)
 
 

@@ -56,12 +56,12 @@ def read_sample(sample: Sample) -> AuditedSample:
   image_bytes = _read(sample.image)
   image = _decode(sample.image, image_bytes, _decode_whole)
   label_bytes = _read(sample.label)
-  if sample.label.suffix == '.mat':
+  if sample.label.suffix.lower() == '.mat':
     label = _decode(sample.label, label_bytes, _decode_sbd)
     label_bytes = _as_png(label)
   else:
     label = _decode(sample.label, label_bytes, transforms.decode_label)
-    if sample.label.name.endswith('_labelIds.png'):
+    if sample.label.name.lower().endswith('_labelids.png'):
       label = cv2.LUT(label, _from_cityscapes_ids())
       label_bytes = _as_png(label)
   if image.shape[:2] != label.shape:

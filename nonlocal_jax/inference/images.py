@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from nonlocal_jax.data.paths import not_a_file
 from nonlocal_jax.data.transforms import decode_image
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.protocol import Size
@@ -106,10 +107,12 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     UserError: If it cannot be read.
     ImageTooLargeError: If it has more pixels than `max_pixels`.
   """
-  num_pixels, limit = _pixels_in_header(path), min(max_pixels, DECODER_MAX_PIXELS)
-  if num_pixels > limit:
-    raise ImageTooLargeError(f'File {path}', num_pixels, limit)
   try:
+    if what := not_a_file(path):
+      raise UserError(f'File {path} is {what}.')
+    num_pixels, limit = _pixels_in_header(path), min(max_pixels, DECODER_MAX_PIXELS)
+    if num_pixels > limit:
+      raise ImageTooLargeError(f'File {path}', num_pixels, limit)
     return decode_image(path.read_bytes())
   except OSError as error:
     raise UserError(f'File {path} cannot be read: {error.strerror}.') from error
@@ -155,7 +158,7 @@ def _size_of(image: ImageLike) -> Size | None:
   try:
     if isinstance(image, Image.Image):
       return _oriented(image)
-    if isinstance(image, str | os.PathLike):
+    if isinstance(image, str | os.PathLike) and not not_a_file(Path(image)):
       with Image.open(image) as file:
         return _oriented(file)
   except _PIL_ERRORS:
