@@ -2,7 +2,6 @@
 
 import ctypes
 import hashlib
-import os
 import platform
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, cast
 
 import jax
 
+from nonlocal_jax.runtime.files import cache_folder
 from nonlocal_jax.runtime.parallel import Platform
 
 # Schedules operations for low memory instead of concurrency.
@@ -60,17 +60,15 @@ def trim_memory_after_compiling() -> None:
 def use_compilation_cache() -> None:
   """Turns on JAX's persistent compilation cache, unless a cache directory is configured already.
 
-  The directory is `nonlocal_jax` in `XDG_CACHE_HOME` or `~/.cache`. Above 4 GiB the least recently
-  used entries are deleted. `JAX_COMPILATION_CACHE_DIR` sets another directory,
-  `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off.
+  The directory is in `files.cache_folder`. Above 4 GiB the least recently used entries are deleted.
+  `JAX_COMPILATION_CACHE_DIR` sets another directory, `JAX_ENABLE_COMPILATION_CACHE=false` turns the
+  cache off.
   """
   if cast(Any, jax.config).jax_compilation_cache_dir is not None:
     return
-  caches = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser()
   # A program compiled for one processor may crash on another that shares the home directory.
-  jax.config.update(
-    'jax_compilation_cache_dir', str(caches / 'nonlocal_jax' / f'compiled_{_processor()}')
-  )
+  folder = cache_folder() / f'compiled_{_processor()}'
+  jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_compilation_cache_max_size', _MAX_CACHE_BYTES)
 
 

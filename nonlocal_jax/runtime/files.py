@@ -17,6 +17,16 @@ def given_path(text: str) -> Path:
   return Path(os.path.expanduser(text))
 
 
+def cache_folder() -> Path:
+  """Returns the folder for what can be made or downloaded again.
+
+  `NONLOCAL_JAX_HOME`, else `nonlocal_jax` in `XDG_CACHE_HOME`, else `~/.cache/nonlocal_jax`.
+  """
+  if home := os.environ.get('NONLOCAL_JAX_HOME'):
+    return given_path(home).absolute()
+  return given_path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').absolute() / 'nonlocal_jax'
+
+
 def make_folder(path: Path) -> None:
   """Makes a folder and those above it, where they are missing.
 

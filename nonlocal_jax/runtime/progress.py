@@ -8,14 +8,21 @@ from nonlocal_jax.runtime.parallel import is_first_process
 
 
 def progress_bar(
-  total: int, description: str, *, unit: str, initial: int = 0, leave: bool = True
+  total: int | None,
+  description: str,
+  *,
+  unit: str,
+  unit_scale: bool = False,
+  initial: int = 0,
+  leave: bool = True,
 ) -> tqdm:
   """Returns a progress bar on stderr with rate and remaining time; silent in all but one process.
 
   Args:
-    total: Number of units of work.
+    total: Number of units of work; None if unknown.
     description: Name of the work.
     unit: Name of a unit.
+    unit_scale: Whether to count in thousands and millions of units, as for bytes.
     initial: Units that are already done.
     leave: Whether the finished bar stays on the screen.
   """
@@ -24,6 +31,7 @@ def progress_bar(
     total=total,
     desc=description,
     unit=unit,
+    unit_scale=unit_scale,
     initial=initial,
     leave=leave,
     disable=not is_first_process(),
