@@ -1,7 +1,9 @@
 """Exceptions that are not bugs: invalid input, wrong usage, and a requested stop."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
 
 
 class UserError(Exception):
@@ -26,10 +28,39 @@ class RunStopped(Exception):
 STOPPED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: run the same command again to resume
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-  """Returns the choice whose spelling is closest to `name`.
+@contextlib.contextmanager
+def explained_by(flags: Mapping[str, str]) -> Iterator[None]:
+  """Adds to a `UserError` the flags of the arguments that it names.
+
+  >>> with explained_by({'skip_bad': '--skip-bad'}):
+  ...   raise UserError('Leave it out with skip_bad.')
+  Traceback (most recent call last):
+  nonlocal_jax.errors.UserError: Leave it out with skip_bad. As a flag: --skip-bad.
+
+  Args:
+    flags: A command's flag for each argument, perhaps with a value.
+  """
+  try:
+    yield
+  except UserError as error:
+    words = set(re.findall(r'\w+', str(error)))
+    named = [flag for argument, flag in flags.items() if argument in words]
+    if not named:
+      raise
+    raise UserError(f'{error} As a flag: {", or ".join(named)}.') from error
+
+
+def nearest(name: str, choices: Iterable[str]) -> str | None:
+  """Returns the choice whose spelling is close to `name`, if there is one.
 
   >>> nearest('trian', ['train', 'eval', 'predict'])
   'train'
+  >>> nearest('dist', ['processes', 'distributed'])
+  'distributed'
+  >>> nearest('steps', ['help', 'out']) is None
+  True
   """
-  return difflib.get_close_matches(name, list(choices), n=1, cutoff=0)[0]
+  choices = list(choices)
+  close = difflib.get_close_matches(name, choices, n=1)
+  longer = (choice for choice in choices if len(name) > 2 and choice.startswith(name))
+  return next(iter(close), None) or next(longer, None)

@@ -50,6 +50,7 @@ def base_config() -> ConfigDict:
   config.data.reduce_zero_label = config_dict.placeholder(bool)
   # For any dataset: class k becomes label_map[k]; 255 and classes beyond its end are ignored.
   config.data.label_map = ()
+  config.data.skip_bad = False  # leaves out samples with a missing or broken file
   config.data.workers = 0  # processes that load batches; 0: threads of the main process
 
   config.train = ConfigDict()
@@ -112,6 +113,24 @@ def base_config() -> ConfigDict:
   return config
 
 
+def fields_of(config: ConfigDict, prefix: str = '') -> list[str]:
+  """Returns the names of all fields of a config, such as 'train.steps'."""
+  found = []
+  for name, value in config.items():
+    is_section = isinstance(value, ConfigDict)
+    found += fields_of(value, f'{prefix}{name}.') if is_section else [f'{prefix}{name}']
+  return found
+
+
+def no_such_field(name: str) -> UserError:
+  """Returns the error on a name that no field of a config has."""
+  known = fields_of(base_config())
+  same_end = [field for field in known if field.rpartition('.')[2] == name.rpartition('.')[2]]
+  likely = nearest(name, same_end) or nearest(name, known) or next(iter(same_end), None)
+  hint = f'; the nearest is config.{likely}.' if likely else ', see --print-config.'
+  return UserError(f'there is no field config.{name}{hint}')
+
+
 def demo_config() -> ConfigDict:
   """Returns the demo: one block per stage, width 8, no augmentation that could crop the disc."""
   config = base_config()
@@ -160,9 +179,10 @@ def get_config(name: str) -> ConfigDict:
   base, _, variant = name.partition(':')
   names = config_names()
   if base not in names:
+    likely = nearest(base, names)
     raise UserError(
-      f'there is no config {base!r}; the nearest is {nearest(base, names)}, of {", ".join(names)}; '
-      'a file is given by its path.'
+      f'there is no config {base!r}; {f"the nearest is {likely}, of " if likely else "there are "}'
+      f'{", ".join(names)}; a file is given by its path.'
     )
   if base in ('custom', 'demo'):
     if variant:

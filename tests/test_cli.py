@@ -127,6 +127,22 @@ def test_a_file_without_a_suffix_goes_before_a_name(tmp_path, monkeypatch):
       ['predict', '--chekpoint=x'],
       'there is no option --chekpoint; the nearest is --checkpoint, see',
     ),
+    (['trainn', '--x'], "there is no command 'trainn'; the nearest is train, see"),
+    (['segment'], "there is no command 'segment'; see nonlocal-jax --help."),
+    (
+      ['train', '--steps=5'],
+      'there is no option --steps; the nearest is --config.train.steps, see nonlocal-jax train -h.',
+    ),
+    (
+      ['train', '--learning-rate', '1'],
+      'there is no option --learning-rate; the nearest is --config.',
+    ),
+    (
+      ['eval', '--batch_size=5'],
+      'there is no option --batch_size; the nearest is --config.eval.batch_size or --config.',
+    ),
+    (['eval', '--dist'], 'there is no option --dist; the nearest is --distributed, see'),
+    (['predict', '--steps=5'], 'there is no option --steps; see nonlocal-jax predict -h.'),
     (['predict', 'a.jpg'], 'the following arguments are required: --checkpoint, --out; see'),
     (['convert', 'a', 'b', 'c'], 'unrecognized arguments: c; see nonlocal-jax convert --help'),
   ],

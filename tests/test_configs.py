@@ -15,7 +15,7 @@ from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.experiment import Experiment
 from nonlocal_jax.models.nonlocal_net import state_shapes
-from nonlocal_jax.recipes import demo_config, variant_name
+from nonlocal_jax.recipes import base_config, demo_config, fields_of, variant_name
 from nonlocal_jax.weights.released import RELEASED, released_model, released_model_of_file
 from tests import peer
 
@@ -214,12 +214,20 @@ def test_errors_in_a_config_file_are_said_with_their_line(text, said, tmp_path, 
 @pytest.mark.parametrize(
   ('setting', 'said'),
   [
-    ('train.class_weights=("a","b")', 'numbers that are not negative'),
+    ('train.class_weights=("a","b")', 'numbers that are finite and not negative'),
     ('train.crop=("a","b")', 'two positive numbers'),
     ('train.crop=(64.5,64)', 'whole numbers'),
     ('data.ignore_labels=("a",)', 'whole numbers from 0 to 255'),
     ('model.width=1', 'a number of at least 2'),
     ('train.precision=hihgest', 'one of default, high'),
+    ('seed=-1', 'a number of at least 0'),
+    ('train.steps=2147483648', 'below 2'),
+    ('train.ratio_range=(0.5,float("nan"))', 'two positive numbers'),
+    ('train.class_weights=(1,1e999)', 'numbers that are finite and not negative'),
+    ('data.classes=("a",3)', 'names'),
+    ('data.palette=((1,2,3),(1,2,256))', r'\(red, green, blue\) of each class'),
+    ('train.flip_probability=1.01', r'a number in \[0, 1\]'),
+    ('optimizer.momentum=1', r'a number in \[0, 1\)'),
   ],
 )
 def test_values_of_a_wrong_kind_are_refused(setting, said):
@@ -230,8 +238,48 @@ def test_values_of_a_wrong_kind_are_refused(setting, said):
     Experiment.from_config(config)
 
 
+@pytest.mark.parametrize('value', ['nan', 'inf', '-inf', '-1'])
+def test_every_float_must_be_finite_and_in_range(value):
+  fields = [
+    name for name in fields_of(base_config()) if isinstance(field_of(base_config(), name), float)
+  ]
+  assert len(fields) > 10
+  for name in fields:
+    config = read_config(['--config=demo', f'--config.{name}={value}'])
+    with pytest.raises(UserError, match=rf'^config\.{name} is {float(value)}; it must be a '):
+      Experiment.from_config(config)
+
+
+def field_of(config, name):
+  """A field of a config by its full name."""
+  for part in name.split('.'):
+    config = config[part]
+  return config
+
+
+@pytest.mark.parametrize(
+  ('setting', 'sentence'),
+  [
+    ('train.steps=abc', "config.train.steps is 'abc'; it must be a whole number."),
+    ('model.width=3.5', "config.model.width is '3.5'; it must be a whole number."),
+    ('optimizer.power=x', "config.optimizer.power is 'x'; it must be a number."),
+    ('eval.keep_ratio=maybe', "config.eval.keep_ratio is 'maybe'; it must be True or False."),
+    ('trian.steps=3', 'there is no field config.trian.steps; the nearest is config.train.steps.'),
+    ('steps=3', 'there is no field config.steps; the nearest is config.train.steps.'),
+    ('zyx=3', 'there is no field config.zyx, see --print-config.'),
+    ('train=3', 'config.train is a section; set its fields, such as config.train.accumulate.'),
+  ],
+)
+def test_errors_of_flags_name_the_full_field(setting, sentence):
+  with pytest.raises(UserError) as error:
+    read_config(['--config=demo', f'--config.{setting}'])
+  assert str(error.value) == sentence
+
+
 def test_a_misspelt_field_in_a_file_is_refused():
   config = demo_config()
   config.train.stepz = 5
-  with pytest.raises(UserError, match=r'no field config.train.stepz; the nearest is train.steps'):
+  with pytest.raises(
+    UserError, match=r'no field config\.train\.stepz; the nearest is config\.train\.steps'
+  ):
     Experiment.from_config(config)

@@ -189,7 +189,7 @@ def test_pictures_of_what_training_sees(described, script, tmp_path, capsys):
     (['--config=nowhere.py'], 'error: there is no config file nowhere.py'),
     (
       [f'--config={ROOT}/configs/custom.py', '--config.train.stepz=1'],
-      'error: the config has no such field',
+      'error: there is no field config.',
     ),
     (
       [f'--config={ROOT}/configs/custom.py', '--config.train.steps=0'],

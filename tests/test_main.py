@@ -162,7 +162,10 @@ def test_published_configs_evaluate_as_the_original(
       'dtype is float16; it must be float32 or bfloat16',
     ),
     ([DEMO, '--config.train.batch_norm=local'], 'it must be global or per_device or frozen'),
-    ([DEMO, '--config.train.ema_decay=1.0'], 'train.ema_decay is 1.0; it must be in [0, 1)'),
+    (
+      [DEMO, '--config.train.ema_decay=1.0'],
+      'ema_decay is 1.0; it must be a number in [0, 1)',
+    ),
     ([DEMO, '--config.train.class_weights=(1.0,)'], 'class_weights has 1 weights, but there are 8'),
     ([DEMO, '--config.optimizer.schedule=v2'], 'optimizer.schedule is v2; it must be v0 or v1'),
     ([f'--config={ROOT}/configs/ade20k_r50.py:20k'], "no variant '20k' was published"),
@@ -172,7 +175,7 @@ def test_published_configs_evaluate_as_the_original(
     ),
     (
       [DEMO, '--config.model.dept=50'],
-      'has no such field: dept. Did you mean "depth"',
+      'there is no field config.model.dept; the nearest is config.model.depth',
     ),
     ([DEMO, '--config.model.depth=deep'], 'depth'),
     (

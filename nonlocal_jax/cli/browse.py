@@ -16,7 +16,7 @@ from nonlocal_jax.cli.program import Parser
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.recipes import config_names
+from nonlocal_jax.recipes import base_config, config_names, fields_of
 from nonlocal_jax.runtime.files import given_path, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
   )
   parser.add_argument('--out', required=True, type=given_path, help='output folder')
   parser.add_argument('--count', type=int, default=16, help='number of samples; default: 16')
-  options, rest = parser.parse_with_config(arguments)
+  options, rest = parser.parse_with_config(arguments, fields_of(base_config()))
   if options.count < 1:
     raise UserError(f'--count is {options.count}; it must be at least 1.')
   config = read_config([f'--config={options.config}', *rest])

@@ -24,7 +24,7 @@ from typing import Any
 from nonlocal_jax.cli.program import Parser, child_environment
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
-from nonlocal_jax.recipes import variant_name
+from nonlocal_jax.recipes import base_config, fields_of, variant_name
 from nonlocal_jax.runtime.devices import SAID
 from nonlocal_jax.runtime.files import given_path, parse_object, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--out', type=given_path, default=Path('published'), help='default: published'
   )
-  options, settings = parser.parse_with_config(arguments)
+  options, settings = parser.parse_with_config(arguments, fields_of(base_config()))
   files = find_released(options.checkpoints)
   started = itertools.count()
 

@@ -5,7 +5,7 @@ import inspect
 import os
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -18,6 +18,13 @@ Config = ConfigDict  # for the annotations of the commands, which do not import 
 
 # A name such as ade20k_r101 or ade20k_r101:512x512_80k, and not a path.
 _NAME = re.compile(r'(?P<name>[A-Za-z0-9_-]+)(:.*)?')
+
+# What a value must be, by the beginning of absl's message on one that is not.
+_KINDS = {
+  'invalid literal for int': 'a whole number',
+  'could not convert string to float': 'a number',
+  r"\('Non-boolean": 'True or False',
+}
 
 
 def read_config(arguments: Sequence[str]) -> ConfigDict:
@@ -48,6 +55,7 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
   if match and not Path(match['name']).is_file():
     recipes.get_config(named)  # raises if the name or variant is unknown
     path = f'{recipes.__file__}:{named}'
+  _check_fields(fields_set(rest))
   values = flags.FlagValues()
   arguments = [f'--config={path}', *rest]
   config = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=['', *arguments])
@@ -63,6 +71,17 @@ def read_config(arguments: Sequence[str]) -> ConfigDict:
         f'get_config() in {named} returns no config; begin with that of a file in configs/.'
       ) from error
     return found
+
+
+def _check_fields(names: Iterable[str]) -> None:
+  """Checks that the command line sets fields that exist."""
+  known = recipes.fields_of(recipes.base_config())
+  for name in sorted(names):
+    inner = next((field for field in known if field.startswith(f'{name}.')), None)
+    if inner:
+      raise UserError(f'config.{name} is a section; set its fields, such as config.{inner}.')
+    if name.partition('[')[0] not in known and not name.startswith('published.'):
+      raise recipes.no_such_field(name)
 
 
 def fields_set(arguments: Sequence[str]) -> frozenset[str]:
@@ -102,7 +121,11 @@ def _config_errors(named: str) -> Iterator[None]:
     message = str(error).replace('\\n', '. ').replace('\\', '').replace("'", '')  # quoted twice
     raise UserError(f'the config has no such field: {message}') from error
   except (TypeError, ValueError, flags.Error) as error:
-    raise UserError(' '.join(str(error).split())) from error
+    text = ' '.join(str(error).split())
+    for sign, kind in _KINDS.items():
+      if wrong := re.match(rf'flag --(config\.[^=]+)=(.*?): {sign}', text):
+        raise UserError(f'{wrong[1]} is {wrong[2]!r}; it must be {kind}.') from error
+    raise UserError(text) from error
 
 
 @contextlib.contextmanager

@@ -59,7 +59,8 @@ def run(arguments: Sequence[str]) -> None:
   if command not in COMMANDS:
     likely = nearest(command, COMMANDS)
     raise UsageError(
-      f'there is no command {command!r}; the nearest is {likely}, see nonlocal-jax --help.'
+      f'there is no command {command!r};{f" the nearest is {likely}," if likely else ""} see '
+      'nonlocal-jax --help.'
     )
   module, _ = COMMANDS[command]
   with needs_extra(command):

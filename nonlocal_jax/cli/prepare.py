@@ -27,6 +27,7 @@ from nonlocal_jax.data.datasets import (
 )
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.transforms import IGNORE
+from nonlocal_jax.errors import explained_by
 
 if TYPE_CHECKING:
   from nonlocal_jax.data.prepared import PreparedSplit
@@ -57,13 +58,14 @@ def main(arguments: Sequence[str]) -> None:
     dataset = custom_dataset(
       **(description if described else {**description, 'num_classes': IGNORE})
     )
-  splits = prepare(
-    dataset,
-    options.source,
-    splits=options.splits,
-    data_dir=options.data_dir,
-    skip_bad=options.skip_bad,
-  )
+  with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
+    splits = prepare(
+      dataset,
+      options.source,
+      splits=options.splits,
+      data_dir=options.data_dir,
+      skip_bad=options.skip_bad,
+    )
   counted = dataset.name == 'custom' and not described
   if counted:
     dataset = one_class_per_value(splits.values(), dataset, description)

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -88,22 +88,32 @@ class Parser(argparse.ArgumentParser):
     self._refuse_unknown(arguments)
     return self.parse_args(arguments)
 
-  def parse_with_config(self, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parses the options of a command; returns the remaining arguments for `read_config`."""
-    self._refuse_unknown(arguments, but='--config.')
+  def parse_with_config(
+    self, arguments: Sequence[str], fields: Sequence[str]
+  ) -> tuple[argparse.Namespace, list[str]]:
+    """Parses the options of a command; returns the remaining arguments for `read_config`.
+
+    Args:
+      arguments: The command line.
+      fields: Names of the config's fields, which errors may suggest.
+    """
+    self._refuse_unknown(arguments, fields=fields, but=('--config.', '--noconfig.'))
     return self.parse_known_args(arguments)
 
-  def _refuse_unknown(self, arguments: Sequence[str], but: str | None = None) -> None:
+  def _refuse_unknown(
+    self, arguments: Sequence[str], fields: Sequence[str] = (), but: tuple[str, ...] = ()
+  ) -> None:
     """Raises for unknown options, which argparse would report after missing ones."""
     known = self._option_string_actions
     for argument in arguments:
       option = argument.partition('=')[0]
       if option == '--':
         return
-      if option.startswith('--') and option not in known and not (but and option.startswith(but)):
-        likely = nearest(option, known)
+      if option.startswith('--') and option not in known and not option.startswith(but or '='):
+        likely = _likely(option, known, fields)
         raise UsageError(
-          f'there is no option {option}; the nearest is {likely}, see {self.prog} -h.'
+          f'there is no option {option};{f" the nearest is {likely}," if likely else ""} see '
+          f'{self.prog} -h.'
         )
 
   def print_help(self, file=None):
@@ -113,6 +123,19 @@ class Parser(argparse.ArgumentParser):
   def error(self, message: str) -> NoReturn:
     """Raises `UsageError`."""
     raise UsageError(f'{message}; see {self.prog} --help.')
+
+
+def _likely(option: str, known: Iterable[str], fields: Sequence[str]) -> str | None:
+  """The option or fields of the config that are probably meant by an unknown option."""
+  meant: dict[str, list[str]] = {}
+  for name in known:
+    if name.startswith('--'):
+      meant[name[2:].replace('-', '_')] = [name]
+  for field in fields:
+    for name in {field, field.rpartition('.')[2]}:
+      meant.setdefault(name, []).append(f'--config.{field}')
+  likely = nearest(option[2:].replace('-', '_'), meant)
+  return ' or '.join(meant[likely]) if likely else None
 
 
 @contextlib.contextmanager

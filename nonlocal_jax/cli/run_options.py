@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nonlocal_jax.cli.config import Config, config_text, fields_set, read_config
 from nonlocal_jax.cli.program import Parser, print_and_exit
-from nonlocal_jax.recipes import base_config, config_names
+from nonlocal_jax.recipes import base_config, config_names, fields_of
 from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import join_processes
 
@@ -76,7 +76,7 @@ def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace,
   Raises:
     UserError: If an option, a field or a value is invalid.
   """
-  options, rest = parser.parse_with_config(arguments)
+  options, rest = parser.parse_with_config(arguments, fields_of(base_config()))
   config = read_config([f'--config={options.config}', *rest])
   if options.print_config:
     print_and_exit(config_text(config))

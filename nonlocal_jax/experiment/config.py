@@ -1,10 +1,7 @@
-"""Reads and checks a `ConfigDict`; no other module looks into one."""
+"""Reads a `ConfigDict`; no other module but `config_values` looks into one."""
 
-import contextlib
 import dataclasses
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,12 +18,12 @@ from nonlocal_jax.data.datasets import (
 )
 from nonlocal_jax.data.prepared import prepared_description
 from nonlocal_jax.data.transforms import AugmentConfig
-from nonlocal_jax.errors import UserError, nearest
+from nonlocal_jax.errors import UserError, explained_by
+from nonlocal_jax.experiment.config_values import check_names, check_values
 from nonlocal_jax.models import Execution, NonLocalNetConfig
-from nonlocal_jax.models.config import STAGE_BLOCKS, chosen_attention
+from nonlocal_jax.models.config import chosen_attention
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
-from nonlocal_jax.recipes import base_config
 from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh
 from nonlocal_jax.training.loop import ScheduleConfig
@@ -34,14 +31,14 @@ from nonlocal_jax.training.loss import LossConfig, Ohem
 from nonlocal_jax.training.optimizer import OptimizerConfig
 from nonlocal_jax.training.train_step import StepConfig
 
-_PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
-# Arguments of the data that errors name, and how their values are written.
-_DATA_FLAGS = {
-  'source_dir': 'DIR',
-  'data_dir': 'DIR',
-  'num_classes': 'NUMBER',
-  'ignore_labels': "'(VALUE,)'",
-  'reduce_zero_label': 'True',
+# Arguments of the data that errors name, and the flags that set them.
+DATA_FLAGS = {
+  'source_dir': '--config.data.source_dir=DIR',
+  'data_dir': '--config.data.data_dir=DIR',
+  'num_classes': '--config.data.num_classes=NUMBER',
+  'ignore_labels': "--config.data.ignore_labels='(VALUE,)'",
+  'reduce_zero_label': '--config.data.reduce_zero_label=True',
+  'skip_bad': '--config.data.skip_bad=True',
 }
 _DATASET_FIELDS = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
 
@@ -54,11 +51,13 @@ class DataConfig:
     source_dir: Folder or bucket in the layout of the dataset's authors; None to open data that was
       prepared before.
     data_dir: Folder of the prepared data; None for the default, see `preparation.prepare`.
+    skip_bad: Whether to leave out bad samples, see `preparation.prepare`.
     workers: Number of processes that load batches; 0 for threads of the main process.
   """
 
   source_dir: str | None
   data_dir: str | None
+  skip_bad: bool
   workers: int
 
 
@@ -90,8 +89,8 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
   Raises:
     UserError: See `Experiment.from_config`.
   """
-  _check_names(config)
-  _check_values(config)
+  check_names(config)
+  check_values(config)
   dataset, mesh = _dataset(config), data_mesh(devices)
   weights = config.train.class_weights
   if weights and len(weights) != dataset.num_classes:
@@ -133,6 +132,7 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
     'data': DataConfig(
       source_dir=config.data.source_dir or None,
       data_dir=config.data.data_dir or None,
+      skip_bad=config.data.skip_bad,
       workers=config.data.workers,
     ),
     'network': network,
@@ -197,21 +197,6 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
   }
 
 
-@contextlib.contextmanager
-def explained_by_flags() -> Iterator[None]:
-  """Adds to an error of the data the flags of the arguments that it names."""
-  try:
-    yield
-  except UserError as error:
-    words = re.findall(r'\w+', str(error))
-    flags = [
-      f'--config.data.{name}={value}' for name, value in _DATA_FLAGS.items() if name in words
-    ]
-    if not flags:
-      raise
-    raise UserError(f'{error} As a flag: {", or ".join(flags)}.') from error
-
-
 def _dataset(config: ConfigDict) -> Dataset:
   """Returns the dataset of a config; a custom one also reads its `dataset.json`.
 
@@ -223,7 +208,7 @@ def _dataset(config: ConfigDict) -> Dataset:
   if data.reduce_zero_label is not None:
     given['reduce_zero_label'] = data.reduce_zero_label
   if data.dataset == 'custom':
-    with explained_by_flags():
+    with explained_by(DATA_FLAGS):
       return custom_dataset(**{**_description(data), **given})
   datasets = {**PUBLISHED, 'demo': synthetic.DEMO}
   if data.dataset not in datasets:
@@ -300,107 +285,3 @@ def _attention(
     )
   except UserError as error:
     raise UserError(f'config.model.{error}') from error
-
-
-def _check_values(config: ConfigDict) -> None:
-  """Checks the range of each value.
-
-  Raises:
-    UserError: If a value is out of range; the message names its key.
-  """
-  counts = ('train.steps', 'train.batch_size', 'train.log_every', 'eval.every', 'checkpoint.every')
-  counts += ('eval.shapes', 'train.accumulate', 'train.ohem_min_kept')
-  pairs = ('train.scale', 'train.crop', 'train.ratio_range')
-  windows = ('eval.window_crop', 'eval.window_stride')
-  optional = (*windows, 'eval.scale', 'eval.scale_factor')
-  if config.eval.batch_size is not None:
-    counts += ('eval.batch_size',)
-  for key in (*counts, 'checkpoint.keep'):
-    _expect(_value(config, key) >= 1, config, key, 'a number of at least 1')
-  _expect(config.model.width >= 2, config, 'model.width', 'a number of at least 2')
-  _expect(0 <= config.model.dropout < 1, config, 'model.dropout', 'in [0, 1)')
-  depths = ', '.join(map(str, STAGE_BLOCKS))
-  _expect(config.model.depth in STAGE_BLOCKS, config, 'model.depth', f'one of {depths}')
-  for key in ('train.precision', 'eval.precision'):
-    _expect(_value(config, key) in _PRECISIONS, config, key, f'one of {", ".join(_PRECISIONS)}')
-  for key in (*pairs, *(key for key in optional if _value(config, key))):
-    _expect(_are_two_positive, config, key, 'two positive numbers')
-  for key in ('train.scale', 'train.crop', 'eval.scale', *windows):
-    _expect(_are_whole, config, key, 'whole numbers')
-  both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
-  _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
-  alone = not (config.eval.scale and config.eval.scale_factor)
-  _expect(alone, config, 'eval.scale_factor', 'empty, or config.eval.scale')
-  choices = {
-    'model.attention': ('blocks', 'cudnn', 'flash', 'auto'),
-    'model.convolution': ('fast', 'direct'),
-    'eval.protocol': ('v0', 'v1'),
-    'optimizer.schedule': ('v0', 'v1'),
-    'train.batch_norm': ('global', 'per_device', 'frozen'),
-    'train.dtype': ('float32', 'bfloat16'),
-  }
-  for key, values in choices.items():
-    _expect(_value(config, key) in values, config, key, ' or '.join(values))
-  has_block = config.model.non_local or config.model.attention in ('blocks', 'auto')
-  _expect(has_block, config, 'model.attention', 'blocks without the non-local block')
-  _expect(0 <= config.train.ema_decay < 1, config, 'train.ema_decay', 'in [0, 1)')
-  _expect(config.optimizer.head_multiplier > 0, config, 'optimizer.head_multiplier', 'positive')
-  _expect(_are_weights, config, 'train.class_weights', 'numbers that are not negative')
-  if config.data.num_classes is not None:
-    _expect(2 <= config.data.num_classes <= 255, config, 'data.num_classes', 'from 2 to 255')
-  for key in ('data.ignore_labels', 'data.label_map'):
-    _expect(_are_label_values, config, key, 'whole numbers from 0 to 255')
-
-
-def _are_two_positive(values: Sequence[float]) -> bool:
-  return len(values) == 2 and min(values) > 0 and math.isfinite(sum(values))
-
-
-def _are_whole(values: Sequence[float]) -> bool:
-  return all(value == int(value) for value in values)
-
-
-def _are_weights(values: Sequence[float]) -> bool:
-  return all(0 <= value < math.inf for value in values)
-
-
-def _are_label_values(values: Sequence[int]) -> bool:
-  return _are_whole(values) and all(0 <= value <= 255 for value in values)
-
-
-def _check_names(config: ConfigDict) -> None:
-  """Checks that a config has only known fields: a misspelt one would have no effect.
-
-  Raises:
-    UserError: If it has others.
-  """
-  known = dict(_fields(base_config()))
-  for key in dict(_fields(config)):
-    if key not in known and not key.startswith('published.'):  # facts of a published model
-      raise UserError(f'There is no field config.{key}; the nearest is {nearest(key, known)}.')
-
-
-def _fields(config: ConfigDict, prefix: str = '') -> Iterator[tuple[str, Any]]:
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from _fields(value, f'{prefix}{name}.')
-    else:
-      yield f'{prefix}{name}', value
-
-
-def _value(config: ConfigDict, key: str) -> Any:
-  section, name = key.split('.')
-  return config[section][name]
-
-
-def _expect(
-  holds: bool | Callable[[Any], bool], config: ConfigDict, key: str, expected: str
-) -> None:
-  """Raises `UserError` if a value is not as expected, or not of a type that can be."""
-  value = _value(config, key)
-  try:
-    is_expected = holds(value) if callable(holds) else holds
-  except (TypeError, ValueError, OverflowError):  # e.g. strings in a tuple of numbers
-    is_expected = False
-  if not is_expected:
-    raise UserError(f'config.{key} is {value}; it must be {expected}.')

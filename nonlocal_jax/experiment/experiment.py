@@ -16,15 +16,15 @@ from nonlocal_jax.data.loader import TrainIterator, train_batches
 from nonlocal_jax.data.preparation import prepare
 from nonlocal_jax.data.prepared import PreparedSplit, open_prepared, report_split
 from nonlocal_jax.data.transforms import AugmentConfig
-from nonlocal_jax.errors import UserError
+from nonlocal_jax.errors import UserError, explained_by
 from nonlocal_jax.evaluation.evaluate import comparable_miou, show_evaluation, write_evaluation
 from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
 from nonlocal_jax.evaluation.report import ReportFacts, published_line
 from nonlocal_jax.experiment.config import (
+  DATA_FLAGS,
   ConfigDict,
   DataConfig,
   EvalConfig,
-  explained_by_flags,
   read_config,
 )
 from nonlocal_jax.experiment.recorded import protocol_of_evaluation
@@ -380,11 +380,17 @@ class Experiment:
     if self.dataset.name == synthetic.DEMO.name and source_dir is None:
       source_dir = str(workdir / 'demo_set')
       synthetic.write_demo_set(workdir / 'demo_set')
-    with explained_by_flags():
+    with explained_by(DATA_FLAGS):
       if source_dir is None:
         opened = open_prepared(self.dataset, splits=splits, data_dir=data_dir)
       else:
-        opened = prepare(self.dataset, source_dir, splits=splits, data_dir=data_dir)
+        opened = prepare(
+          self.dataset,
+          source_dir,
+          splits=splits,
+          data_dir=data_dir,
+          skip_bad=self.data.skip_bad,
+        )
       for split in opened.values():
         report_split(split, self.dataset)
     return opened
