@@ -216,3 +216,51 @@ def test_keys_in_blocks_without_a_softmax_are_an_error():
 def test_unknown_mode_is_an_error():
   with pytest.raises(ValueError, match="mode is 'sum', expected one of embedded_gaussian"):
     NonLocalBlock(4, mode='sum', rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('sub_sample', [False, True], ids=['whole', 'sub_sample'])
+def test_rows_of_weights_are_those_of_mmcvs_matrix(rng, mode, sub_sample):
+  """In batches, and with garbage in the padding."""
+  theirs = peer_block(6, mode=mode, norm=True, sub_sample=sub_sample)
+  ours = NonLocalBlock(6, mode=mode, sub_sample=sub_sample, rngs=nnx.Rngs(0))
+  copy_weights(theirs, ours)
+  sizes, positions = [(6, 8), (4, 6)], [[(0, 0), (5, 7)], [(3, 5), (2, 1)]]
+  x = 2 * rng.normal(size=(2, 6, 8, 6)).astype(np.float32)
+  weights = ours.pairwise_weights(
+    jnp.asarray(x), jnp.asarray(positions), sizes=jnp.asarray(sizes, jnp.int32)
+  )
+  factor = 2 if sub_sample else 1
+  for image, (height, width), places, found in zip(x, sizes, positions, weights, strict=True):
+    tensor = torch.as_tensor(image[:height, :width].transpose(2, 0, 1))[None]
+    theta, phi = (tensor.flatten(2), theirs.phi(tensor) if sub_sample else tensor)
+    if mode == 'gaussian':
+      theta, phi = theta.mT, phi.flatten(2)
+    else:
+      theta, phi = theirs.theta(tensor).flatten(2), theirs.phi(tensor).flatten(2)
+      theta, phi = (
+        (theta[..., None], phi[:, :, None]) if mode == 'concatenation' else (theta.mT, phi)
+      )
+    with torch.no_grad():
+      matrix = getattr(theirs, mode)(theta, phi)[0].numpy()
+    for (row, column), of_query in zip(places, np.asarray(found), strict=True):
+      inside = of_query[: height // factor, : width // factor]
+      bound = 1e-6 * max(1, np.abs(matrix).max())
+      assert_allclose(inside.ravel(), matrix[row * width + column], atol=bound)
+      assert of_query.sum() == pytest.approx(inside.sum())
+  if 'gaussian' in mode:
+    assert_allclose(weights.sum(axis=(2, 3)), 1, atol=1e-6)
+
+
+def test_rows_of_weights_take_memory_for_rows_alone():
+  """Of 16,384 positions the matrix has 1 GiB."""
+  block = NonLocalBlock(8, rngs=nnx.Rngs(0))
+  graphdef, state = nnx.split(block)
+
+  def rows(state, x, positions):
+    return nnx.merge(graphdef, state).pairwise_weights(x, positions)
+
+  x = jax.ShapeDtypeStruct((1, 128, 128, 8), jnp.float32)
+  positions = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
+  memory = jax.jit(rows).lower(state, x, positions).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 4 * 2**20

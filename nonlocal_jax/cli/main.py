@@ -20,6 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
   'train': ('train', 'Train a network, or resume where a run was stopped.'),
   'eval': ('evaluate', 'Evaluate weights on the val images of a dataset.'),
   'predict': ('predict', 'Segment images: write label maps and overlays.'),
+  'attention': ('attention', 'Draw where pixels look, over an image.'),
   'convert': ('convert', 'Convert .pth checkpoints, and weights trained here to .pth files.'),
   'prepare': ('prepare', 'Check a dataset and pack it into ArrayRecord files.'),
   'browse': ('browse', 'Draw augmented training samples and count the pixels of each class.'),

@@ -86,8 +86,7 @@ class Predictor:
       model = nnx.merge(graphdef, state)
       n, count = windows['images'].shape[:2]
       flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in windows.items()}
-      images = flat['images'][..., ::-1] if protocol.channel_order == 'bgr' else flat['images']
-      normalized = normalize(images, mean=protocol.mean, std=protocol.std, sizes=flat['sizes'])
+      normalized = normalized_windows(flat['images'], flat['sizes'], protocol)
       logits = model.encode_decode(normalized, sizes=flat['extents'] if padded else None)
       return logits.reshape(n, count, *logits.shape[1:])
 
@@ -216,6 +215,24 @@ class Predictor:
       columns.reshape(n, flips, result[1], -1), whole=is_shared_by_processes(self.mesh)
     )
     return self._shard({'rows': rows.reshape(n, result[0], -1), 'starts': starts, 'bands': bands})
+
+
+def normalized_windows(
+  images: jax.typing.ArrayLike, sizes: jax.typing.ArrayLike, protocol: EvalProtocol
+) -> jax.Array:
+  """Converts padded windows to the network's input.
+
+  Args:
+    images: (n, h, w, channels) uint8, RGB where there are three channels.
+    sizes: (n, 2) int32, height and width of the part of the image in each.
+    protocol: Says the order of the channels, and their means and standard deviations.
+
+  Returns:
+    (n, h, w, channels) float32; 0 in the padding.
+  """
+  images = jnp.asarray(images)
+  images = images[..., ::-1] if protocol.channel_order == 'bgr' else images
+  return normalize(images, mean=protocol.mean, std=protocol.std, sizes=sizes)
 
 
 def _bands(matrices: np.ndarray, *, whole: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from flax import nnx
 
 from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.inference.attention import AttentionPrograms, ImageAttention, Point
 from nonlocal_jax.inference.images import MAX_PIXELS, ImageLike, as_array
 from nonlocal_jax.inference.predictor import Predictor
 from nonlocal_jax.inference.stream import Prediction, labels_of, predictions
@@ -306,6 +307,49 @@ class PretrainedModel:
       on_error=on_error,
     )
 
+  def attention(
+    self, image: ImageLike, point: Point, *, max_pixels: int = MAX_PIXELS
+  ) -> np.ndarray:
+    """Computes where a pixel looks: its weights over the positions of the non-local block.
+
+    The matrix of all weights is not computed. With sliding windows, the positions are those of the
+    window whose center is nearest to the pixel.
+
+    Args:
+      image: See `predict`.
+      point: (x, y) in pixels of the image as `predict` takes it, (0, 0) at the upper left.
+      max_pixels: See `predict`.
+
+    Returns:
+      (rows, columns) float32; they sum to 1 in a network whose block has a softmax, as the released
+      ones do. See `NonLocalBlock` for the others.
+
+    Raises:
+      UserError, ValueError, TypeError: See `predict`; also if the point lies outside the image, or
+        the network has no non-local block.
+    """
+    return self.image_attention(image, max_pixels=max_pixels)(point).weights
+
+  def image_attention(self, image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> ImageAttention:
+    """Returns a function from pixels of an image to where they look.
+
+    It keeps the features of the image and says which part of it the positions cover.
+
+    Args:
+      image: See `predict`.
+      max_pixels: See `predict`.
+
+    Raises:
+      UserError, ValueError, TypeError: See `attention`.
+    """
+    config = self.description.config
+    if not config.non_local:
+      raise ValueError('this network has no non-local block; load one with it')
+    array = as_array(image, channels=config.in_channels, max_pixels=max_pixels)
+    return ImageAttention(
+      array, self.protocol, config, self._attention_programs, self._prediction_state
+    )
+
   def logits(self, images: np.ndarray | jax.Array) -> jax.Array:
     """Computes logits of whole images at their own size.
 
@@ -355,6 +399,18 @@ class PretrainedModel:
     if platform_of_mesh(self._mesh) == 'cpu':
       return self._execution
     return dataclasses.replace(self._execution, batch_norm='folded')
+
+  @functools.cached_property
+  def _attention_programs(self) -> AttentionPrograms:
+    network = NonLocalNet.abstract(self.description.config, self._prediction_execution)
+    return AttentionPrograms(
+      nnx.graphdef(network),
+      self.protocol,
+      precision=self._precision,
+      options=compiler_options(
+        platform_of_mesh(self._mesh), deterministic=self._execution.deterministic
+      ),
+    )
 
   def _make_predictor(self, multi_scale_flip: bool | None) -> Predictor:
     protocol = self.protocol

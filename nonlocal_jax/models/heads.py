@@ -69,12 +69,19 @@ class NonLocalHead(nnx.Module):
     `masking.valid_mask`) do not affect the logits of the images.
     """
     features = mask_padding(features, sizes)
-    x = self.convs[0](features, train=train)
+    x = self.block_input(features, train=train)
     if self.nl_block is not None:
       x = self.nl_block(x, train=train, sizes=sizes)
     x = mask_padding(self.convs[1](mask_padding(x, sizes), train=train), sizes)
     x = self.conv_cat(jnp.concatenate([features, x], axis=-1), train=train)
     return self.conv_seg(self.dropout(x, deterministic=not train, rngs=rngs))
+
+  def block_input(self, features: jax.Array, *, train: bool = False) -> jax.Array:
+    """Computes what the non-local block takes: (n, h, w, in_channels) -> (n, h, w, channels).
+
+    Values in the padding of `features` must be 0, see `masking.mask_padding`.
+    """
+    return self.convs[0](features, train=train)
 
 
 class AuxiliaryHead(nnx.Module):

@@ -158,27 +158,97 @@ class NonLocalBlock(nnx.Module):
     Raises:
       ValueError: If `x` has another shape, or is not of floats.
     """
+    self._check(x)
+    queries, keys = self._queries(x), _positions(self._keys(x))
+    values = self._pooled(self.g(x))
+    key_mask = self._key_mask(sizes, values)
+    if key_mask is not None:
+      key_mask = key_mask.reshape(len(key_mask), -1)
+    y = self._aggregate(_positions(queries), keys, _positions(values), key_mask)
+    y = self.conv_out(y.reshape(*x.shape[:-1], y.shape[-1]))
+    return x + (y if self.bn is None else self.bn(y, train=train))
+
+  def pairwise_weights(
+    self, x: jax.Array, positions: jax.Array, *, sizes: jax.Array | None = None
+  ) -> jax.Array:
+    """Computes the weights `w_ij` of a few queries: how much each looks at every position.
+
+    The matrix of all weights is not computed.
+
+    Args:
+      x: (n, h, w, channels) floats, the block's input.
+      positions: (n, p, 2) integers, (row, column) of p queries in each image.
+      sizes: See `__call__`.
+
+    Returns:
+      (n, p, h, w) float32, with `sub_sample` (n, p, h // 2, w // 2). 0 in the padding. The softmax
+      modes' weights are not negative and sum to 1.
+
+    Raises:
+      ValueError: If `x` has another shape, or is not of floats.
+    """
+    self._check(x)
+    at = jax.vmap(lambda of_image, where: of_image[where[:, 0], where[:, 1]])
+    queries = self._queries(at(x, positions)[:, None])[:, 0]  # (n, p, d)
+    keys = self._keys(x)
+    key_mask = self._key_mask(sizes, keys)
+    num_keys: int | jax.Array = keys.shape[1] * keys.shape[2]
+    if key_mask is not None:
+      num_keys = key_mask.sum(axis=(1, 2))[:, None, None, None]
+    if self.mode == 'concatenation':
+      query_part, key_part = self._concatenation_parts(queries, keys)
+      weights = jax.nn.relu(query_part[..., None] + key_part[:, None, ..., 0]) / num_keys
+    else:
+      weights = jnp.einsum('npd,nhwd->nphw', queries, keys).astype(jnp.float32)
+      if self.mode == 'dot_product':
+        weights = weights / num_keys
+    mask = True if key_mask is None else key_mask[:, None]
+    if self.mode in _SOFTMAX_MODES:
+      weights = jax.nn.softmax(self._scale * weights, axis=(2, 3), where=mask)
+    return jnp.where(mask, weights, 0).astype(jnp.float32)
+
+  def _check(self, x: jax.Array) -> None:
     if x.ndim != 4 or x.shape[-1] != self.channels or not jnp.issubdtype(x.dtype, jnp.floating):
       raise ValueError(
         f'x is {x.shape} {x.dtype}, expected (n, h, w, {self.channels}) of a floating dtype'
       )
-    pool = (lambda y: nnx.max_pool(y, (2, 2), (2, 2))) if self.sub_sample else (lambda y: y)
-    queries = _positions(x if self.theta is None else self.theta(x))
-    keys = _positions(pool(x if self.phi is None else self.phi(x)))
-    values = pool(self.g(x))
-    key_mask = None
-    if sizes is not None:
-      key_mask = valid_mask(sizes // 2 if self.sub_sample else sizes, values.shape[1:3])
-      key_mask = key_mask.reshape(len(key_mask), -1)
-    y = self._aggregate(queries, keys, _positions(values), key_mask)
-    y = self.conv_out(y.reshape(*x.shape[:-1], y.shape[-1]))
-    return x + (y if self.bn is None else self.bn(y, train=train))
+
+  def _queries(self, x: jax.Array) -> jax.Array:
+    return x if self.theta is None else self.theta(x)
+
+  def _keys(self, x: jax.Array) -> jax.Array:
+    return self._pooled(x if self.phi is None else self.phi(x))
+
+  def _pooled(self, x: jax.Array) -> jax.Array:
+    return nnx.max_pool(x, (2, 2), (2, 2)) if self.sub_sample else x
+
+  def _key_mask(self, sizes: jax.Array | None, keys: jax.Array) -> jax.Array | None:
+    """(n, h, w) bool, False for keys (n, h, w, d) in the padding; None for no padding."""
+    if sizes is None:
+      return None
+    _, height, width, _ = keys.shape
+    return valid_mask(sizes // 2 if self.sub_sample else sizes, (height, width))
+
+  @property
+  def _scale(self) -> float:
+    """Factor of the scores in the softmax modes."""
+    has_scale = self.mode == 'embedded_gaussian' and self.use_scale
+    return self.g.kernel.shape[-1] ** -0.5 if has_scale else 1.0
+
+  def _concatenation_parts(
+    self, queries: jax.Array, keys: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys (..., d) -> their parts of `w . [theta_i, phi_j]`, each (..., 1)."""
+    assert self.concat_project is not None
+    kernel = self.concat_project.kernel[...].astype(keys.dtype)
+    of_queries, of_keys = kernel.reshape(2, -1, 1)
+    return queries @ of_queries, keys @ of_keys
 
   def _aggregate(
     self, queries: jax.Array, keys: jax.Array, values: jax.Array, key_mask: jax.Array | None
   ) -> jax.Array:
     """Queries (n, q, d), keys (n, k, d), values (n, k, e), key_mask (n, k) -> (n, q, e)."""
-    n, num_keys, channels = keys.shape
+    n, num_keys, _ = keys.shape
     execution = self.execution
     key_block = num_keys
     if execution.key_block and self.mode in _SOFTMAX_MODES:
@@ -191,16 +261,13 @@ class NonLocalBlock(nnx.Module):
       # (theta phi^T) g = theta (phi^T g), which needs no pairwise matrix.
       return queries @ (jnp.swapaxes(keys, 1, 2) @ values / num_keys)
     if self.mode == 'concatenation':
-      assert self.concat_project is not None
-      project = self.concat_project.kernel[...].astype(keys.dtype).reshape(2, channels)
-      query_part = queries @ project[0][:, None]  # (n, q, 1)
-      key_part = (keys @ project[1])[:, None, :]  # (n, 1, k)
+      query_part, key_part = self._concatenation_parts(queries, keys)  # (n, q, 1), (n, k, 1)
 
       def from_concatenation(part: jax.Array) -> jax.Array:
-        return jax.nn.relu(part + key_part) / num_keys @ values
+        return jax.nn.relu(part + key_part.mT) / num_keys @ values
 
       return map_blocks(from_concatenation, query_part, block, recompute=True)
-    scale = channels**-0.5 if self.mode == 'embedded_gaussian' and self.use_scale else 1.0
+    scale = self._scale
     if execution.attention == 'flash':
       return flash_attention(queries, keys, values, scale=scale, key_mask=key_mask)
     if execution.attention == 'cudnn':

@@ -9,7 +9,7 @@ from flax import nnx
 from nonlocal_jax.models.config import Execution, NonLocalNetConfig
 from nonlocal_jax.models.heads import AuxiliaryHead, NonLocalHead
 from nonlocal_jax.models.resnet import ResNet
-from nonlocal_jax.ops.masking import strided_sizes
+from nonlocal_jax.ops.masking import mask_padding, strided_sizes
 from nonlocal_jax.ops.resize import resize_bilinear
 
 
@@ -84,6 +84,25 @@ class NonLocalNet(nnx.Module):
     _check_images(images, self.config.in_channels)
     _, features = self.backbone(images, sizes=sizes)
     return self.decode_head(features, sizes=strided_sizes(sizes, self.config.output_stride))
+
+  def block_input(self, images: jax.Array, *, sizes: jax.Array | None = None) -> jax.Array:
+    """Computes what the non-local block takes, e.g. for `NonLocalBlock.pairwise_weights`.
+
+    Args:
+      images: (n, h, w, in_channels) float32, normalized.
+      sizes: See `encode_decode`.
+
+    Returns:
+      (n, ceil(h / stride), ceil(w / stride), block_channels) float32, with
+      `config.output_stride`; values in the padding are meaningless.
+
+    Raises:
+      ValueError: If `images` have another shape, or are integers.
+    """
+    _check_images(images, self.config.in_channels)
+    _, features = self.backbone(images, sizes=sizes)
+    strided = strided_sizes(sizes, self.config.output_stride)
+    return self.decode_head.block_input(mask_padding(features, strided))
 
   def training_logits(self, images: jax.Array, *, rngs: nnx.Rngs) -> tuple[jax.Array, jax.Array]:
     """Computes logits of both heads, at their strides, in training mode; updates statistics.
