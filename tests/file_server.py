@@ -7,6 +7,7 @@ import http.server
 import re
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator, Mapping
 
 
@@ -47,6 +48,7 @@ class FileServer:
   Attributes:
     files: The answers by path; may be changed at any time.
     requests: The path and the Range of each request so far, in their order.
+    forms: The path and the fields of each form that was posted.
     address: E.g. 'http://127.0.0.1:40000'.
   """
 
@@ -54,6 +56,7 @@ class FileServer:
     """Creates a server without files."""
     self.files: dict[str, Served] = {}
     self.requests: list[tuple[str, str | None]] = []
+    self.forms: list[tuple[str, dict[str, str]]] = []
     self.address = address
 
   def serve(self, path: str, data: bytes, **how) -> str:
@@ -98,6 +101,17 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self._answer(served.status, {}, b'An error of the server.')
     else:
       self._send(served, asked)
+
+  def do_POST(self) -> None:
+    """Records a form; answers as `files` says for the path after 'POST '."""
+    server: FileServer = self.server.files  # type: ignore[attr-defined]
+    body = self.rfile.read(int(self.headers['Content-Length'])).decode()
+    server.forms.append((self.path, dict(urllib.parse.parse_qsl(body))))
+    served = server.files.get(f'POST {self.path}', Served(status=404))
+    if served.location:
+      self._answer(302, {'Location': served.location}, b'')
+    else:
+      self._answer(served.status, {}, served.data)
 
   def _send(self, served: Served, asked: str | None) -> None:
     tag = served.tag

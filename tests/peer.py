@@ -2,13 +2,16 @@
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
+from PIL import Image
 
+from nonlocal_jax.data.layouts import Sample
 from tests.mmseg_import import mmseg_module
 
 mmseg = mmseg_module('mmseg')
@@ -170,3 +173,32 @@ def confusion_scores(
     )
   ]
   return metric.total_area_to_metrics(*totals, ['mIoU'])
+
+
+def scores_of_files(
+  model: torch.nn.Module,
+  samples: Iterable[Sample],
+  *,
+  box: tuple[int, int],
+  num_classes: int,
+  label_of: Callable[[np.ndarray], np.ndarray],
+) -> dict[str, float]:
+  """AAcc, mIoU and mAcc in percent, of images resized into `box`; `label_of` gives classes."""
+  predictions, labels = [], []
+  for sample in samples:
+    image = cv2.imread(str(sample.image))
+    label = label_of(np.array(Image.open(sample.label)))
+    factor = min(max(box) / max(label.shape), min(box) / min(label.shape))
+    height, width = (int(side * factor + 0.5) for side in label.shape)
+    resized = cv2.resize(image, (width, height))[..., ::-1].astype(np.float32)
+    normalized = (resized - (123.675, 116.28, 103.53)) / (58.395, 57.12, 57.375)
+    logits = final_logits(model, normalized.astype(np.float32), label.shape)
+    predictions.append(logits.argmax(-1))
+    labels.append(label)
+  found = confusion_scores(predictions, labels, num_classes)
+  means = {
+    'aAcc': found['aAcc'],
+    'mIoU': np.nanmean(found['IoU']),
+    'mAcc': np.nanmean(found['Acc']),
+  }
+  return {name: 100 * float(value) for name, value in means.items()}

@@ -10,12 +10,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import main
 from nonlocal_jax.data.layouts import Sample
 from tests import peer
-from tests.image_trees import write_tree
 
 ROOT = Path(main.__file__).parent
 
@@ -31,33 +29,6 @@ DEMO = f'--config={ROOT}/configs/demo.py'
 MATCHING = {'data.num_classes': 19, 'data.ignore_labels': '(20,)', 'model.width': 8}
 
 
-def expected_scores(model, samples, *, box, num_classes, label_of) -> dict[str, float]:
-  """aAcc, mIoU and mAcc in percent, by the peer on images resized into `box`."""
-  predictions, labels = [], []
-  for sample in samples:
-    image = cv2.imread(str(sample.image))
-    label = label_of(np.array(Image.open(sample.label)))
-    factor = min(max(box) / max(label.shape), min(box) / min(label.shape))
-    height, width = (int(side * factor + 0.5) for side in label.shape)
-    resized = cv2.resize(image, (width, height))[..., ::-1].astype(np.float32)
-    normalized = (resized - (123.675, 116.28, 103.53)) / (58.395, 57.12, 57.375)
-    logits = peer.final_logits(model, normalized.astype(np.float32), label.shape)
-    predictions.append(logits.argmax(-1))
-    labels.append(label)
-  found = peer.confusion_scores(predictions, labels, num_classes)
-  means = {
-    'aAcc': found['aAcc'],
-    'mIoU': np.nanmean(found['IoU']),
-    'mAcc': np.nanmean(found['Acc']),
-  }
-  return {name: 100 * float(value) for name, value in means.items()}
-
-
-def without_zero(label: np.ndarray) -> np.ndarray:
-  """ADE20K's labels: 0 has no class, k is class k - 1, 255 stays."""
-  return np.where((label == 0) | (label == 255), 255, label.astype(int) - 1)
-
-
 def test_evaluation_of_a_file_equals_the_original(
   program, photos, peer_checkpoint, peer_model, tmp_path, capsys
 ):
@@ -68,7 +39,7 @@ def test_evaluation_of_a_file_equals_the_original(
   samples = [
     Sample('', photos / f'images/val/{i}.png', photos / f'labels/val/{i}.png') for i in range(3)
   ]
-  expected = expected_scores(
+  expected = peer.scores_of_files(
     peer_model,
     samples,
     box=(96, 72),
@@ -77,65 +48,6 @@ def test_evaluation_of_a_file_equals_the_original(
   )
   assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=0.01)
   assert f'mIoU {metrics["mIoU"]:.2f}' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-  ('config', 'config_name', 'peer_config'),
-  [
-    (
-      'cityscapes_r50:769x769_40k',
-      'nonlocal_r50-d8_769x769_40k_cityscapes',
-      'nonlocal_r50-d8_4xb2-40k_cityscapes-769x769',
-    ),
-    (
-      'ade20k_r50',
-      'nonlocal_r50-d8_512x512_160k_ade20k',
-      'nonlocal_r50-d8_4xb4-160k_ade20k-512x512',
-    ),
-    (
-      'voc12aug_r50:512x512_20k',
-      'nonlocal_r50-d8_512x512_20k_voc12aug',
-      'nonlocal_r50-d8_4xb4-20k_voc12aug-512x512',
-    ),
-  ],
-)
-def test_published_configs_evaluate_as_the_original(
-  program, tmp_path_factory, tmp_path, config, config_name, peer_config
-):
-  """On tiny trees in the published layouts, with narrow networks and small boxes and windows."""
-  folder = tmp_path_factory.mktemp('published')
-  dataset = config.partition('_')[0]
-  samples = write_tree(dataset, folder / 'source')['val']
-  model = peer.build(peer_config, width=8)
-  torch.save({'meta': {}, 'state_dict': model.state_dict()}, folder / 'model.pth')
-  name, _, variant = config.partition(':')
-  arguments = {
-    'data.source_dir': folder / 'source',
-    'data.data_dir': folder / 'prepared',
-    'model.width': 8,
-    'eval.scale': '(90,70)',
-  }
-  if dataset == 'cityscapes':
-    arguments |= {'eval.window_crop': '(49,49)', 'eval.window_stride': '(33,33)'}
-    model.test_cfg.update(crop_size=(49, 49), stride=(33, 33))
-  status, message = program(
-    f'--config={ROOT}/configs/{name}.py' + (f':{variant}' if variant else ''),
-    *(f'--config.{key}={value}' for key, value in arguments.items()),
-    '--mode=eval',
-    f'--checkpoint={folder / "model.pth"}',
-    '--workdir=out',
-  )
-  assert (status, message) == (None, '')
-  metrics = json.loads((tmp_path / 'out/metrics.json').read_text())
-  assert metrics['config'] == config_name
-  expected = expected_scores(
-    model,
-    samples,
-    box=(90, 70),
-    num_classes=model.decode_head.num_classes,
-    label_of=without_zero if dataset == 'ade20k' else lambda label: label,
-  )
-  assert {key: metrics[key] for key in expected} == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,10 @@
 """Checks the images and label maps of a dataset and packs them into ArrayRecord files.
 
     nonlocal-jax prepare --dataset=ade20k --source=data/ade/ADEChallengeData2016
+    nonlocal-jax prepare --dataset=ade20k --download
 
-Lay out the folders as MMSegmentation documents it. A custom dataset has images/{train,val} and
-labels/{train,val}, and optionally dataset.json:
+Lay out the folders as MMSegmentation documents it, or let --download do it. A custom dataset has
+images/{train,val} and labels/{train,val}, and optionally dataset.json:
 
   {"classes": ["road", "car"], "palette": [[128, 64, 128], [0, 0, 142]], "ignore_labels": [11]}
 
@@ -15,6 +16,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nonlocal_jax.cli.program import Parser, program_name
@@ -26,8 +28,10 @@ from nonlocal_jax.data.datasets import (
   read_description,
 )
 from nonlocal_jax.data.label_values import class_shares
+from nonlocal_jax.data.paths import as_path, is_remote
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import explained_by
+from nonlocal_jax.runtime.files import given_path
 
 if TYPE_CHECKING:
   from nonlocal_jax.data.prepared import PreparedSplit
@@ -37,8 +41,15 @@ def main(arguments: Sequence[str]) -> None:
   """Runs `nonlocal-jax prepare`."""
   parser = Parser('nonlocal-jax prepare', __doc__)
   parser.add_argument('--dataset', required=True, choices=[*PUBLISHED, 'custom'])
+  parser.add_argument('--source', help='folder of the dataset, or a bucket such as gs://...')
   parser.add_argument(
-    '--source', required=True, help='folder of the dataset, or a bucket such as gs://...'
+    '--download',
+    action='store_true',
+    help='download what is missing, into --source or into datasets in the cache directory',
+  )
+  parser.add_argument('--keep-archives', action='store_true', help='keep what was downloaded')
+  parser.add_argument(
+    '--username', default='', help='login for Cityscapes; the password: $CITYSCAPES_PASSWORD'
   )
   parser.add_argument('--data-dir', help='output; default: $TFDS_DATA_DIR, ~/tensorflow_datasets')
   parser.add_argument(
@@ -46,9 +57,10 @@ def main(arguments: Sequence[str]) -> None:
   )
   parser.add_argument('--skip-bad', action='store_true', help='leave out bad samples')
   options = parser.parse(arguments)
+  _check(parser, options)
 
   from nonlocal_jax.data.preparation import prepare
-  from nonlocal_jax.data.prepared import report_split
+  from nonlocal_jax.data.prepared import published_copies, report_split
 
   description = read_description(options.source) if options.dataset == 'custom' else {}
   described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
@@ -58,14 +70,14 @@ def main(arguments: Sequence[str]) -> None:
     dataset = custom_dataset(
       **(description if described else {**description, 'num_classes': IGNORE})
     )
-  with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
-    splits = prepare(
-      dataset,
-      options.source,
-      splits=options.splits,
-      data_dir=options.data_dir,
-      skip_bad=options.skip_bad,
-    )
+  where = {'splits': options.splits, 'data_dir': options.data_dir}
+  splits = published_copies(dataset, **where) if options.download else {}
+  if splits:
+    print('The dataset is prepared already: nothing is downloaded.', file=sys.stderr)
+  else:
+    source = fetched(options) if options.download else options.source
+    with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
+      splits = prepare(dataset, source, skip_bad=options.skip_bad, **where)
   counted = dataset.name == 'custom' and not described
   if counted:
     dataset = one_class_per_value(splits.values(), dataset, description)
@@ -76,6 +88,35 @@ def main(arguments: Sequence[str]) -> None:
   if counted:
     print(f'\nDescribe the label values in {DESCRIPTION} in {options.source}, see --help.')
   print(f'\nTo train on it:\n  {training_command(options, dataset if counted else None)}')
+
+
+def _check(parser: Parser, options: argparse.Namespace) -> None:
+  """Checks that options fit together."""
+  if options.download and options.dataset == 'custom':
+    parser.error('--download is for the published datasets, not for custom')
+  if not options.download and not options.source:
+    parser.error('--source is required, or --download')
+  if not options.download and (options.keep_archives or options.username):
+    parser.error('--keep-archives and --username need --download')
+  if options.download and options.source and is_remote(as_path(options.source)):
+    parser.error('--download needs a folder as --source, not a bucket')
+
+
+def fetched(options: argparse.Namespace) -> Path:
+  """Downloads what is missing of the dataset; returns its folder."""
+  from nonlocal_jax.data.downloads import fetch_dataset
+
+  folder = fetch_dataset(
+    options.dataset,
+    given_path(options.source) if options.source else None,
+    splits=options.splits,
+    username=options.username,
+    keep_archives=options.keep_archives,
+  )
+  print(
+    f'The images are in {folder}; once prepared, they are not needed any more.', file=sys.stderr
+  )
+  return folder
 
 
 def one_class_per_value(

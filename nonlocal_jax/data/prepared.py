@@ -134,6 +134,36 @@ def open_prepared(
   return {split: PreparedSplit(f'{dataset.name}-{split}', copies[split][0]) for split in splits}
 
 
+def published_copies(
+  dataset: Dataset,
+  *,
+  splits: Sequence[Split] = ('train', 'val'),
+  data_dir: str | os.PathLike[str] | None = None,
+) -> dict[Split, PreparedSplit]:
+  """Opens splits of a published dataset that were prepared before, if all of their images were.
+
+  Args:
+    dataset: Which dataset.
+    splits: Which splits.
+    data_dir: Where prepared data is kept, see `prepare`.
+
+  Returns:
+    The copy of each split that was used last; none if one has not the published number of images.
+
+  Raises:
+    UserError: If the copies are damaged.
+  """
+  found: dict[Split, PreparedSplit] = {}
+  for split in splits:
+    name = f'{dataset.name}-{split}'
+    for directory, _ in _copies(_root(data_dir), name)[-1:]:
+      found[split] = PreparedSplit(name, directory)
+  whole = all(
+    split in found and len(found[split]) == dataset.published_sizes[split] for split in splits
+  )
+  return found if whole else {}
+
+
 def prepared_description(name: str, data_dir: str | os.PathLike[str] | None) -> dict[str, Any]:
   """Returns the `dataset.json` that was kept with the copies that `open_prepared` opens.
 

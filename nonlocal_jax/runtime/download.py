@@ -107,13 +107,26 @@ def download(
   return path
 
 
-def check_free_space(folder: Path, size: int, *, what: str) -> None:
+def remove_downloaded(path: Path) -> None:
+  """Deletes a file that was downloaded, and what is recorded of it."""
+  path.unlink(missing_ok=True)
+  _beside(path, 'checked').unlink(missing_ok=True)
+
+
+def check_free_space(
+  folder: Path,
+  size: int,
+  *,
+  what: str,
+  remedy: str = 'set NONLOCAL_JAX_HOME to a folder on another disk',
+) -> None:
   """Checks that a file system has room.
 
   Args:
     folder: An existing folder on it.
     size: The number of bytes that are needed.
     what: What needs them, for the message.
+    remedy: What to do about it besides freeing space, for the message.
 
   Raises:
     UserError: If there are fewer bytes, and some to spare.
@@ -122,7 +135,7 @@ def check_free_space(folder: Path, size: int, *, what: str) -> None:
   if free < size + _MARGIN:
     raise UserError(
       f'{what} needs {as_size(size)} in {folder}, where {as_size(free)} are free: free some space, '
-      'or set NONLOCAL_JAX_HOME to a folder on another disk.'
+      f'or {remedy}.'
     )
 
 
@@ -218,6 +231,7 @@ def _download(address: str, path: Path, checks: Checks) -> None:
       _remember(path, checks)
       return
     part.unlink()
+    _beside(part, 'source').unlink(missing_ok=True)
     if before == 0 or is_second:
       raise UserError(
         f'{path.name} cannot be downloaded from {where} (what comes {difference}): {remedy}'
