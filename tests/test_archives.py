@@ -33,6 +33,7 @@ OTHERS = {
   'set/data/images/notes.txt': b'-',
   'set/data/images/train/deep/d.jpg': b'-',
   'set/data/images/train/e.png': b'-',
+  'set/data/images/train/._a.jpg': b'of macOS',
   'list.txt': b'of another folder',
 }
 FILES = {**{f'set/data/{path}': data for path, data in WANTED.items()}, **OTHERS}

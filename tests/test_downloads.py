@@ -311,12 +311,13 @@ def test_too_little_space_is_found_before_the_first_request(
   assert server.requests == []
 
 
-def test_two_at_once_download_once(published, server, tmp_path):
+def test_two_at_once_download_once(published, server, tmp_path, capfd):
   server.files[PATHS[ADE]].seconds_per_piece = 0.05
   with ThreadPoolExecutor(2) as pool:
     results = [pool.submit(downloads.fetch_dataset, 'ade20k', tmp_path) for _ in range(2)]
   assert [result.result() for result in results] == [tmp_path] * 2
   assert len(server.requests) == 1
+  assert 'Another process downloads ade20k: waiting for it.' in capfd.readouterr().err
   assert_whole('ade20k', tmp_path, published['ade20k'])
 
 

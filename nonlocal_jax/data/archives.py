@@ -104,7 +104,10 @@ def missing_files(folder: Path, contents: Contents) -> list[str]:
   Returns:
     For each kind of file of which there are fewer or more, how many there are and should be.
   """
-  found = {pattern: sum(1 for _ in folder.glob(pattern)) for pattern in contents.files}
+  found = {
+    pattern: sum(not path.name.startswith('.') for path in folder.glob(pattern))
+    for pattern in contents.files
+  }
   return _differences(found, contents)
 
 
@@ -186,6 +189,8 @@ def _below(archive: Path, name: str, inside: str) -> str | None:
 
 def _matches(path: str, pattern: str) -> bool:
   parts, patterns = path.split('/'), pattern.split('/')
+  if any(part.startswith('.') for part in parts):  # ._ID.jpg, which macOS packs beside ID.jpg
+    return False
   return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 

@@ -4,15 +4,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import filelock
-
 from nonlocal_jax.data.archives import missing_files, unpack
 from nonlocal_jax.data.cityscapes import download_packages
 from nonlocal_jax.data.datasets import PUBLISHED, Split
 from nonlocal_jax.data.distributions import DISTRIBUTIONS, Archive
 from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.download import check_free_space, download, remove_downloaded
+from nonlocal_jax.runtime.download import check_free_space, download, lock_of, remove_downloaded
 from nonlocal_jax.runtime.files import cache_folder, make_folder
 
 
@@ -55,12 +53,11 @@ def fetch_dataset(
   if _is_whole(name, folder, splits):
     return folder
   make_folder(folder)
-  lock = filelock.FileLock(folder / f'.{name}.lock')
-  try:
-    with lock:
+  with lock_of(folder / name):
+    try:
       _fetch(name, folder, splits, username, keep_archives)
-  except OSError as error:
-    raise UserError(f'{folder} cannot be written: {error.strerror or error}.') from error
+    except OSError as error:
+      raise UserError(f'{folder} cannot be written: {error.strerror or error}.') from error
   for split in splits:
     count, published = len(list_samples(PUBLISHED[name], folder, split).samples), _size(name, split)
     if count != published:

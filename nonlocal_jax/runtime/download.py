@@ -101,7 +101,7 @@ def download(
   if _is_here(path, checks):  # without the lock, whose folder may be read-only
     return path
   make_folder(folder)
-  with _lock(path):
+  with lock_of(path):
     if not _is_here(path, checks):
       _download(address, path, checks)
   return path
@@ -183,8 +183,15 @@ def _facts(path: Path, checks: Checks) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-  """Holds the lock of a file, which is another one, beside it."""
+def lock_of(path: Path) -> Iterator[None]:
+  """Holds the lock of what is downloaded, which is a hidden file beside it; says if it must wait.
+
+  Args:
+    path: A file or folder, perhaps not there yet, in a folder that is.
+
+  Raises:
+    UserError: If there cannot be a lock.
+  """
   lock = filelock.FileLock(_beside(path, 'lock'))
   try:
     try:
