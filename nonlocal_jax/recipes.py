@@ -9,7 +9,12 @@ from ml_collections import ConfigDict, config_dict
 
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.errors import UserError, nearest
-from nonlocal_jax.weights.released import RELEASED, ReleasedModel
+from nonlocal_jax.weights.released import (
+  RELEASED,
+  best_release,
+  released_backbone,
+  released_variants,
+)
 
 BATCH_SIZES = {'cityscapes': 8, 'ade20k': 16, 'voc12aug': 16}
 
@@ -19,7 +24,9 @@ def base_config() -> ConfigDict:
   config = ConfigDict()
   config.name = ''  # printed, and the name of the default workdir
   config.seed = 0
-  config.init_backbone = ''  # .pth file with initial weights of the backbone; empty: random
+  # Initial weights of the backbone: a .pth file, or resnet50_v1c or resnet101_v1c, which training
+  # downloads; empty or none: random.
+  config.init_backbone = ''
 
   config.model = ConfigDict()
   config.model.depth = 50  # layers of the backbone: 14, 26, 50 or 101
@@ -203,21 +210,17 @@ def published_config(dataset: str, depth: int, variant: str) -> ConfigDict:
   Raises:
     UserError: If there is no such variant.
   """
-  variants = {
-    variant_name(model): model
-    for model in RELEASED
-    if (model.dataset, model.depth) == (dataset, depth) and not model.replaced
-  }
+  variants = released_variants(dataset, depth)
   if variant and variant not in variants:
     raise UserError(
       f'no variant {variant!r} was published for {dataset} with R-{depth}; '
       f'give one of {", ".join(variants)} after the colon.'
     )
-  best = max(variants.values(), key=lambda model: model.miou)
-  model = variants.get(variant, best)
+  model = variants[variant] if variant else best_release(dataset, depth)
 
   config = base_config()
   config.name = model.name
+  config.init_backbone = released_backbone(depth).name
   config.model.depth = depth
   config.model.zero_init = True  # the block starts as the identity
   config.model.align_corners = model.align_corners
@@ -237,9 +240,3 @@ def published_config(dataset: str, depth: int, variant: str) -> ConfigDict:
   config.published.miou = model.miou
   config.published.miou_ms_flip = model.miou_ms_flip  # None: not published
   return config
-
-
-def variant_name(model: ReleasedModel) -> str:
-  """Returns crop and schedule of a model, e.g. '769x769_80k'."""
-  height, width = model.crop
-  return f'{height}x{width}_{model.steps // 1000}k'

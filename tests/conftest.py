@@ -17,6 +17,7 @@ os.environ['XLA_FLAGS'] = (
   '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0'
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['NONLOCAL_JAX_OFFLINE'] = '1'  # but for servers that tests start themselves
 
 import cv2
 import jax
@@ -33,6 +34,8 @@ from nonlocal_jax.experiment import Experiment
 from tests import peer
 
 jax.config.update('jax_default_matmul_precision', 'highest')
+_home = tempfile.TemporaryDirectory()
+os.environ['NONLOCAL_JAX_HOME'] = _home.name  # nothing is taken from the user's
 # Many tests compile the same program again.
 _compilation_cache = tempfile.TemporaryDirectory()
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _compilation_cache.name  # for programs that tests start

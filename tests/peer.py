@@ -48,6 +48,15 @@ def build(
   return randomise(_registry.MODELS.build(config.model))
 
 
+def build_full(name: str) -> torch.nn.Module:
+  """The network of a config as it is, initialised by PyTorch."""
+  config = read_config(name)
+  config.model.pretrained = None
+  config.model.backbone.norm_cfg = config.model.decode_head.norm_cfg = {'type': 'BN'}
+  config.model.auxiliary_head.norm_cfg = {'type': 'BN'}
+  return _registry.MODELS.build(config.model)
+
+
 def small_config(
   name: str, *, width: int, num_classes: int | None = None, shallow: bool = False
 ) -> Any:

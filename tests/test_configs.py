@@ -15,7 +15,7 @@ from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.experiment import Experiment
 from nonlocal_jax.models.nonlocal_net import state_shapes
-from nonlocal_jax.recipes import base_config, demo_config, fields_of, variant_name
+from nonlocal_jax.recipes import base_config, demo_config, fields_of
 from nonlocal_jax.weights.released import RELEASED, released_model, released_model_of_file
 from tests import peer
 
@@ -42,7 +42,7 @@ def read(name: str, *arguments: str):
 
 
 def config_of(model):
-  return read(f'{model.dataset}_r{model.depth}', variant_name(model))
+  return read(f'{model.dataset}_r{model.depth}', model.variant)
 
 
 def peer_name(model) -> str:

@@ -19,7 +19,7 @@ from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models import Execution, NonLocalNetConfig
 from nonlocal_jax.models.config import STAGE_BLOCKS
 from nonlocal_jax.models.nonlocal_net import state_shapes
-from nonlocal_jax.recipes import published_config, variant_name
+from nonlocal_jax.recipes import published_config
 from nonlocal_jax.training.train_step import BatchShape, TrainState, lower_train_step
 from nonlocal_jax.weights.released import RELEASED
 
@@ -80,7 +80,7 @@ def decode_convolutions(depth: int) -> int:
 
 def experiment_of(model, **chosen) -> Experiment:
   """The share of one of the GPUs."""
-  config = published_config(model.dataset, model.depth, variant_name(model))
+  config = published_config(model.dataset, model.depth, model.variant)
   config.train.batch_size //= GPUS
   return on_gpu(Experiment.from_config(config, jax.devices()[:1]), **chosen)
 

@@ -82,7 +82,11 @@ def test_evaluation_of_a_file_equals_the_original(
     ([DEMO, '--config.optimizer.schedule=v2'], 'optimizer.schedule is v2; it must be v0 or v1'),
     ([f'--config={ROOT}/configs/ade20k_r50.py:20k'], "no variant '20k' was published"),
     (
-      [f'--config={ROOT}/configs/ade20k_r50.py', '--config.data.data_dir=/nowhere'],
+      [
+        f'--config={ROOT}/configs/ade20k_r50.py',
+        '--config.data.data_dir=/nowhere',
+        '--config.init_backbone=none',
+      ],
       'ade20k-train was not prepared in /nowhere: give the folder of its images as source_dir',
     ),
     (

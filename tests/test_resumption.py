@@ -84,6 +84,21 @@ def test_a_finished_run_is_evaluated_again_and_stays_as_it_is(training_config, t
   assert_same_run(workdir, trained[0])
 
 
+def test_a_run_that_began_before_backbones_had_names_resumes(training_config, trained, tmp_path):
+  workdir = tmp_path / 'workdir'
+  shutil.copytree(trained[0], workdir)
+  config = training_config.copy_and_resolve_references()
+  config.init_backbone = 'resnet50_v1c'
+  again = train_and_evaluate(config, workdir)  # offline
+  np.testing.assert_array_equal(again.confusion, trained[1].confusion)
+  for file in ('config.json', 'metrics.json'):
+    saved = json.loads((workdir / file).read_text())
+    assert saved.get('config_values', saved)['init_backbone'] == ''  # what it really began with
+  config.init_backbone = 'other.pth'
+  with pytest.raises(UserError, match=r'init_backbone was , now other\.pth'):
+    train_and_evaluate(config, workdir)
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(training_config, trained, tmp_path, monkeypatch, number):
   """Noted before step 2, seen with its results or, as step 3 is already under way, after that."""

@@ -24,7 +24,7 @@ from typing import Any
 from nonlocal_jax.cli.program import Parser, child_environment
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
-from nonlocal_jax.recipes import base_config, fields_of, variant_name
+from nonlocal_jax.recipes import base_config, fields_of
 from nonlocal_jax.runtime.devices import SAID
 from nonlocal_jax.runtime.files import given_path, parse_object, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
@@ -161,7 +161,7 @@ def _arguments(
 ) -> list[str]:
   model = check.model
   return [
-    f'--config={model.dataset}_r{model.depth}:{variant_name(model)}',
+    f'--config={model.recipe}',
     f'--checkpoint={file}',
     f'--workdir={workdir}',
     f'--config.data.source_dir={data}',

@@ -4,6 +4,7 @@
     nonlocal-jax convert FOLDER OUT                each .pth of a folder, to OUT/STEM
     nonlocal-jax convert SOURCE --to-pth OUT.pth   for MMSegmentation
 
+FILE.pth may also be the name of a released model, which is downloaded: see `nonlocal-jax models`.
 SOURCE is a converted directory or the workdir of a training run: runs/NAME for its newest
 checkpoint, runs/NAME/best for the one with the best mIoU.
 """
@@ -21,7 +22,7 @@ from nonlocal_jax.cli.config import Config
 from nonlocal_jax.cli.program import Parser, program_name, say_weights
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.protocol import EvalProtocol
-from nonlocal_jax.recipes import base_config, published_config, variant_name
+from nonlocal_jax.recipes import base_config, get_config
 from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
@@ -30,6 +31,7 @@ from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import TorchWeights, read_torch_weights, read_weights
 from nonlocal_jax.weights.mmseg_config import PROTOCOL_KEY, protocol_entry
 from nonlocal_jax.weights.mmseg_config_text import config_text
+from nonlocal_jax.weights.names import find_weights
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel
 from nonlocal_jax.weights.state_dict import to_state_dict
 
@@ -50,9 +52,10 @@ def main(arguments: Sequence[str]) -> None:
     help='corner convention, for files that do not record it',
   )
   options = parser.parse(arguments)
-  source, out, to_pth = options.source, options.out, options.to_pth
+  out, to_pth = options.out, options.to_pth
   if (out is None) == (to_pth is None):
     parser.error('give either OUT or --to-pth OUT.pth')
+  source = find_weights(options.source)
   if to_pth:
     say_weights(source)
     write_pth(source, to_pth)
@@ -182,9 +185,7 @@ def evaluation_command(description: ModelDescription, directory: Path) -> str:
   configs = {'custom': base_config()}
   for model in RELEASED:
     if model.dataset == description.dataset and not model.replaced:
-      variant = variant_name(model)
-      name = f'{model.dataset}_r{model.depth}:{variant}'
-      configs[name] = published_config(model.dataset, model.depth, variant)
+      configs[model.recipe] = get_config(model.recipe)
   if len(configs) > 1:
     del configs['custom']
   differences = {name: _differing(wanted, config) for name, config in configs.items()}

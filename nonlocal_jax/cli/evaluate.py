@@ -24,7 +24,10 @@ def main(arguments: Sequence[str]) -> None:
   """
   options, config = parse(make_parser('eval', __doc__), arguments)
   if options.checkpoint is None:
-    raise UserError('eval needs --checkpoint: a .pth file, a converted directory or a workdir.')
+    raise UserError(
+      'eval needs --checkpoint: a .pth file, a converted directory, a workdir, or the name of a '
+      'released model.'
+    )
 
   from nonlocal_jax.experiment import Experiment
 

@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
   'prepare': ('prepare', 'Check a dataset and pack it into ArrayRecord files.'),
   'browse': ('browse', 'Draw augmented training samples and count the pixels of each class.'),
   'check-published': ('check_published', 'Reproduce the published scores of released checkpoints.'),
+  'models': ('models', 'List the released models and backbones, or download some.'),
   'benchmark': ('benchmark', 'Measure speed and memory on this machine.'),
   'doctor': ('doctor', 'Check the installation: versions, devices, and what is missing.'),
 }

@@ -2,8 +2,9 @@
 
     nonlocal-jax predict --checkpoint=WEIGHTS INPUT... --out=DIR
 
-WEIGHTS is a .pth file of MMSegmentation, a converted directory or the workdir of a training run:
-runs/NAME for its newest checkpoint, runs/NAME/best for the one with the best mIoU.
+WEIGHTS is a .pth file of MMSegmentation, a converted directory, the workdir of a training run
+(runs/NAME for its newest checkpoint, runs/NAME/best for the one with the best mIoU), or the name of
+a released model, which is downloaded: see `nonlocal-jax models`.
 An INPUT is an image, a folder, or a pattern such as 'photos/*.jpg'. For an image a.jpg, writes
 DIR/a.png, the class indices with the classes' colors as palette, and DIR/a_overlay.jpg, the image
 blended with these colors. The images of a folder keep their subfolders. Results of earlier

@@ -38,8 +38,9 @@ def make_parser(command: str, description: str | None) -> Parser:
     '--checkpoint',
     type=given_path,
     metavar='PATH',
-    help='a .pth file, a converted directory or a workdir: runs/NAME for its newest checkpoint, '
-    'runs/NAME/best for the one with the best mIoU',
+    help='a .pth file, a converted directory, a workdir (runs/NAME for its newest checkpoint, '
+    'runs/NAME/best for the one with the best mIoU), or the name of a released model, which is '
+    'downloaded: see nonlocal-jax models',
   )
   add('--distributed', **FLAG, help='run on several processes that all execute the same command')
   add(

@@ -83,9 +83,9 @@ def comparable_miou(
   if published is None:
     print(f'The mIoU of {released.name} with multi-scale and flip was not published.')
     return None
-  differences = _differences(released, dataset, protocol, images)
-  if attention == 'cudnn':
-    differences.append('attention was not rounded to float16, as cudnn does')
+  differences = differences_from_published(
+    released, dataset, protocol, images=images, attention=attention
+  )
   if differences:
     print(
       f'{released.name} was published with mIoU {published:.2f}, which cannot be compared: '
@@ -95,10 +95,15 @@ def comparable_miou(
   return published
 
 
-def _differences(
-  released: ReleasedModel, dataset: Dataset, protocol: EvalProtocol, images: int
+def differences_from_published(
+  released: ReleasedModel,
+  dataset: Dataset,
+  protocol: EvalProtocol,
+  *,
+  images: int,
+  attention: Attention,
 ) -> list[str]:
-  """Lists what the published test did otherwise."""
+  """Lists what the published test did otherwise, as parts of a sentence; see `comparable_miou`."""
   original, theirs, differences = PUBLISHED[released.dataset], released.protocol, []
   labels = (dataset.name, dataset.label_map, dataset.ignore_labels)
   if labels != (original.name, original.label_map, original.ignore_labels):
@@ -116,4 +121,6 @@ def _differences(
     differences.append(f'align_corners was {theirs.align_corners}')
   if protocol.version != theirs.version and protocol.averages:
     differences.append(f'the protocol was {theirs.version}')
+  if attention == 'cudnn':
+    differences.append('attention was not rounded to float16, as cudnn does')
   return differences

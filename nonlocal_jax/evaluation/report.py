@@ -12,13 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import cv2
 import jax
 import numpy as np
 
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.evaluation.metrics import distinct_names, scores, undefined_reasons
 from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.runtime.devices import describe
 from nonlocal_jax.runtime.files import write_whole
+from nonlocal_jax.runtime.parallel import platform_of
 
 METRICS = 'metrics.json'
 # Largest difference in percentage points from the published mIoU; MMSegmentation's own retests of
@@ -41,6 +44,8 @@ class ReportFacts:
     step: The training step of the weights; None if they are not from a training run.
     published: The published mIoU of these weights under this protocol, in percent; None if there is
       none.
+    not_comparable: What the test of the published mIoU did otherwise, see
+      `evaluate.differences_from_published`.
     more_scores: Whether to report Dice, Fscore, Precision and Recall as well.
   """
 
@@ -51,6 +56,7 @@ class ReportFacts:
   sha256: str | None = None
   step: int | None = None
   published: float | None = None
+  not_comparable: tuple[str, ...] = ()
   more_scores: bool = False
 
 
@@ -90,13 +96,17 @@ def write_report(
     'images': facts.images,
     **summary,
     'published': None if published is None else _compare(summary['mIoU'], published, dataset.name),
+    'not_comparable': list(facts.not_comparable),
     'protocol': facts.protocol.to_dict(),
     'classes': classes,
     'undefined': undefined_reasons(confusion, dataset.classes, more=more),
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'seconds': round(seconds, 3),
     'peak_memory_gib': peak_memory_gib(),
+    'devices': describe(jax.devices()[0].device_kind, jax.device_count(), jax.process_count()),
+    'platform': platform_of(),
     'versions': _versions(),
+    'decoder': decoder(),
     'config_values': facts.config,
     'confusion': confusion.tolist(),  # rows by label, columns by prediction
   }
@@ -149,6 +159,13 @@ def _compare(measured: float, published: float, dataset_name: str) -> dict[str, 
     'tolerance': tolerance,
     'agrees': None if tolerance is None else abs(difference) <= tolerance,
   }
+
+
+def decoder() -> str:
+  """Returns what decodes JPEG files, whose gray levels depend on its version."""
+  lines = (line.partition(':') for line in cv2.getBuildInformation().splitlines())
+  jpeg = next((value.strip() for name, _, value in lines if name.strip() == 'JPEG'), 'unknown')
+  return f'OpenCV {cv2.__version__}, JPEG by {jpeg}'
 
 
 def _versions() -> dict[str, str | None]:

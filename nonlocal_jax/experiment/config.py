@@ -191,7 +191,7 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
       precision=evaluation.precision,
       more_scores=evaluation.more_scores,
     ),
-    'init_backbone': given_path(config.init_backbone) if config.init_backbone else None,
+    'init_backbone': None if _is_random(config) else given_path(config.init_backbone),
     'mesh': mesh,
     'values': _values(config, dataset),
   }
@@ -258,6 +258,8 @@ def _frozen(value):
 def _values(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
   """Returns the config as a dict, completed by the `dataset.json` of a custom dataset."""
   values = config.to_dict()
+  if _is_random(config):
+    values['init_backbone'] = ''
   if dataset.layout == 'custom':
     values['data'].update(
       num_classes=dataset.num_classes,
@@ -268,6 +270,11 @@ def _values(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
       label_map=dataset.label_map,
     )
   return values
+
+
+def _is_random(config: ConfigDict) -> bool:
+  """Returns whether the backbone starts from random weights."""
+  return config.init_backbone in ('', 'none')
 
 
 def _attention(

@@ -17,7 +17,12 @@ from nonlocal_jax.data.preparation import prepare
 from nonlocal_jax.data.prepared import PreparedSplit, open_prepared, report_split
 from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import UserError, explained_by
-from nonlocal_jax.evaluation.evaluate import comparable_miou, show_evaluation, write_evaluation
+from nonlocal_jax.evaluation.evaluate import (
+  comparable_miou,
+  differences_from_published,
+  show_evaluation,
+  write_evaluation,
+)
 from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
 from nonlocal_jax.evaluation.report import ReportFacts, published_line
 from nonlocal_jax.experiment.config import (
@@ -50,6 +55,7 @@ from nonlocal_jax.training.run_files import check_same_run, forget_run, write_ru
 from nonlocal_jax.training.train_step import BatchShape, StepConfig, lower_train_step
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
+from nonlocal_jax.weights.names import find_weights
 from nonlocal_jax.weights.released import released_model_of_sha256
 from nonlocal_jax.weights.run_checkpoints import has_checkpoint
 
@@ -73,7 +79,8 @@ class Experiment:
     optimizer: Optimizer and learning rate.
     schedule: Length of a run, and when it logs, evaluates and saves.
     evaluation: How an evaluation is computed.
-    init_backbone: A .pth file with the backbone's initial weights; None for random ones.
+    init_backbone: A .pth file with the backbone's initial weights, or their name, see
+      `names.find_backbone`; None for random ones.
     mesh: Device mesh.
     values: The config as nested dicts of JSON values, saved with a run and in reports.
   """
@@ -120,7 +127,8 @@ class Experiment:
       workdir: Output directory for checkpoints, the weights with the best mIoU (`best`),
         `config.json`, `model.json`, `log.jsonl`, TensorBoard events, `curves.png`, `metrics.json`
         and `predictions.png`. With several processes, it must be shared by all.
-      checkpoint: Weights of a whole network: a .pth file, a converted directory or a workdir.
+      checkpoint: Weights of a whole network: a .pth file, a converted directory, a workdir, or the
+        name of a released model.
       new_classifier: Whether to initialize the classifiers of both heads at random instead of
         loading them from `checkpoint`.
 
@@ -135,7 +143,7 @@ class Experiment:
     if new_classifier and checkpoint is None:
       raise UserError('--new_classifier is for the network of a --checkpoint; give one.')
     self._check_batch()
-    check_same_run(workdir, self.values, base_config().to_dict())
+    values = check_same_run(workdir, self.values, base_config().to_dict())
     initial = None
     if not has_checkpoint(workdir):
       initial = read_initial_weights(
@@ -148,9 +156,9 @@ class Experiment:
     splits = self.open_splits(workdir, ['train', 'val'])
     batches = self.train_batches(splits['train'])
     if is_first_process():
-      write_run_files(workdir, self.values, self.description())
+      write_run_files(workdir, values, self.description())
     facts = ReportFacts(
-      config=self.values,
+      config=values,
       protocol=self.protocol,
       images=len(splits['val']),
       step=self.schedule.steps,
@@ -196,7 +204,8 @@ class Experiment:
     the pairwise function, is taken from there.
 
     Args:
-      checkpoint: A .pth file, a converted directory or the workdir of a training run.
+      checkpoint: A .pth file, a converted directory, the workdir of a training run, or the name of
+        a released model.
       workdir: Output directory for `metrics.json` and `predictions.png`.
       overrides: Fields of the config, such as 'eval.scale', that may differ from what is recorded
         beside the weights.
@@ -208,6 +217,7 @@ class Experiment:
       UserError: If the weights belong to another network, they were tested otherwise than the
         config says, or the data is missing or invalid.
     """
+    checkpoint = find_weights(checkpoint)
     description, state = read_weights(checkpoint)
     ours, found = self.network, description.config
     if found != dataclasses.replace(
@@ -241,15 +251,12 @@ class Experiment:
     del state  # frees the host copy of the weights
     evaluation = evaluator(weights)
     released = released_model_of_sha256(description.sha256) if description.sha256 else None
-    published = None
+    published, differences = None, []
     if released is not None:
-      published = comparable_miou(
-        released,
-        self.dataset,
-        protocol,
-        images=len(split),
-        attention=self.eval_execution.attention,
-      )
+      test = (released, self.dataset, protocol)
+      conditions = {'images': len(split), 'attention': self.eval_execution.attention}
+      published = comparable_miou(*test, **conditions)
+      differences = differences_from_published(*test, **conditions)
     facts = ReportFacts(
       config=self.values,
       protocol=protocol,
@@ -257,6 +264,7 @@ class Experiment:
       checkpoint=str(checkpoint),
       sha256=description.sha256,
       published=published,
+      not_comparable=tuple(differences),
       more_scores=self.evaluation.more_scores,
     )
     write_evaluation(workdir, evaluation, self.dataset, facts)

@@ -51,7 +51,9 @@ def load(
 
   Args:
     path: A .pth file of MMSegmentation, a converted directory, or the workdir of a training run:
-      'runs/NAME' for its newest checkpoint, 'runs/NAME/best' for the one with the best mIoU.
+      'runs/NAME' for its newest checkpoint, 'runs/NAME/best' for the one with the best mIoU. Or the
+      name of a released model, such as 'ade20k_r50', which is downloaded when it is first used;
+      `nonlocal-jax models` lists them.
     align_corners: The corner convention. None for that of the directory, of the released file with
       this sha256, or of the config recorded in the file; False, MMSegmentation's own default, where
       none is recorded.
@@ -69,8 +71,8 @@ def load(
     The network, ready to predict.
 
   Raises:
-    UserError: If there are no weights of a NonLocalNet, or network or devices do not support
-      `attention`.
+    UserError: If there are no weights of a NonLocalNet, they cannot be downloaded, or network or
+      devices do not support `attention`.
     ValueError: If `precision` is unknown.
   """
   description, state = read_weights(Path(path), align_corners=align_corners)
@@ -108,7 +110,7 @@ def load_module(
     differentiation only; with `execution=Execution()` both modes work, and it is slower.
 
   Raises:
-    UserError: If there are no weights of a NonLocalNet.
+    UserError: If there are no weights of a NonLocalNet, or they cannot be downloaded.
   """
   description, state = read_weights(Path(path), align_corners=align_corners)
   graphdef = nnx.graphdef(NonLocalNet.abstract(description.config, execution))

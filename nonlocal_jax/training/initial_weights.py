@@ -10,6 +10,8 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import NonLocalNetConfig
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.weights.loading import read_backbone, read_weights
+from nonlocal_jax.weights.names import find_backbone, find_weights, named_release
+from nonlocal_jax.weights.released import ReleasedBackbone
 
 _CLASSIFIER = 'conv_seg'  # of both heads
 
@@ -39,8 +41,9 @@ def read_initial_weights(
   Args:
     network: Architecture of the network.
     protocol: How images are normalized, also in training.
-    backbone: A .pth file with a backbone.
-    checkpoint: Weights of a whole network: a .pth file, a converted directory or a workdir.
+    backbone: A .pth file with a backbone, or its name, see `names.find_backbone`.
+    checkpoint: Weights of a whole network: a .pth file, a converted directory, a workdir, or the
+      name of a released model, see `names.find_weights`.
     new_classifier: Whether to leave out the last layer of both heads of the checkpoint.
 
   Returns:
@@ -52,7 +55,9 @@ def read_initial_weights(
   if checkpoint is None:
     if backbone is None:
       return InitialWeights(None, 'scratch')
-    return InitialWeights(read_backbone(backbone, network), f'the backbone in {backbone}')
+    path = _find_backbone(backbone, network)
+    return InitialWeights(read_backbone(path, network), f'the backbone in {path}')
+  checkpoint = find_weights(checkpoint)
   description, state = read_weights(checkpoint, align_corners=network.align_corners)
   found, tested = description.config, description.protocol
   with_their_classes = dataclasses.replace(network, num_classes=found.num_classes)
@@ -80,3 +85,20 @@ def read_initial_weights(
   )
   classes = f'{found.num_classes} classes there, {network.num_classes} here'
   return InitialWeights(kept, f'{checkpoint} but for new classifiers in both heads ({classes})')
+
+
+def _find_backbone(backbone: Path, network: NonLocalNetConfig) -> Path:
+  """Finds a backbone, after it was checked that one of that name fits."""
+  remedy = 'with --config.init_backbone=none it starts from random weights'
+  named = None if backbone.exists() else named_release(backbone)
+  if isinstance(named, ReleasedBackbone):
+    fitting = NonLocalNetConfig.from_depth(named.depth, num_classes=network.num_classes)
+    if (network.stage_blocks, network.width) != (fitting.stage_blocks, fitting.width):
+      raise UserError(
+        f'{backbone} is the backbone of R-{named.depth} at width {fitting.width}, but the config '
+        f'describes {network}: {remedy}.'
+      )
+  try:
+    return find_backbone(backbone)
+  except UserError as error:
+    raise UserError(f'{str(error).removesuffix(".")}; {remedy}.') from error

@@ -9,7 +9,8 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import parse_object, write_whole
 from nonlocal_jax.weights.checkpoints import DESCRIPTION
 from nonlocal_jax.weights.description import ModelDescription
-from nonlocal_jax.weights.run_checkpoints import BEST
+from nonlocal_jax.weights.released import BACKBONES
+from nonlocal_jax.weights.run_checkpoints import BEST, has_checkpoint
 
 CONFIG = 'config.json'
 # Fields that may change when a run resumes: they do not affect training except for rounding.
@@ -27,9 +28,13 @@ _FREE = (
   'model.attention',
   'model.convolution',
 )
+_BACKBONE = 'init_backbone'
+_BY_NAME = frozenset(backbone.name for backbone in BACKBONES)
 
 
-def check_same_run(workdir: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def check_same_run(
+  workdir: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Mapping[str, Any]:
   """Checks that a run in `workdir`, if there is one, has the same config.
 
   Args:
@@ -37,13 +42,16 @@ def check_same_run(workdir: Path, config: Mapping[str, Any], defaults: Mapping[s
     config: Values of the current config, by section and name.
     defaults: Values of fields that the saved config does not have yet.
 
+  Returns:
+    The config to record: the current one, with the backbone that the run really started from.
+
   Raises:
     UserError: If the configs differ, in which case the message lists the differences, or the saved
       one cannot be read.
   """
   path = workdir / CONFIG
   if not path.exists():
-    return
+    return config
   try:
     saved = parse_object(path.read_bytes())
   except (OSError, ValueError) as error:
@@ -51,6 +59,9 @@ def check_same_run(workdir: Path, config: Mapping[str, Any], defaults: Mapping[s
       f'{path} cannot be read ({error}); choose another workdir, or remove the file if the run in '
       f'{workdir} has the config of this command.'
     ) from error
+  if has_checkpoint(workdir) and not saved.get(_BACKBONE) and config[_BACKBONE] in _BY_NAME:
+    # It began when the published recipes did not name their backbone.
+    config = {**config, _BACKBONE: ''}
   differences = [
     difference
     for difference in config_differences(saved, config, defaults)
@@ -60,6 +71,7 @@ def check_same_run(workdir: Path, config: Mapping[str, Any], defaults: Mapping[s
     raise UserError(
       f'{workdir} holds a run of another config ({"; ".join(differences)}); choose another workdir.'
     )
+  return config
 
 
 def write_run_files(

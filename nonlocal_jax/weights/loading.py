@@ -17,6 +17,7 @@ from nonlocal_jax.torch_format.reader import read_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import load_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.mmseg_config import RecordedSettings, recorded_settings
+from nonlocal_jax.weights.names import find_backbone, find_weights
 from nonlocal_jax.weights.released import (
   ReleasedModel,
   released_model_of_file,
@@ -55,7 +56,8 @@ def read_weights(
   """Reads weights and what is known about them.
 
   Args:
-    path: A .pth file, a converted directory or the workdir of a training run.
+    path: A .pth file, a converted directory, the workdir of a training run, or the name of a
+      released model, see `names.find_weights`.
     align_corners: Overrides the corner convention; None for that of the directory or file.
 
   Returns:
@@ -65,10 +67,7 @@ def read_weights(
     UserError: If there are no weights of a NonLocalNet, or a released file is not what its name
       says.
   """
-  if not path.exists():
-    raise UserError(
-      f'There is no {path}: give a .pth file, a converted directory or the workdir of a run.'
-    )
+  path = find_weights(path)
   if not path.is_dir():
     weights = read_torch_weights(path, align_corners=align_corners)
     return weights.description, weights.state
@@ -141,7 +140,7 @@ def read_backbone(path: Path, config: NonLocalNetConfig) -> nnx.State:
 
   Args:
     path: A .pth file with the names of a ResNetV1c (`stem.0.weight`, a classifier `fc.*` is left),
-      or with the same names below `backbone.`.
+      or with the same names below `backbone.`; or a name, see `names.find_backbone`.
     config: The network that it is for.
 
   Returns:
@@ -150,6 +149,7 @@ def read_backbone(path: Path, config: NonLocalNetConfig) -> nnx.State:
   Raises:
     UserError: If the file does not hold that backbone.
   """
+  path = find_backbone(path)
   arrays = read_torch_checkpoint(path).state_dict
   prefix = 'backbone.'
   inside = {name: array for name, array in arrays.items() if name.startswith(prefix)}

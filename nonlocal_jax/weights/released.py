@@ -1,9 +1,19 @@
-"""The 16 released checkpoints and their published scores (mmseg `nonlocal_net/README`)."""
+"""The 16 released checkpoints with their published scores, and the backbones they started from.
+
+The facts are those of MMSegmentation's `nonlocal_net/README` and `metafile.yaml`.
+"""
 
 import dataclasses
 import re
 
+from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.protocol import EvalProtocol
+
+_ADDRESS = 'https://download.openmmlab.com'
+# Parameters and running statistics without those of the classifiers, by depth.
+_VALUES = {50: 50_067_040, 101: 69_111_392}
+_BACKBONE_VALUES = {50: 25_629_512, 101: 44_673_864}  # with the ImageNet classifier
+_CLASSIFIER_VALUES = 512 + 1 + 256 + 1  # of both heads, for each class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +76,36 @@ class ReleasedModel:
   @property
   def sha256_prefix(self) -> str:
     """First eight hex digits of the file's sha256."""
-    return self.file.removesuffix('.pth').rsplit('-', 1)[1]
+    return _sha256_prefix(self.file)
+
+  @property
+  def address(self) -> str:
+    """Where the authors have the file."""
+    return f'{_ADDRESS}/mmsegmentation/v0.5/nonlocal_net/{self.name}/{self.file}'
+
+  @property
+  def about_bytes(self) -> int:
+    """The file's size to some percent: four bytes for each value."""
+    return 4 * (_VALUES[self.depth] + _CLASSIFIER_VALUES * PUBLISHED[self.dataset].num_classes)
+
+  @property
+  def variant(self) -> str:
+    """Crop and schedule, e.g. '769x769_80k'."""
+    return f'{self._parts["height"]}x{self._parts["width"]}_{self._parts["thousands"]}k'
+
+  @property
+  def config_name(self) -> str:
+    """The name of its config in MMSegmentation 1.x."""
+    parts, images = self._parts, 2 if self.dataset == 'cityscapes' else 4
+    return (
+      f'nonlocal_r{parts["depth"]}-d8_4xb{images}-{parts["thousands"]}k_{self.dataset}'
+      f'-{parts["height"]}x{parts["width"]}'
+    )
+
+  @property
+  def recipe(self) -> str:
+    """The name of its config here, e.g. 'ade20k_r50:512x512_80k'."""
+    return f'{self.dataset}_r{self.depth}:{self.variant}'
 
   @property
   def _parts(self) -> dict[str, str]:
@@ -77,6 +116,46 @@ class ReleasedModel:
     match = re.fullmatch(pattern, self.name)
     assert match is not None, self.name
     return match.groupdict()
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleasedBackbone:
+  """Weights of a ResNetV1c that were trained on ImageNet, which the released models started from.
+
+  Attributes:
+    depth: Layers of the backbone.
+    file: Name of the released file; its last eight digits begin the file's sha256.
+  """
+
+  depth: int
+  file: str
+
+  @property
+  def name(self) -> str:
+    """E.g. 'resnet50_v1c'."""
+    return f'resnet{self.depth}_v1c'
+
+  @property
+  def sha256_prefix(self) -> str:
+    """First eight hex digits of the file's sha256."""
+    return _sha256_prefix(self.file)
+
+  @property
+  def address(self) -> str:
+    """Where the authors have the file."""
+    return f'{_ADDRESS}/pretrain/third_party/{self.file}'
+
+  @property
+  def about_bytes(self) -> int:
+    """The file's size to some percent: four bytes for each value."""
+    return 4 * _BACKBONE_VALUES[self.depth]
+
+
+Released = ReleasedModel | ReleasedBackbone
+
+
+def _sha256_prefix(file: str) -> str:
+  return file.removesuffix('.pth').rsplit('-', 1)[1]
 
 
 def _released(
@@ -106,6 +185,30 @@ RELEASED = (
   _released('nonlocal_r50-d8_512x512_40k_voc12aug', '20200614_000028-0139d4a9', 76.65, 77.47),
   _released('nonlocal_r101-d8_512x512_40k_voc12aug', '20200614_000028-7e5ff470', 78.27, 79.12),
 )
+
+BACKBONES = (
+  ReleasedBackbone(50, 'resnet50_v1c-2cccc1ad.pth'),
+  ReleasedBackbone(101, 'resnet101_v1c-e67eebb6.pth'),
+)
+
+
+def released_backbone(depth: int) -> ReleasedBackbone:
+  """The released backbone with that number of layers, 50 or 101."""
+  return next(backbone for backbone in BACKBONES if backbone.depth == depth)
+
+
+def released_variants(dataset: str, depth: int) -> dict[str, ReleasedModel]:
+  """The current releases for a dataset and backbone by their `variant`."""
+  return {
+    model.variant: model
+    for model in RELEASED
+    if (model.dataset, model.depth) == (dataset, depth) and not model.replaced
+  }
+
+
+def best_release(dataset: str, depth: int) -> ReleasedModel:
+  """The current release for a dataset and backbone with the best mIoU."""
+  return max(released_variants(dataset, depth).values(), key=lambda model: model.miou)
 
 
 def released_model(name: str) -> ReleasedModel:
