@@ -1,95 +1,136 @@
 """Evaluates released checkpoints and compares their scores with the published ones.
 
+    nonlocal-jax check-published --models=ade20k_r50 --download
+    nonlocal-jax check-published --models=all --download --multi-scale-flip
     nonlocal-jax check-published --checkpoints=DIR --data=DIR --out=published
 
-Finds the released checkpoints among the .pth files in --checkpoints, whatever their names, and
-evaluates them on the folders in --data (cityscapes, ade, VOCdevkit, laid out as for
-MMSegmentation): single scale, and multi-scale with flips if that was published. Writes
-OUT/published.md and OUT/published.json after each evaluation; the same command resumes a run that
-was stopped. The exit status is 0 if all scores that could be checked agree. Takes every
---config.FIELD=VALUE that `nonlocal-jax eval` takes, such as --config.eval.batch_size=8.
+With --download, released weights and val images that are not here are downloaded. Without it,
+weights come from the .pth files in --checkpoints, whatever their names, or from earlier downloads,
+and images from the folders in --data (cityscapes, ade, VOCdevkit, laid out as for MMSegmentation)
+or from the copies that were prepared before. First says what it needs. Writes OUT/published.md and
+OUT/published.json after each evaluation, with all that a score depends on; the same command resumes
+a run that was stopped. The exit status is 0 if all scores agree. Takes every --config.FIELD=VALUE
+that `nonlocal-jax eval` takes, such as --config.eval.batch_size=8.
 """
 
-import dataclasses
 import io
 import itertools
 import json
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nonlocal_jax.cli.program import Parser, child_environment
+from nonlocal_jax.cli.published_plan import Check, Places, say_plan
+from nonlocal_jax.cli.published_report import Row, scored, table, write_tables
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
 from nonlocal_jax.recipes import base_config, fields_of
 from nonlocal_jax.runtime.devices import SAID
 from nonlocal_jax.runtime.files import given_path, parse_object, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
+from nonlocal_jax.weights import released
 from nonlocal_jax.weights.loading import sha256_of
-from nonlocal_jax.weights.released import RELEASED, ReleasedModel, released_model_of_sha256
+from nonlocal_jax.weights.names import find_release
+from nonlocal_jax.weights.released import ReleasedModel, released_model_of_sha256
 
 EVALUATE = (sys.executable, '-m', 'nonlocal_jax', 'eval')
 COST = 'cost.json'
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-  """A published score to reproduce.
-
-  Attributes:
-    model: The released checkpoint.
-    multi_scale_flip: Whether the score was measured with multi-scale and flips.
-    published: The published mIoU in percent.
-  """
-
-  model: ReleasedModel
-  multi_scale_flip: bool
-  published: float
-
-  @property
-  def name(self) -> str:
-    """The name of the results folder, e.g. 'nonlocal_r50-d8_..._ade20k-5ae0aa33_ms_flip'."""
-    suffix = '_ms_flip' if self.multi_scale_flip else ''
-    return f'{self.model.name}-{self.model.sha256_prefix}{suffix}'
-
-
-CHECKS = tuple(
-  Check(model, several, miou)
-  for model in RELEASED
-  for several, miou in ((False, model.miou), (True, model.miou_ms_flip))
-  if miou is not None
-)
+_DATA_DIR = '--config.data.data_dir='
 
 
 def main(arguments: Sequence[str]) -> None:
   """Runs `nonlocal-jax check-published`."""
   parser = Parser('nonlocal-jax check-published', __doc__)
-  parser.add_argument('--checkpoints', required=True, type=given_path, help='folder of .pth files')
-  parser.add_argument('--data', required=True, type=given_path, help='folder of the datasets')
+  parser.add_argument(
+    '--models',
+    default='all',
+    metavar='NAMES',
+    help='names as in nonlocal-jax models, with commas between them; default: all',
+  )
+  parser.add_argument(
+    '--multi-scale-flip',
+    action='store_true',
+    help='also check the scores with six scales and flips, which takes some 17 times as long',
+  )
+  parser.add_argument(
+    '--download', action='store_true', help='download weights and val images that are not here'
+  )
+  parser.add_argument('--checkpoints', type=given_path, help='folder of .pth files')
+  parser.add_argument('--data', type=given_path, help='folder of the datasets')
+  parser.add_argument(
+    '--username', default='', help='login for Cityscapes; the password: $CITYSCAPES_PASSWORD'
+  )
   parser.add_argument(
     '--out', type=given_path, default=Path('published'), help='default: published'
   )
   options, settings = parser.parse_with_config(arguments, fields_of(base_config()))
-  files = find_released(options.checkpoints)
+  if options.username and not options.download:
+    parser.error('--username needs --download')
+  found = find_released(options.checkpoints) if options.checkpoints else {}
+  checks = checks_of(options.models, found, multi_scale_flip=options.multi_scale_flip)
+  data_dirs = [text.removeprefix(_DATA_DIR) for text in settings if text.startswith(_DATA_DIR)]
+  places = Places(
+    found=found,
+    data=options.data,
+    data_dir=data_dirs[-1] if data_dirs else None,
+    may_download=options.download,
+    username=options.username,
+  )
   started = itertools.count()
 
   def run(arguments: list[str]) -> dict[str, Any]:
     return run_and_time(arguments, says_devices=next(started) == 0)
 
-  rows = check_all(CHECKS, files, options.data, options.out, settings, run=run)
-  print(as_markdown(rows))
+  remaining = [check for check in checks if not _is_done(options.out / check.name, settings)]
+  if remaining:
+    say_plan(remaining, places)
+  command = shlex.join(['nonlocal-jax', 'check-published', *arguments])
+  rows = check_all(checks, places, options.out, settings, run=run, command=command)
+  print(table(rows))
   checked = [row for row in rows if row['measured'] is not None]
   wrong = [row for row in rows if row['verdict'] not in ('agrees', 'missing')]
   print(f'{len(checked)} of {len(rows)} checked; the table is in {options.out / "published.md"}.')
-  if wrong or not checked:
+  if wrong:
+    raise UserError(f'{len(wrong)} of {len(rows)} published numbers were not reproduced.')
+  if not checked:
     raise UserError(
-      f'{len(wrong)} of {len(rows)} published numbers were not reproduced.'
-      if wrong
-      else f'{options.checkpoints} holds no released checkpoint that could be checked.'
+      'No released checkpoint is here that could be checked: give their folder as --checkpoints, '
+      'or --download.'
     )
+
+
+def checks_of(
+  names: str, found: dict[str, Path], *, multi_scale_flip: bool = False
+) -> tuple[Check, ...]:
+  """Returns the published scores of some models.
+
+  Args:
+    names: 'all' or names with commas between them. All are the current releases, and of replaced
+      ones those that are here.
+    found: The checkpoints that are here, by the first digits of their sha256.
+    multi_scale_flip: Whether to add the scores with multi-scale and flips.
+
+  Raises:
+    UserError: If there is no model of a name.
+  """
+  if names == 'all':
+    models = [m for m in released.RELEASED if not m.replaced or m.sha256_prefix in found]
+  else:
+    given = [find_release(name) for name in names.split(',')]
+    models = [model for model in dict.fromkeys(given) if isinstance(model, ReleasedModel)]
+    if len(models) < len(set(given)):
+      raise UserError(f'{names} names a backbone, which has no published score on a val set.')
+  return tuple(
+    Check(model, several, miou)
+    for model in models
+    for several, miou in ((False, model.miou), (True, model.miou_ms_flip))
+    if miou is not None and (multi_scale_flip or not several)
+  )
 
 
 def find_released(folder: Path) -> dict[str, Path]:
@@ -110,67 +151,43 @@ def find_released(folder: Path) -> dict[str, Path]:
 
 def check_all(
   checks: Sequence[Check],
-  files: dict[str, Path],
-  data: Path,
+  places: Places,
   out: Path,
   settings: Sequence[str],
   *,
   run: Callable[[list[str]], dict[str, Any]],
-) -> list[dict[str, Any]]:
-  """Runs the checks that have no result yet, and writes the table after each.
+  command: str,
+) -> list[Row]:
+  """Runs the checks that have no result yet, and writes the tables after each.
 
   Args:
     checks: The checks.
-    files: The checkpoints, by the first digits of their sha256.
-    data: The folder of the datasets.
-    out: The output folder, for the table and one folder with `metrics.json` per check.
+    places: Where weights and data are.
+    out: The output folder, for the tables and one folder with `metrics.json` per check.
     settings: Additional arguments of the command `eval`.
     run: Runs the command `eval` with the given arguments and returns `status`, `error` and
       `seconds`, see `run_and_time`.
+    command: The command line, for the tables.
 
   Returns:
-    A row for each check: model, mode, published, measured, difference, seconds, peak_gib, verdict.
+    A row for each check, see `published_report.scored`.
   """
   rows = []
   with progress_bar(len(checks), 'Checking', unit='number') as bar:
     for check in checks:
-      file = files.get(check.model.sha256_prefix)
-      workdir = out / check.name
-      if file is not None and not _is_done(workdir, settings):
-        cost = run(_arguments(check, file, data, workdir, settings))
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_whole(workdir / COST, json.dumps({**cost, 'settings': list(settings)}) + '\n')
-      rows.append(_row(check, workdir if file is not None else None))
-      write_whole(out / 'published.json', json.dumps(rows, indent=2) + '\n')
-      write_whole(out / 'published.md', as_markdown(rows) + '\n')
+      rows.append(_check(check, places, out / check.name, settings, run))
+      write_tables(out, rows, command)
       bar.update()
   return rows
 
 
-def _is_done(workdir: Path, settings: Sequence[str]) -> bool:
-  try:
-    cost = parse_object((workdir / COST).read_bytes())
-    parse_object((workdir / METRICS).read_bytes())
-    return cost['status'] == 0 and cost['settings'] == list(settings)
-  except (OSError, ValueError, KeyError):  # missing or damaged
-    return False
-
-
-def _arguments(
-  check: Check, file: Path, data: Path, workdir: Path, settings: Sequence[str]
-) -> list[str]:
-  model = check.model
-  return [
-    f'--config={model.recipe}',
-    f'--checkpoint={file}',
-    f'--workdir={workdir}',
-    f'--config.data.source_dir={data}',
-    f'--config.eval.multi_scale_flip={check.multi_scale_flip}',
-    *settings,
-  ]
-
-
-def _row(check: Check, workdir: Path | None) -> dict[str, Any]:
+def _check(
+  check: Check,
+  places: Places,
+  workdir: Path,
+  settings: Sequence[str],
+  run: Callable[[list[str]], dict[str, Any]],
+) -> Row:
   row = {
     'model': check.model.name,
     'file': check.model.file,
@@ -178,24 +195,47 @@ def _row(check: Check, workdir: Path | None) -> dict[str, Any]:
     'published': check.published,
     'measured': None,
     'difference': None,
+    'protocol': '',
     'seconds': None,
+    'images_per_second': None,
     'peak_gib': None,
     'verdict': 'missing',
   }
-  if workdir is None:
-    return row
-  cost = json.loads((workdir / COST).read_text())
-  if cost['status'] != 0:
-    return {**row, 'verdict': f'failed: {cost["error"]}'}
-  report = json.loads((workdir / METRICS).read_text())
-  compared = report['published']
-  row |= {'measured': round(report['mIoU'], 2), 'verdict': 'not comparable'}
-  memory = report['peak_memory_gib']
-  row |= {'seconds': cost['seconds'], 'peak_gib': memory['device'] or memory['host']}
-  if compared:
-    verdict = 'agrees' if compared['agrees'] else 'differs'
-    row |= {'difference': compared['difference'], 'verdict': verdict}
-  return row
+  if not _is_done(workdir, settings):
+    try:
+      file = places.weights(check.model)
+      if file is None:
+        return row
+      source = places.source_of(check.model.dataset)
+    except UserError as error:  # the others go on
+      print(f'error: {error}', file=sys.stderr)
+      return {**row, 'verdict': f'failed: {error}'}
+    arguments = _arguments(check, file, source, workdir, settings)
+    cost = {**run(arguments), 'arguments': arguments, 'settings': list(settings)}
+    write_whole(workdir / COST, json.dumps(cost) + '\n')
+  return scored(row, workdir, json.loads((workdir / COST).read_bytes()))
+
+
+def _is_done(workdir: Path, settings: Sequence[str]) -> bool:
+  try:
+    cost = parse_object((workdir / COST).read_bytes())
+    parse_object((workdir / METRICS).read_bytes())
+    return cost['status'] == 0 and cost['settings'] == list(settings) and 'arguments' in cost
+  except (OSError, ValueError, KeyError):  # missing or damaged
+    return False
+
+
+def _arguments(
+  check: Check, file: Path, source: Path | None, workdir: Path, settings: Sequence[str]
+) -> list[str]:
+  return [
+    f'--config={check.model.recipe}',
+    f'--checkpoint={file}',
+    f'--workdir={workdir}',
+    *([] if source is None else [f'--config.data.source_dir={source}']),
+    f'--config.eval.multi_scale_flip={check.multi_scale_flip}',
+    *settings,
+  ]
 
 
 def run_and_time(arguments: list[str], *, says_devices: bool = True) -> dict[str, Any]:
@@ -234,21 +274,3 @@ def run_and_time(arguments: list[str], *, says_devices: bool = True) -> dict[str
     'error': next((line for line in reversed(lines) if line.strip()), ''),
     'seconds': time.perf_counter() - started,
   }
-
-
-def as_markdown(rows: Iterable[dict[str, Any]]) -> str:
-  """Formats the rows as a Markdown table."""
-  lines = [
-    '| model | mode | published | measured | difference | seconds | peak GiB | |',
-    '|---|---|---|---|---|---|---|---|',
-  ]
-  for row in rows:
-    cells = [row['model'], row['mode'], f'{row["published"]:.2f}']
-    cells += [_number(row['measured'], '.2f'), _number(row['difference'], '+.2f')]
-    cells += [_number(row['seconds'], '.0f'), _number(row['peak_gib'], '.1f'), row['verdict']]
-    lines.append(f'| {" | ".join(cells)} |')
-  return '\n'.join(lines)
-
-
-def _number(value: float | None, form: str) -> str:
-  return '' if value is None else format(value, form)

@@ -1,0 +1,203 @@
+"""What checking published scores needs: weights, data, disk space and time."""
+
+import dataclasses
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from nonlocal_jax.cli.doctor import devices_of_subprocess
+from nonlocal_jax.data.datasets import PUBLISHED
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.devices import counted
+from nonlocal_jax.runtime.download import as_size
+from nonlocal_jax.runtime.files import cache_folder
+from nonlocal_jax.weights.names import download_released, released_path
+from nonlocal_jax.weights.released import ReleasedModel
+
+# Pixels of an image in the box that it is resized into, on average.
+_PIXELS = {'cityscapes': 2048 * 1024, 'ade20k': 683 * 512, 'voc12aug': 683 * 512}
+# Multiplications for each pixel of an image, besides those of the pairs of positions.
+_PER_PIXEL = {50: 0.76e6, 101: 1.06e6}
+_EFFICIENCY = 0.6  # of the network, relative to one product of large matrices
+_START_SECONDS = 60  # of a process, with compiling
+_RATE = (sys.executable, '-c', 'from nonlocal_jax.cli import published_plan as p; p.print_rate()')
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+  """A published score to reproduce.
+
+  Attributes:
+    model: The released checkpoint.
+    multi_scale_flip: Whether the score was measured with multi-scale and flips.
+    published: The published mIoU in percent.
+  """
+
+  model: ReleasedModel
+  multi_scale_flip: bool
+  published: float
+
+  @property
+  def name(self) -> str:
+    """The name of the results folder, e.g. 'nonlocal_r50-d8_..._ade20k-5ae0aa33_ms_flip'."""
+    suffix = '_ms_flip' if self.multi_scale_flip else ''
+    return f'{self.model.name}-{self.model.sha256_prefix}{suffix}'
+
+  @property
+  def images(self) -> int:
+    """Number of images."""
+    return PUBLISHED[self.model.dataset].published_sizes['val']
+
+  @property
+  def multiplications(self) -> float:
+    """About how many multiplications it takes."""
+    protocol = self.model.protocol.with_multi_scale_flip(self.multi_scale_flip)
+    total = 0.0
+    for ratio in protocol.ratios:
+      pixels, count = _PIXELS[self.model.dataset] * ratio**2, 1
+      if protocol.window_crop and protocol.window_stride:
+        (height, width), stride = protocol.window_crop, protocol.window_stride[0]
+        sides = (1025 * ratio, 2049 * ratio)
+        rows, columns = (max(1, -int(-(side - height) // stride) + 1) for side in sides)
+        pixels, count = height * width, rows * columns
+      pairs = (pixels / 64) ** 2  # the network's output stride is 8
+      total += count * (pixels * _PER_PIXEL[self.model.depth] + 512 * pairs)
+    return self.images * protocol.flips * total
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+  """Where weights and data are, or come from.
+
+  Attributes:
+    found: Released checkpoints in a folder of the user, by the first digits of their sha256.
+    data: The folder of the datasets; None for the copies that were prepared before, or for what is
+      downloaded.
+    data_dir: Where prepared data is kept; None for the default.
+    may_download: Whether what is missing is downloaded.
+    username: Login for Cityscapes.
+  """
+
+  found: Mapping[str, Path]
+  data: Path | None = None
+  data_dir: str | None = None
+  may_download: bool = False
+  username: str = ''
+
+  def weights(self, model: ReleasedModel) -> Path | None:
+    """Returns the file of a released model; None if it is not here.
+
+    Raises:
+      UserError: If it is to be downloaded and cannot be.
+    """
+    if found := self.found.get(model.sha256_prefix):
+      return found
+    if self.may_download or released_path(model).is_file():
+      return download_released(model)  # checks a file that is there
+    return None
+
+  def source_of(self, dataset: str) -> Path | None:
+    """Returns the folder of a dataset; None to open the copy that was prepared before.
+
+    Raises:
+      UserError: If it is to be downloaded and cannot be.
+    """
+    if not self.may_download:
+      return self.data
+    from nonlocal_jax.data.downloads import fetch_dataset
+
+    if self._is_prepared(dataset):
+      return None
+    return fetch_dataset(dataset, self.data, splits=('val',), username=self.username)
+
+  def missing(self, checks: Sequence[Check]) -> dict[str, int]:
+    """Returns what is to be downloaded, with the bytes that it takes at most."""
+    if not self.may_download:
+      return {}
+    from nonlocal_jax.data.distributions import DISTRIBUTIONS
+
+    models = {check.model.file: check.model for check in checks}
+    sizes = {
+      file: model.about_bytes
+      for file, model in models.items()
+      if model.sha256_prefix not in self.found and not released_path(model).is_file()
+    }
+    for name in sorted({check.model.dataset for check in checks}):
+      archives = [a for a in DISTRIBUTIONS[name].archives if 'val' in a.splits]
+      folder = self.data or cache_folder() / 'datasets'
+      absent = [a for a in archives if not (folder / a.folder).exists()]
+      if absent and not self._is_prepared(name):
+        sizes[f'{name} with its unpacked files'] = 2 * sum(archive.size for archive in absent)
+    return sizes
+
+  def _is_prepared(self, dataset: str) -> bool:
+    from nonlocal_jax.data.prepared import published_copies
+
+    try:
+      return bool(published_copies(PUBLISHED[dataset], splits=('val',), data_dir=self.data_dir))
+    except UserError:  # damaged: prepared anew
+      return False
+
+
+def say_plan(checks: Sequence[Check], places: Places) -> None:
+  """Prints on stderr what is to be done, the disk space and about how long it takes."""
+  sizes = places.missing(checks)
+  models = len({check.model.file for check in checks})
+  lines = [f'{counted(len(checks), "score")} of {counted(models, "model")} to measure.']
+  if sizes:
+    folder = next(path for path in (cache_folder(), *cache_folder().parents) if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    lines.append(f'To download, in {cache_folder()}, where {as_size(free)} are free:')
+    lines += [f'  {name}: about {as_size(size)}' for name, size in sizes.items()]
+    lines.append(f'  in all about {as_size(sum(sizes.values()))}')
+  devices, said = devices_of_subprocess(_RATE)
+  if devices:
+    rate = sum(device['products_per_second'] for device in devices)
+    seconds = sum(_START_SECONDS + check.multiplications / (rate * _EFFICIENCY) for check in checks)
+    kind = devices[0]['kind']
+    lines.append(f'On {len(devices)} x {kind} it takes about {as_duration(seconds)}.')
+  else:
+    lines.append(said)
+  print('\n'.join(lines), file=sys.stderr)
+
+
+def print_rate() -> None:
+  """Prints kind and multiplications per second of each device in float32, as JSON."""
+  import jax
+  import jax.numpy as jnp
+
+  size = 1024 if jax.default_backend() == 'cpu' else 8192
+  found = []
+  for device in jax.local_devices():
+    matrix = jax.device_put(jnp.ones((size, size)), device)
+
+    @jax.jit
+    def square(matrix):
+      return jnp.matmul(matrix, matrix, precision='highest') / matrix.shape[0]
+
+    square(matrix).block_until_ready()
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < 0.5:
+      square(matrix).block_until_ready()
+      count += 1
+    rate = count * size**3 / (time.perf_counter() - started)
+    found.append({'kind': device.device_kind, 'products_per_second': rate})
+  print(json.dumps(found))
+
+
+def as_duration(seconds: float) -> str:
+  """Formats a duration to its largest units.
+
+  >>> as_duration(40), as_duration(5000), as_duration(400_000)
+  ('1 min', '1 h 23 min', '4 d 15 h')
+  """
+  minutes = max(1, round(seconds / 60))
+  if minutes < 60:
+    return f'{minutes} min'
+  hours, minutes = divmod(minutes, 60)
+  if hours < 48:
+    return f'{hours} h {minutes} min'
+  return f'{hours // 24} d {hours % 24} h'
