@@ -86,6 +86,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = 'HTTP/1.1'
   server: 'http.server.ThreadingHTTPServer'
 
+  def handle(self) -> None:
+    """Answers requests until the client leaves."""
+    with contextlib.suppress(ConnectionError):
+      super().handle()
+
   def do_GET(self) -> None:
     server: FileServer = self.server.files  # type: ignore[attr-defined]
     asked = self.headers.get('Range')
