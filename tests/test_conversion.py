@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 
+import mmengine
 import numpy as np
 import pytest
 import torch
@@ -23,7 +24,7 @@ from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.torch_format.reader import read_torch_file
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.arrays import to_arrays
-from nonlocal_jax.weights.checkpoints import save_weights
+from nonlocal_jax.weights.checkpoints import read_description, save_weights
 from nonlocal_jax.weights.loading import read_backbone, read_torch_weights, read_weights
 from nonlocal_jax.weights.released import RELEASED, released_model
 from tests import peer
@@ -200,6 +201,21 @@ def test_arguments(converter, peer_checkpoint, tmp_path):
   (tmp_path / 'x.pth').touch()
   assert 'x.pth exists; remove it' in converter(peer_checkpoint, '--to-pth', tmp_path / 'x.pth')[1]
   assert sorted(path.name for path in tmp_path.iterdir()) == ['a', 'x.pth']
+
+
+@pytest.mark.parametrize('align_corners', [True, False])
+def test_the_other_corner_convention_can_be_written(
+  align_corners, converter, peer_checkpoint, tmp_path
+):
+  """The file's config, which MMSegmentation parses, has what was asked for."""
+  flag = '--align-corners' if align_corners else '--no-align-corners'
+  assert converter(peer_checkpoint, '--to-pth', tmp_path / 'x.pth', flag) == (None, '')
+  text = torch.load(tmp_path / 'x.pth', weights_only=True)['meta']['cfg']
+  config = mmengine.Config.fromstring(text, '.py')
+  for head in (config.model.decode_head, config.model.auxiliary_head):
+    assert head.align_corners is align_corners
+  assert converter(tmp_path / 'x.pth', tmp_path / 'back') == (None, '')
+  assert read_description(tmp_path / 'back').protocol.align_corners is align_corners
 
 
 def test_a_disk_without_room_leaves_nothing(converter, peer_checkpoint, tmp_path):

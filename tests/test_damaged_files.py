@@ -20,6 +20,7 @@ NO_OBJECTS = (b'', b'[1, 2]\n', b'5\n', b'null\n', b'"text"\n', b'[' * 100_000, 
 def workdir(tmp_path):
   for name in ('log.jsonl', 'config.json', 'model.json'):
     shutil.copy(RUN / name, tmp_path / name)
+  (tmp_path / 'checkpoints/36').mkdir(parents=True)
   return tmp_path
 
 

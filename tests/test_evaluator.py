@@ -47,7 +47,7 @@ def test_two_processes_of_two_devices_count_each_image_once(
   labels = [decode_label(path.read_bytes()) for path in (photos / 'labels/val').iterdir()]
   assert found.sum() == sum((label < 19).sum() for label in labels)
   assert 'mIoU' in said[0]
-  assert 'mIoU' not in said[1]
+  assert [line for line in said[1].splitlines() if not line.startswith('[Gloo]')] == []
   assert not (tmp_path / 'process1').exists()
 
 

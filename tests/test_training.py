@@ -38,6 +38,7 @@ def test_a_run_leaves_all_that_is_promised(trained):
   names = {path.name for path in workdir.iterdir()}
   (events,) = (name for name in names if name.startswith('events.out.tfevents'))
   assert names - {events} == {
+    '.lock',
     'best',
     'checkpoints',
     'config.json',

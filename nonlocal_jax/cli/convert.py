@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--align-corners',
     action=argparse.BooleanOptionalAction,
-    help='corner convention, for files that do not record it',
+    help='corner convention, for files that do not record it; of --to-pth, for the file it writes',
   )
   options = parser.parse(arguments)
   out, to_pth = options.out, options.to_pth
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
   source = find_weights(options.source)
   if to_pth:
     say_weights(source)
-    write_pth(source, to_pth)
+    write_pth(source, to_pth, align_corners=options.align_corners)
   elif not source.is_dir():
     weights = read_torch_weights(source, align_corners=options.align_corners)
     save_weights(out, weights.state, weights.description)
@@ -103,17 +103,18 @@ def convert_folder(folder: Path, out: Path, *, align_corners: bool | None) -> No
     raise UserError('\n'.join((f'{count}:', *failures)))
 
 
-def write_pth(source: Path, path: Path) -> None:
+def write_pth(source: Path, path: Path, *, align_corners: bool | None = None) -> None:
   """Writes weights as a .pth file that MMSegmentation loads, and prints the test protocol.
 
   Args:
     source: Anything that `read_weights` reads.
     path: The output file; must not exist.
+    align_corners: The corner convention; None for that of the weights.
 
   Raises:
     UserError: If there are no weights, or `path` exists or cannot be written.
   """
-  description, state = read_weights(source)
+  description, state = read_weights(source, align_corners=align_corners)
   classes, palette = list(description.classes), list(map(list, description.palette))
   text = config_text(description.config, description.protocol)
   meta = {

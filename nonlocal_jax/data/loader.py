@@ -4,6 +4,7 @@ A source is any sequence of `{'id': str, 'image': bytes, 'label': bytes}`, such 
 `prepared.PreparedSplit`.
 """
 
+import contextlib
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -231,3 +232,13 @@ def _prepare_worker(*_) -> None:
 def _use_one_thread_in_opencv() -> None:
   """Disables OpenCV's own threads: samples are loaded in parallel."""
   cv2.setNumThreads(0)
+
+
+@contextlib.contextmanager
+def restored_opencv_threads() -> Iterator[None]:
+  """Gives OpenCV back the threads that loading took from it, in programs that do other things."""
+  before = cv2.getNumThreads()
+  try:
+    yield
+  finally:
+    cv2.setNumThreads(before)

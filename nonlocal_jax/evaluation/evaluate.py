@@ -27,12 +27,10 @@ def show_evaluation(evaluation: Evaluation, dataset: Dataset, *, more: bool = Fa
     dataset: The dataset, which names the classes.
     more: Whether to add Dice, Fscore, Precision and Recall.
   """
-  if not is_first_process():
-    return
-  print(evaluation.scores.table(dataset.classes, more=more))
+  _print_once(evaluation.scores.table(dataset.classes, more=more))
   reasons = undefined_reasons(evaluation.confusion, dataset.classes, more=more)
   for name, reason in reasons.items():
-    print(f'{name}: {reason}')
+    _print_once(f'{name}: {reason}')
 
 
 def write_evaluation(
@@ -69,6 +67,8 @@ def comparable_miou(
 ) -> float | None:
   """Returns the published mIoU of a released model if it is comparable, else prints why it is not.
 
+  Only the first process prints.
+
   Args:
     released: The released model.
     dataset: The dataset of this evaluation.
@@ -81,13 +81,13 @@ def comparable_miou(
   """
   published = released.miou_ms_flip if protocol.averages else released.miou
   if published is None:
-    print(f'The mIoU of {released.name} with multi-scale and flip was not published.')
+    _print_once(f'The mIoU of {released.name} with multi-scale and flip was not published.')
     return None
   differences = differences_from_published(
     released, dataset, protocol, images=images, attention=attention
   )
   if differences:
-    print(
+    _print_once(
       f'{released.name} was published with mIoU {published:.2f}, which cannot be compared: '
       f'{"; ".join(differences)}.'
     )
@@ -124,3 +124,9 @@ def differences_from_published(
   if attention == 'cudnn':
     differences.append('attention was not rounded to float16, as cudnn does')
   return differences
+
+
+def _print_once(text: str) -> None:
+  """Prints in the first process."""
+  if is_first_process():
+    print(text)

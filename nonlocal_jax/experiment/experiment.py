@@ -1,5 +1,6 @@
 """The `Experiment`: everything that a config sets, typed, with methods to train and evaluate."""
 
+import contextlib
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from nonlocal_jax.data import synthetic
 from nonlocal_jax.data.datasets import Dataset, Split
-from nonlocal_jax.data.loader import TrainIterator, train_batches
+from nonlocal_jax.data.loader import TrainIterator, restored_opencv_threads, train_batches
 from nonlocal_jax.data.preparation import prepare
 from nonlocal_jax.data.prepared import PreparedSplit, open_prepared, report_split
 from nonlocal_jax.data.transforms import AugmentConfig
@@ -41,6 +42,7 @@ from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config
 from nonlocal_jax.runtime.compilation import compiler_options
 from nonlocal_jax.runtime.devices import counted
+from nonlocal_jax.runtime.locks import used_alone
 from nonlocal_jax.runtime.parallel import (
   is_first_process,
   over_batch,
@@ -51,7 +53,11 @@ from nonlocal_jax.training.initial_weights import read_initial_weights
 from nonlocal_jax.training.loop import ScheduleConfig, TrainingRun, train_and_evaluate
 from nonlocal_jax.training.memory import StepTooLargeError
 from nonlocal_jax.training.optimizer import OptimizerConfig
-from nonlocal_jax.training.run_files import check_same_run, forget_run, write_run_files
+from nonlocal_jax.training.run_files import (
+  check_same_run,
+  set_aside_stopped_run,
+  write_run_files,
+)
 from nonlocal_jax.training.train_step import BatchShape, StepConfig, lower_train_step
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
@@ -143,6 +149,16 @@ class Experiment:
     if new_classifier and checkpoint is None:
       raise UserError('--new_classifier is for the network of a --checkpoint; give one.')
     self._check_batch()
+    with restored_opencv_threads(), contextlib.ExitStack() as stack:
+      if is_first_process():
+        busy = f'{workdir} is in use by another run; wait for its end, or choose another workdir.'
+        stack.enter_context(used_alone(workdir, busy))
+      return self._train_alone(workdir, checkpoint, new_classifier=new_classifier)
+
+  def _train_alone(
+    self, workdir: Path, checkpoint: Path | None, *, new_classifier: bool
+  ) -> Evaluation:
+    """Trains while no other run uses `workdir`."""
     values = check_same_run(workdir, self.values, base_config().to_dict())
     initial = None
     if not has_checkpoint(workdir):
@@ -156,6 +172,7 @@ class Experiment:
     splits = self.open_splits(workdir, ['train', 'val'])
     batches = self.train_batches(splits['train'])
     if is_first_process():
+      set_aside_stopped_run(workdir)
       write_run_files(workdir, values, self.description())
     facts = ReportFacts(
       config=values,
@@ -191,8 +208,6 @@ class Experiment:
       message = error.message('--config.train.')
       if has_checkpoint(workdir) and error.remedies:
         message = f'{message[:-1]}; of these, a run that resumes can change only rematerialize.'
-      elif is_first_process() and not has_checkpoint(workdir):
-        forget_run(workdir)
       raise UserError(message) from error
 
   def evaluate(
@@ -249,7 +264,8 @@ class Experiment:
     evaluator = self.evaluator(split, network=network, protocol=protocol)
     weights = evaluator.prepared(state)
     del state  # frees the host copy of the weights
-    evaluation = evaluator(weights)
+    with restored_opencv_threads():
+      evaluation = evaluator(weights)
     released = released_model_of_sha256(description.sha256) if description.sha256 else None
     published, differences = None, []
     if released is not None:

@@ -1,18 +1,22 @@
 """Files in a workdir that identify the run: its config and model description."""
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.files import parse_object, write_whole
+from nonlocal_jax.evaluation.report import METRICS
+from nonlocal_jax.runtime.files import make_folder, parse_object, write_whole
+from nonlocal_jax.training.log import LOG
 from nonlocal_jax.weights.checkpoints import DESCRIPTION
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.released import BACKBONES
 from nonlocal_jax.weights.run_checkpoints import BEST, has_checkpoint
 
 CONFIG = 'config.json'
+STOPPED = 'stopped_runs'  # subfolder of a workdir for runs that ended before their first checkpoint
 # Fields that may change when a run resumes: they do not affect training except for rounding.
 _FREE = (
   'eval.',
@@ -35,7 +39,9 @@ _BY_NAME = frozenset(backbone.name for backbone in BACKBONES)
 def check_same_run(
   workdir: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]
 ) -> Mapping[str, Any]:
-  """Checks that a run in `workdir`, if there is one, has the same config.
+  """Checks that a run in `workdir`, if there is one that can resume, has the same config.
+
+  A run that was stopped before its first checkpoint can not, see `set_aside_stopped_run`.
 
   Args:
     workdir: Directory of the run.
@@ -50,7 +56,7 @@ def check_same_run(
       one cannot be read.
   """
   path = workdir / CONFIG
-  if not path.exists():
+  if not path.exists() or not _has_results(workdir):
     return config
   try:
     saved = parse_object(path.read_bytes())
@@ -83,9 +89,31 @@ def write_run_files(
   write_whole(workdir / CONFIG, json.dumps(config, indent=2) + '\n')
 
 
-def forget_run(workdir: Path) -> None:
-  """Lets `check_same_run` accept another config; for a run that ended before its first step."""
-  (workdir / CONFIG).unlink(missing_ok=True)
+def set_aside_stopped_run(workdir: Path) -> None:
+  """Moves config and log of a run that ended before its first checkpoint out of the way.
+
+  The next run in `workdir` starts anew, perhaps with another config: the two are not mixed.
+  """
+  log = workdir / LOG
+  if _has_results(workdir) or not log.exists() or not log.stat().st_size:
+    return
+  number = 1
+  while (place := workdir / STOPPED / str(number)).exists():
+    number += 1
+  make_folder(place)
+  for path in (workdir / CONFIG, log, *workdir.glob('events.out.tfevents.*')):
+    if path.exists():
+      path.rename(place / path.name)
+  print(
+    f'A run in {workdir} was stopped before its first checkpoint; its config and log were moved to '
+    f'{place}.',
+    file=sys.stderr,
+  )
+
+
+def _has_results(workdir: Path) -> bool:
+  has_weights = has_checkpoint(workdir) or has_checkpoint(workdir / BEST)
+  return has_weights or (workdir / METRICS).exists()
 
 
 def config_differences(

@@ -1,21 +1,29 @@
 """One sentence for whatever Orbax raises."""
 
 import contextlib
+import gc
 import re
 import sys
 import threading
+import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Self
 
 from absl import logging
 
 from nonlocal_jax.errors import UserError
 
+_QUIET_SECS = 0.2  # without a message from what Orbax abandoned, after which no more are expected
+_MOST_SECS = 5.0
+
 
 @contextlib.contextmanager
 def one_error(what: str) -> Iterator[None]:
   """Turns whatever Orbax raises into one error, without the lines that its threads add.
+
+  Hooks, filters of warnings and absl's verbosity are as before when the error is raised.
 
   Args:
     what: Which of the user's files cannot be read or written.
@@ -23,24 +31,18 @@ def one_error(what: str) -> Iterator[None]:
   Raises:
     UserError: `what` and the reason.
   """
-  hook, verbosity = sys.unraisablehook, logging.get_verbosity()
-  sys.unraisablehook = _unless_abandoned(hook)
-  logging.set_verbosity(logging.FATAL)
-  try:
-    yield
-    sys.unraisablehook = hook  # after an error, threads that Orbax abandoned have more to say
-  except UserError:
-    raise
-  except Exception as error:  # damaged files, full disks: Orbax has no narrower type for them
-    # Of several writes it drops the rest at a first error; Python warns when it collects them.
-    warnings.filterwarnings(
-      'ignore', r"coroutine 'async_serialize.*' was never awaited", RuntimeWarning
-    )
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    system_error = re.search(r'([^:]*) \[os_error_code', lines[0])
-    raise UserError(f'{what}: {system_error[1].strip() if system_error else lines[0]}.') from error
-  finally:
-    logging.set_verbosity(verbosity)
+  with QuietThreads() as quiet:
+    try:
+      yield
+    except UserError:
+      raise
+    except Exception as error:  # damaged files, full disks: Orbax has no narrower type for them
+      lines = str(error).strip().splitlines() or [type(error).__name__]
+      system_error = re.search(r'([^:]*) \[os_error_code', lines[0])
+      quiet.wait_for_abandoned(error)
+      raise UserError(
+        f'{what}: {system_error[1].strip() if system_error else lines[0]}.'
+      ) from error
 
 
 class QuietThreads:
@@ -53,31 +55,48 @@ class QuietThreads:
     """Replaces the hooks."""
     self._hooks = sys.unraisablehook, threading.excepthook
     self._verbosity = logging.get_verbosity()
+    self._last_message = -float('inf')
     logging.set_verbosity(logging.FATAL)
-    sys.unraisablehook = _unless_abandoned(sys.unraisablehook)
-    threading.excepthook = _unless_of_orbax(threading.excepthook)
+    sys.unraisablehook, threading.excepthook = self._on_unraisable, self._on_thread
     return self
 
-  def __exit__(self, error_type: type[BaseException] | None, *unused) -> None:
-    """Puts them back; after an error threads that Orbax abandoned have more to say."""
-    if error_type is None:
-      sys.unraisablehook, threading.excepthook = self._hooks
-      logging.set_verbosity(self._verbosity)
+  def __exit__(self, *unused) -> None:
+    """Puts them back."""
+    sys.unraisablehook, threading.excepthook = self._hooks
+    logging.set_verbosity(self._verbosity)
 
+  def wait_for_abandoned(self, error: Exception) -> None:
+    """Waits until reads and writes that Orbax gave up have complained of that.
 
-def _unless_of_orbax(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-  def filtered(arguments: Any) -> None:
-    if not type(arguments.thread).__module__.startswith('orbax.'):
-      hook(arguments)
+    Args:
+      error: The error at which it gave up, whose frames hold some of them.
+    """
+    with warnings.catch_warnings():
+      # Of several writes it drops the rest at a first error; Python warns when it collects them.
+      warnings.filterwarnings(
+        'ignore', r"coroutine 'async_serialize.*' was never awaited", RuntimeWarning
+      )
+      reason: BaseException | None = error
+      while reason is not None:
+        traceback.clear_frames(reason.__traceback__)
+        reason = reason.__cause__ or reason.__context__
+      gc.collect()
+      started = time.monotonic()
+      while time.monotonic() - max(started, self._last_message) < _QUIET_SECS:
+        if time.monotonic() - started > _MOST_SECS:
+          break
+        time.sleep(0.02)
 
-  return filtered
+  def _on_unraisable(self, unraisable: Any) -> None:
+    """Drops what is said of reads and writes that end after Orbax gave up."""
+    if str(unraisable.exc_value) == 'Event loop is closed':
+      self._last_message = time.monotonic()
+    else:
+      self._hooks[0](unraisable)
 
-
-def _unless_abandoned(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-  """`hook`, but silent about reads and writes still under way when Orbax gave up at a first one."""
-
-  def filtered(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != 'Event loop is closed':
-      hook(unraisable)
-
-  return filtered
+  def _on_thread(self, arguments: Any) -> None:
+    """Drops errors of Orbax's threads."""
+    if type(arguments.thread).__module__.startswith('orbax.'):
+      self._last_message = time.monotonic()
+    else:
+      self._hooks[1](arguments)

@@ -89,12 +89,11 @@ class RunCheckpoints:
     try:
       with one_error(self._what):
         self._manager.close()
-    except UserError as error:
-      self._quiet.__exit__(type(error))
+    except UserError:
       if error_type is None:  # otherwise there is an error already
         raise
-    else:
-      self._quiet.__exit__(error_type)
+    finally:
+      self._quiet.__exit__()
 
   def steps(self) -> list[int]:
     """Steps of all complete checkpoints, in order."""

@@ -1,0 +1,100 @@
+"""Workdirs: one run at a time, and runs that were stopped before their first checkpoint."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from nonlocal_jax.data.loader import TrainIterator
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.locks import used_alone
+from tests.conftest import train_and_evaluate
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from nonlocal_jax.runtime.locks import used_alone
+with used_alone(Path(sys.argv[1]), 'in use'):
+  print('held', flush=True)
+  time.sleep(100)
+"""
+
+
+def test_a_second_run_in_a_workdir_is_refused(training_config, tmp_path):
+  """Until the first has ended, by SIGKILL as well; nothing is written before."""
+  workdir = tmp_path / 'workdir'
+  command = [sys.executable, '-c', HOLD, workdir]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+    try:
+      assert other.stdout.readline() == 'held\n'
+      with pytest.raises(UserError, match=f'{workdir} is in use by another run; wait for its end'):
+        train_and_evaluate(training_config, workdir)
+      assert [path.name for path in workdir.iterdir()] == ['.lock']
+    finally:
+      other.send_signal(signal.SIGKILL)
+  with used_alone(workdir, 'in use'):
+    pass
+
+
+def test_programs_that_a_run_starts_do_not_keep_its_lock(tmp_path):
+  command = [sys.executable, '-c', 'print("up", flush=True); input()']
+  with used_alone(tmp_path, 'in use'):
+    child = subprocess.Popen(
+      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False
+    )
+    assert child.stdout.readline() == b'up\n'
+  with used_alone(tmp_path, 'in use'):
+    assert child.poll() is None
+  child.communicate(b'\n')
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
+  def flock(*unused):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+  monkeypatch.setattr(fcntl, 'flock', flock)
+  with used_alone(tmp_path, 'in use'):
+    pass
+  said = capsys.readouterr().err
+  assert said.count('\n') == 1
+  assert f'warning: {tmp_path} cannot be locked ([Errno 37] No locks available)' in said
+
+
+def test_a_run_without_a_checkpoint_makes_room_for_another_config(
+  training_config, tmp_path, monkeypatch, capsys
+):
+  workdir, stopped = tmp_path / 'workdir', tmp_path / 'workdir/stopped_runs/1'
+  give_batch = TrainIterator.__next__
+
+  def give_one_batch(self):
+    if self.get_state() == {'next_batch': 1}:
+      raise UserError('the run ends here')
+    return give_batch(self)
+
+  monkeypatch.setattr(TrainIterator, '__next__', give_one_batch)
+  with pytest.raises(UserError, match='the run ends here'):
+    train_and_evaluate(training_config, workdir)
+  log = (workdir / 'log.jsonl').read_text()
+  assert json.loads(log)['step'] == 1
+  corrected = training_config.copy_and_resolve_references()
+  corrected.train.ratio_range = (1.0, 1.5)
+  capsys.readouterr()
+  with pytest.raises(UserError, match='the run ends here'):
+    train_and_evaluate(corrected, workdir)
+  assert f'its config and log were moved to {stopped}.' in capsys.readouterr().err
+  assert (stopped / 'log.jsonl').read_text() == log
+  ranges = [
+    json.loads((place / 'config.json').read_text())['train']['ratio_range']
+    for place in (stopped, workdir)
+  ]
+  assert ranges == [[0.5, 2.0], [1.0, 1.5]]
+  second = (workdir / 'log.jsonl').read_text()
+  assert second != log
+  assert json.loads(second)['step'] == 1  # one line
+  for place in (stopped, workdir):
+    assert len(list(place.glob('events.out.tfevents.*'))) == 1
