@@ -157,37 +157,54 @@ def run_in_process(run: Callable[[], None]) -> tuple[object, str]:
   return None, ''
 
 
-def run_two_processes(*arguments: object, workdirs: Sequence[Path]) -> list[str]:
-  """Runs main.py on two processes of two devices each; returns what each says."""
-  with socket.socket() as free:
-    free.bind(('localhost', 0))
-    port = free.getsockname()[1]
+def start_two_processes(
+  *arguments: object, own: Sequence[Sequence[object]], port: int | None = None
+) -> list[subprocess.Popen[str]]:
+  """Starts main.py on two processes of two devices each.
+
+  Args:
+    *arguments: Their arguments.
+    own: Further arguments of each.
+    port: The coordinator's port; None for a free one.
+  """
+  port = port or free_port()
   together = ['--distributed', f'--coordinator=localhost:{port}', '--processes=2']
   flags = os.environ['XLA_FLAGS'].replace('device_count=4', 'device_count=2')
-  environment = {**os.environ, 'XLA_FLAGS': flags}
-  processes = [
+  return [
     subprocess.Popen(
-      [
-        sys.executable,
-        main.__file__,
-        *arguments,
-        *together,
-        f'--process={index}',
-        f'--workdir={workdir}',
-      ],
-      env=environment,
+      [sys.executable, main.__file__, *arguments, *together, f'--process={index}', *own[index]],
+      env={**os.environ, 'XLA_FLAGS': flags},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
     )
-    for index, workdir in enumerate(workdirs)
+    for index in range(2)
   ]
+
+
+def free_port() -> int:
+  """A port that nobody listens at."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    return free.getsockname()[1]
+
+
+def ends_of(processes: Sequence[subprocess.Popen[str]]) -> tuple[list[int], list[str]]:
+  """Waits for processes; returns the exit status of each and what it said."""
   try:
     said = [process.communicate(timeout=300)[0] for process in processes]
   finally:
     for process in processes:
       process.kill()
-  assert [process.returncode for process in processes] == [0, 0], said
+      process.communicate()
+  return [process.returncode for process in processes], said
+
+
+def run_two_processes(*arguments: object, workdirs: Sequence[Path]) -> list[str]:
+  """Runs main.py on two processes of two devices each; returns what each says."""
+  own = [[f'--workdir={workdir}'] for workdir in workdirs]
+  statuses, said = ends_of(start_two_processes(*arguments, own=own))
+  assert statuses == [0, 0], said
   return said
 
 

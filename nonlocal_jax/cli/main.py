@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import nonlocal_jax
 from nonlocal_jax.cli.program import needs_extra, print_and_exit, run_program
+from nonlocal_jax.cli.supervision import reported_errors
 from nonlocal_jax.errors import UsageError, nearest
 
 _EXAMPLES = """\
@@ -65,7 +66,7 @@ def run(arguments: Sequence[str]) -> None:
       'nonlocal-jax --help.'
     )
   module, _ = COMMANDS[command]
-  with needs_extra(command):
+  with reported_errors(), needs_extra(command):
     importlib.import_module(f'nonlocal_jax.cli.{module}').main(options)
 
 

@@ -1,14 +1,17 @@
 """Options that `train` and `eval` share."""
 
 import argparse
+import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from nonlocal_jax.cli.config import Config, config_text, fields_set, read_config
 from nonlocal_jax.cli.program import Parser, print_and_exit
+from nonlocal_jax.cli.supervision import connect_to_parent, is_supervised, run_supervised
 from nonlocal_jax.recipes import base_config, config_names, fields_of
 from nonlocal_jax.runtime.files import given_path
-from nonlocal_jax.runtime.parallel import join_processes
+from nonlocal_jax.runtime.parallel import find_place, join_processes
 
 
 def make_parser(command: str, description: str | None) -> Parser:
@@ -60,11 +63,21 @@ def make_parser(command: str, description: str | None) -> Parser:
     metavar='INDEX',
     help='index of this process, from 0, with --coordinator',
   )
+  add(
+    '--partner-timeout',
+    type=_seconds,
+    default=30.0,
+    metavar='SECONDS',
+    help='how long --distributed waits for the other processes at the start, and how long one may '
+    'be silent later before all end; default: 30',
+  )
   return parser
 
 
 def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config]:
   """Parses options and config; handles --print-config and --distributed.
+
+  With --distributed it returns in a child process, and exits in this one at the child's end.
 
   Args:
     parser: See `make_parser`.
@@ -78,14 +91,29 @@ def parse(parser: Parser, arguments: Sequence[str]) -> tuple[argparse.Namespace,
     UserError: If an option, a field or a value is invalid.
   """
   options, rest = parser.parse_with_config(arguments, fields_of(base_config()))
+  place = None
+  if options.distributed and not options.print_config:
+    place = find_place(options.coordinator, options.processes, options.process)
+    if not is_supervised():
+      command, timeout = parser.prog.split()[-1], options.partner_timeout
+      sys.exit(run_supervised(command, arguments, place, timeout=timeout))
+    connect_to_parent()
   config = read_config([f'--config={options.config}', *rest])
   if options.print_config:
     print_and_exit(config_text(config))
-  if options.distributed:
-    join_processes(options.coordinator, options.processes, options.process)
+  if place is not None:
+    join_processes(place, timeout=options.partner_timeout)
   options.fields_set = fields_set(rest)
   options.workdir = options.workdir or Path('runs', config.name)
   return options, config
+
+
+def _seconds(text: str) -> float:
+  """Parses a positive number."""
+  seconds = float(text)
+  if not 0 < seconds < math.inf:
+    raise argparse.ArgumentTypeError(f'{text} is not a positive number')
+  return seconds
 
 
 def true_or_false(text: str) -> bool:

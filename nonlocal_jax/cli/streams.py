@@ -46,12 +46,14 @@ def keep_streams_open() -> None:
     elif stream is getattr(sys, f'__{name}__'):  # else somebody captures it
       with contextlib.suppress(OSError):
         stream.flush()
-      file = io.BufferedWriter(_UnfailingFile(descriptor, 'w', closefd=False))
       is_live = descriptor == 2 or os.isatty(descriptor)
-      unfailing = io.TextIOWrapper(
-        file, encoding=stream.encoding, errors='backslashreplace', line_buffering=is_live
-      )
-      setattr(sys, name, unfailing)
+      setattr(sys, name, _unfailing(descriptor, stream.encoding, is_live=is_live))
+
+
+def write_errors_to(descriptor: int) -> None:
+  """Makes a descriptor Python's standard error, which ends no program either."""
+  sys.stderr.flush()
+  sys.stderr = _unfailing(descriptor, sys.stderr.encoding, is_live=True)
 
 
 def output_error() -> OSError | None:
@@ -61,6 +63,13 @@ def output_error() -> OSError | None:
     return None
   sys.stdout.flush()
   return raw.error
+
+
+def _unfailing(descriptor: int, encoding: str, *, is_live: bool) -> io.TextIOWrapper:
+  file = io.BufferedWriter(_UnfailingFile(descriptor, 'w', closefd=False))
+  return io.TextIOWrapper(
+    file, encoding=encoding, errors='backslashreplace', line_buffering=is_live
+  )
 
 
 def _connect_to_null(descriptor: int) -> None:

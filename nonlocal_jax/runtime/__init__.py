@@ -1,1 +1,1 @@
-"""Devices, compilation, signals, files and progress bars."""
+"""Devices, processes, compilation, signals, files and progress bars."""

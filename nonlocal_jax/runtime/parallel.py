@@ -1,21 +1,26 @@
 """Data parallelism: a mesh over all devices, a sharded batch, replicated parameters."""
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
 import jax
 import numpy as np
+from jax._src import clusters
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.partners import Place
+
+_DETECTION_SECS = 300
+_HEARTBEAT_SECS = 100  # JAX's default
 
 Platform = Literal['cpu', 'gpu', 'tpu']
 
 
-def join_processes(
-  coordinator: str | None = None, processes: int | None = None, process: int | None = None
-) -> None:
-  """Initializes `jax.distributed`; must be called before any other use of JAX.
+def find_place(coordinator: str | None, processes: int | None, process: int | None) -> Place:
+  """Completes the place of this process in a distributed run.
 
   Args:
     coordinator: HOST:PORT of the first process. None on Slurm, Open MPI and cloud TPUs, where JAX
@@ -24,15 +29,48 @@ def join_processes(
     process: Index of this process, from 0.
 
   Raises:
+    UserError: If JAX does not detect what is missing, or the values do not fit together.
+  """
+  coordinator, reason = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS'), ''
+  if None in (coordinator, processes, process):
+    try:
+      coordinator, processes, process, _ = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+        coordinator, processes, process, None, None, _DETECTION_SECS
+      )
+    except (RuntimeError, ValueError, OSError, LookupError) as error:
+      reason = f' ({error})'
+  if coordinator is None or processes is None or process is None:
+    raise UserError(
+      f'The other processes were not detected{reason}: give coordinator (HOST:PORT of the first), '
+      'processes (their number) and process (the index).'
+    )
+  if not 0 <= process < processes:
+    raise UserError(f'process is {process}; of {processes} it must be one from 0.')
+  return Place(coordinator, processes, process)
+
+
+def join_processes(place: Place, *, timeout: float) -> None:
+  """Initializes `jax.distributed`; must be called before any other use of JAX.
+
+  Args:
+    place: The place of this process.
+    timeout: Seconds after which a parent ends processes that hang; JAX, which does so with a stack
+      dump, gets more.
+
+  Raises:
     UserError: If the other processes cannot be reached.
   """
+  # Its C++ handler of SIGTERM would replace those of `runtime.signals`.
+  jax.config.update('jax_enable_preemption_service', False)
   try:
-    jax.distributed.initialize(coordinator, processes, process)
+    jax.distributed.initialize(
+      place.coordinator,
+      place.processes,
+      place.process,
+      heartbeat_timeout_seconds=math.ceil(max(_HEARTBEAT_SECS, 4 * timeout)),
+    )
   except (RuntimeError, ValueError) as error:
-    raise UserError(
-      f'The other processes were not found ({error}): where JAX does not detect them, give '
-      'coordinator (HOST:PORT of the first), processes (their number) and process (the index).'
-    ) from error
+    raise UserError(f'The other processes were not found: {error}.') from error
 
 
 def is_first_process() -> bool:
