@@ -53,6 +53,15 @@ def test_programs_that_a_run_starts_do_not_keep_its_lock(tmp_path):
   child.communicate(b'\n')
 
 
+def test_a_run_that_wrote_nothing_leaves_nothing(tmp_path):
+  with used_alone(tmp_path / 'runs/name', 'in use'):
+    assert (tmp_path / 'runs/name/.lock').exists()
+  assert list(tmp_path.iterdir()) == []
+  with used_alone(tmp_path / 'name', 'in use'):
+    (tmp_path / 'name/log.jsonl').touch()
+  assert sorted(path.name for path in (tmp_path / 'name').iterdir()) == ['.lock', 'log.jsonl']
+
+
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys):
   def flock(*unused):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -16,8 +16,8 @@ LOCK = '.lock'
 def used_alone(folder: Path, otherwise: str) -> Iterator[None]:
   """Keeps other processes from using a folder at the same time.
 
-  Holds a lock on the file `.lock` in the folder, which stays there. Where the file system has no
-  locks, a warning says so.
+  Holds a lock on the file `.lock` in the folder. Where the file system has no locks, a warning says
+  so. If nothing else was written, the file and folders that were made are removed at the end.
 
   Args:
     folder: The folder, made if it is missing.
@@ -26,15 +26,16 @@ def used_alone(folder: Path, otherwise: str) -> Iterator[None]:
   Raises:
     UserError: If another process uses the folder, or the file cannot be written.
   """
+  made = [path for path in (folder, *folder.parents) if not path.exists()]
   make_folder(folder)
   path = folder / LOCK
-  try:
-    # Programs that this one starts do not inherit the descriptor: none outlives it with the lock.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-  except OSError as error:
-    raise UserError(f'{path} cannot be written: {error.strerror}.') from error
+  descriptor = _open(path)
   try:
     _lock(descriptor)
+    while not os.fstat(descriptor).st_nlink:  # another process has just removed it
+      os.close(descriptor)
+      descriptor = _open(path)
+      _lock(descriptor)
   except (BlockingIOError, PermissionError) as error:
     os.close(descriptor)
     raise UserError(otherwise) from error
@@ -46,7 +47,20 @@ def used_alone(folder: Path, otherwise: str) -> Iterator[None]:
   try:
     yield
   finally:
+    with contextlib.suppress(OSError):
+      if os.listdir(folder) == [LOCK]:
+        path.unlink()
+        for parent in made:
+          parent.rmdir()
     os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+  """Opens a lock file; programs that this one starts do not inherit the descriptor."""
+  try:
+    return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+  except OSError as error:
+    raise UserError(f'{path} cannot be written: {error.strerror}.') from error
 
 
 def _lock(descriptor: int) -> None:
