@@ -31,7 +31,8 @@ def main(arguments: Sequence[str]) -> None:
     '--checkpoint',
     required=True,
     type=given_path,
-    help='a .pth file, a converted directory or the workdir of a training run',
+    help='a .pth file, a converted directory, the workdir of a training run, or the name of a '
+    'released model, which is downloaded: see nonlocal-jax models',
   )
   parser.add_argument(
     '--point',

@@ -121,7 +121,7 @@ def checks_of(
   if names == 'all':
     models = [m for m in released.RELEASED if not m.replaced or m.sha256_prefix in found]
   else:
-    given = [find_release(name) for name in names.split(',')]
+    given = [find_release(name.strip()) for name in names.split(',')]
     models = [model for model in dict.fromkeys(given) if isinstance(model, ReleasedModel)]
     if len(models) < len(set(given)):
       raise UserError(f'{names} names a backbone, which has no published score on a val set.')
