@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
+import numpy as np
+
 RATIOS = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of multi-scale testing
 # ImageNet statistics of RGB in [0, 255], the `data_preprocessor` of the released models.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -13,6 +15,18 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 Version = Literal['v0', 'v1']
 Size = tuple[int, int]  # (height, width)
+
+
+def with_plain_numbers(instance: Any) -> None:
+  """Replaces numbers and arrays of NumPy in a new frozen dataclass, so that JSON can hold it."""
+
+  def plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | tuple | list):
+      return tuple(map(plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+  for field in dataclasses.fields(instance):
+    object.__setattr__(instance, field.name, plain(getattr(instance, field.name)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +83,7 @@ class EvalProtocol:
 
   def __post_init__(self):
     """Checks the values."""
+    with_plain_numbers(self)
     for name in ('scale', 'window_crop', 'window_stride', 'pad_size'):
       pair = getattr(self, name)
       if pair is not None and not (
@@ -76,7 +91,7 @@ class EvalProtocol:
       ):
         raise ValueError(f'{name} is {pair!r}, expected two positive integers or None')
     factor, multiple = self.scale_factor, self.pad_multiple
-    if factor is not None and not (len(factor) == 2 and min(factor) > 0 and max(factor) < math.inf):
+    if factor is not None and not (len(factor) == 2 and all(0 < x < math.inf for x in factor)):
       raise ValueError(f'scale_factor is {factor!r}, expected two positive numbers or None')
     if factor is not None and self.scale is not None:
       raise ValueError('scale and scale_factor are both given; set one to None')
@@ -88,7 +103,7 @@ class EvalProtocol:
       raise ValueError('pad_multiple and pad_size are for whole images; set window_crop to None')
     if self.version not in ('v0', 'v1'):
       raise ValueError(f"version is {self.version!r}, expected 'v0' or 'v1'")
-    if not self.ratios or min(self.ratios) <= 0:
+    if not self.ratios or not all(0 < ratio < math.inf for ratio in self.ratios):
       raise ValueError(f'ratios is {self.ratios!r}, expected one or more positive numbers')
     if self.channel_order not in ('rgb', 'bgr'):
       raise ValueError(f"channel_order is {self.channel_order!r}, expected 'rgb' or 'bgr'")
@@ -96,7 +111,9 @@ class EvalProtocol:
       raise ValueError(
         f'mean has {len(self.mean)} values and std {len(self.std)}, expected one per channel'
       )
-    if min(self.std) <= 0:
+    if not all(map(math.isfinite, self.mean)):
+      raise ValueError(f'mean is {self.mean!r}, expected finite numbers')
+    if not all(0 < std < math.inf for std in self.std):
       raise ValueError(f'std is {self.std!r}, expected positive numbers')
 
   @classmethod

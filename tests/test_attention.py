@@ -18,7 +18,7 @@ from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
 
 from nonlocal_jax import NonLocalBlock, UserError
-from nonlocal_jax.models import NonLocalNetConfig
+from nonlocal_jax.models import Execution, NonLocalNetConfig
 from nonlocal_jax.models.config import chosen_attention
 from nonlocal_jax.ops.attention import check_attention, cudnn_attention, fastest_attention
 from nonlocal_jax.ops.flash_attention import flash_attention
@@ -102,7 +102,7 @@ def test_attention_and_gradients_equal_pytorch(
   ids=['512x1024', '769x769', 'with padding'],
 )
 def test_the_block_calls_cudnn_both_ways(hopper, sides, padded, mask):
-  make = functools.partial(NonLocalBlock, 512, attention='cudnn')
+  make = functools.partial(NonLocalBlock, 512, execution=Execution(attention='cudnn'))
   graphdef, state = nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
   sizes = jax.ShapeDtypeStruct((2, 2), jnp.int32) if padded else None
 

@@ -14,7 +14,7 @@ from nonlocal_jax import recipes
 from nonlocal_jax.cli import main
 from nonlocal_jax.cli.config import config_text, read_config
 from nonlocal_jax.cli.main import COMMANDS
-from nonlocal_jax.cli.program import TRAIN_PACKAGES, run_program
+from nonlocal_jax.cli.program import TRAIN_PACKAGES, Parser, run_program
 from nonlocal_jax.errors import UserError
 from tests.conftest import run_in_process
 
@@ -66,6 +66,15 @@ def test_help_shows_an_example(command, capsys):
   assert re.search(
     rf'^    nonlocal-jax {command} .*--?\w|^    nonlocal-jax {command} ', printed, re.MULTILINE
   )
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_every_argument_has_a_help_text(command, monkeypatch):
+  parsers = []
+  monkeypatch.setattr(Parser, 'format_help', lambda parser: parsers.append(parser) or '')
+  run(command, '--help')
+  (parser,) = parsers
+  assert all(len(action.help or '') > 3 for action in parser._actions), parser._actions
 
 
 def test_help_lists_the_fields_of_the_config(capsys):

@@ -8,6 +8,7 @@ import torch
 from flax import nnx
 from numpy.testing import assert_allclose
 
+from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import Execution, NonLocalBlock
 from nonlocal_jax.ops.attention import softmax_attention
 from tests import peer
@@ -264,3 +265,9 @@ def test_rows_of_weights_take_memory_for_rows_alone():
   positions = jax.ShapeDtypeStruct((1, 1, 2), jnp.int32)
   memory = jax.jit(rows).lower(state, x, positions).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 4 * 2**20
+
+
+@pytest.mark.parametrize('attention', ['cudnn', 'flash'])
+def test_attention_that_the_backend_lacks_is_refused_when_constructed(attention):
+  with pytest.raises(UserError, match=f'attention is {attention}, which needs an NVIDIA GPU'):
+    NonLocalBlock(512, attention=attention, rngs=nnx.Rngs(0))

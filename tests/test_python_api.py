@@ -1,6 +1,7 @@
 """Networks in Python: what is refused by name, and forward-mode differentiation."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -115,3 +116,65 @@ def test_forward_mode_of_the_whole_network():
     step = 1e-6
     difference = (along(step) - along(-step)) / (2 * step)
   np.testing.assert_allclose(tangent, difference, rtol=1e-5, atol=1e-5 * np.abs(tangent).max())
+
+
+def test_a_model_is_shown_in_one_line(peer_checkpoint):
+  shown = repr(nonlocal_jax.load(peer_checkpoint))
+  assert shown.startswith("PretrainedModel(depth=50, width=8, num_classes=19, dataset='custom'")
+  assert len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  ('image', 'what'),
+  [
+    (np.full((8, 9, 3), np.nan), r'\(8, 9, 3\) float64'),
+    (np.zeros((8, 9, 3), np.int64), r'\(8, 9, 3\) int64'),
+    (np.zeros((8, 9, 4), np.uint8), r'\(8, 9, 4\) uint8'),
+    (np.zeros((3, 8, 9), np.uint8), r'\(3, 8, 9\) uint8'),
+    (np.zeros((1, 8, 9, 3), np.uint8), r'\(1, 8, 9, 3\) uint8'),
+    (np.zeros((0, 9, 3), np.uint8), r'\(0, 9, 3\) uint8'),
+  ],
+)
+def test_arrays_that_are_no_images_are_refused(image, what, peer_checkpoint):
+  model = nonlocal_jax.load(peer_checkpoint)
+  for given in (image, [image]):
+    with pytest.raises(ValueError, match=rf'image is {what}, expected \(h, w, 3\) uint8 RGB'):
+      model.predict(given)
+
+
+@pytest.mark.parametrize(
+  'images',
+  [np.zeros((8, 9, 3), np.float32), np.zeros((1, 8, 9, 3), np.uint8), np.ones((1, 3, 8, 9))],
+)
+def test_images_that_are_not_normalized_are_refused(images, peer_checkpoint):
+  with pytest.raises(
+    ValueError, match=r'expected \(n, h, w, 3\) of floats as nonlocal_jax.normalize'
+  ):
+    nonlocal_jax.load(peer_checkpoint).logits(images)
+
+
+def test_numbers_of_numpy_become_those_of_python():
+  """JSON cannot hold others."""
+  protocol = EvalProtocol(
+    scale=tuple(np.array([512, 256])),
+    pad_multiple=np.int32(32),
+    ratios=np.array([0.5, 1.0]),
+    mean=tuple(np.float32([1.5, 2, 3])),
+  )
+  plain = EvalProtocol(scale=(512, 256), pad_multiple=32, ratios=(0.5, 1.0), mean=(1.5, 2.0, 3.0))
+  assert protocol.to_json() == plain.to_json()
+  assert EvalProtocol.from_json(protocol.to_json()) == protocol
+  config = NonLocalNetConfig(
+    stage_blocks=tuple(np.array([1, 1, 1, 1])), num_classes=np.int64(3), width=np.uint8(4)
+  )
+  assert json.loads(json.dumps(config.to_dict()))['width'] == 4
+  assert config == NonLocalNetConfig(stage_blocks=(1, 1, 1, 1), num_classes=3, width=4)
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [{'width': 4.5}, {'num_classes': True}, {'stage_strides': (1, 2, 1, 1.5)}, {'reduction': '2'}],
+)
+def test_numbers_of_a_network_are_whole(fields):
+  with pytest.raises(ValueError, match=f'{next(iter(fields))} is '):
+    NonLocalNetConfig(**{'stage_blocks': (1, 1, 1, 1), 'num_classes': 3, **fields})

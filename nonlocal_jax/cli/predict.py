@@ -56,9 +56,17 @@ from nonlocal_jax.runtime.progress import progress_bar
 def main(arguments: Sequence[str]) -> None:
   """Runs `nonlocal-jax predict`."""
   parser = Parser('nonlocal-jax predict', __doc__)
-  parser.add_argument('inputs', nargs='+', metavar='INPUT')
-  parser.add_argument('--checkpoint', required=True, type=given_path)
-  parser.add_argument('--out', required=True, type=given_path)
+  parser.add_argument(
+    'inputs', nargs='+', metavar='INPUT', help="an image, a folder, or a pattern such as 'photos/*'"
+  )
+  parser.add_argument(
+    '--checkpoint',
+    required=True,
+    type=given_path,
+    metavar='WEIGHTS',
+    help='a .pth file, a converted directory or a workdir',
+  )
+  parser.add_argument('--out', required=True, type=given_path, metavar='DIR', help='output folder')
   parser.add_argument(
     '--submission',
     action='store_true',

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str]) -> None:
   """Runs `nonlocal-jax prepare`."""
   parser = Parser('nonlocal-jax prepare', __doc__)
-  parser.add_argument('--dataset', required=True, choices=[*PUBLISHED, 'custom'])
+  parser.add_argument(
+    '--dataset', required=True, choices=[*PUBLISHED, 'custom'], help='whose layout and classes'
+  )
   parser.add_argument('--source', help='folder of the dataset, or a bucket such as gs://...')
   parser.add_argument(
     '--download',

@@ -165,6 +165,15 @@ class PretrainedModel:
     options = compiler_options(platform, deterministic=self._execution.deterministic)
     self._logits = jax.jit(logits, compiler_options=options)
 
+  def __repr__(self) -> str:
+    """Says which network it is, in one line."""
+    config = self.description.config
+    return (
+      f'PretrainedModel(depth={config.depth}, width={config.width}, '
+      f'num_classes={config.num_classes}, dataset={self.description.dataset!r}, '
+      f'source={self.description.source!r})'
+    )
+
   @classmethod
   def from_module(
     cls,
@@ -360,7 +369,16 @@ class PretrainedModel:
 
     Returns:
       (n, h, w, classes) float32.
+
+    Raises:
+      ValueError: If `images` has another shape, or integers, which cannot be normalized.
     """
+    channels, dtype = self.description.config.in_channels, jnp.result_type(images)
+    if images.ndim != 4 or images.shape[-1] != channels or not jnp.issubdtype(dtype, jnp.floating):
+      raise ValueError(
+        f'images is {images.shape} {dtype}, expected (n, h, w, {channels}) of floats as '
+        'nonlocal_jax.normalize returns them'
+      )
     # JAX refuses compiler options of a program inside another, such as the caller's own `jax.jit`.
     run = self._traced_logits if isinstance(images, jax.core.Tracer) else self._logits
     return run(self._state, jnp.asarray(images))

@@ -1,6 +1,7 @@
 """Configuration of a network: its architecture, and how it is computed."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self, get_args
 
@@ -10,6 +11,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.ops.attention import Attention, check_attention, fastest_attention
 from nonlocal_jax.ops.convolution import Convolution
 from nonlocal_jax.ops.pooling import MaxPool
+from nonlocal_jax.protocol import with_plain_numbers
 from nonlocal_jax.runtime.parallel import Platform, platform_of
 
 STAGE_BLOCKS = {14: (1, 1, 1, 1), 26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
@@ -70,14 +72,20 @@ class NonLocalNetConfig:
       ValueError: If there are not four stages, a field has a value for more or fewer, or a value is
         out of range.
     """
+    with_plain_numbers(self)
     for name in ('stage_blocks', 'stage_strides', 'stage_dilations'):
       value = getattr(self, name)
-      if len(value) != 4 or min(value) < 1:
+      if len(value) != 4 or not all(type(number) is int and number >= 1 for number in value):
         raise ValueError(f'{name} is {value}, expected four positive numbers, one for each stage')
     least = {'num_classes': 1, 'width': 2, 'in_channels': 1, 'reduction': 1}
     for name, minimum in least.items():
-      if (value := getattr(self, name)) < minimum:
+      value = getattr(self, name)
+      if type(value) is not int or value < minimum:
         raise ValueError(f'{name} is {value}, expected a number of at least {minimum}')
+    if not 0 < self.batch_norm_epsilon < math.inf:
+      raise ValueError(
+        f'batch_norm_epsilon is {self.batch_norm_epsilon}, expected a positive number'
+      )
     if not 0 <= self.dropout < 1:
       raise ValueError(f'dropout is {self.dropout}, expected a number in [0, 1)')
     if self.mode not in get_args(Mode):

@@ -11,6 +11,7 @@ from nonlocal_jax.models.config import Execution, Mode
 from nonlocal_jax.models.layers import KAIMING_FAN_OUT, LayerFactory
 from nonlocal_jax.ops.attention import (
   Attention,
+  check_attention,
   cudnn_attention,
   softmax_attention,
 )
@@ -79,7 +80,7 @@ class NonLocalBlock(nnx.Module):
         (section 4.1 of the paper). Turn it off to learn faster from scratch on little data.
       epsilon: See `layers.BatchNorm`.
       momentum: See `layers.BatchNorm`.
-      attention: Overrides `execution.attention`.
+      attention: Overrides `execution.attention`; JAX's default backend must support it.
       query_block: Overrides `execution.query_block`.
       key_block: Overrides `execution.key_block`.
       execution: How the block is computed; None for the fastest on JAX's default backend.
@@ -87,6 +88,7 @@ class NonLocalBlock(nnx.Module):
 
     Raises:
       ValueError: If `mode` or `attention` is unknown, or options cannot be combined.
+      UserError: If the default backend does not support `attention`.
     """
     if mode not in get_args(Mode):
       raise ValueError(f'mode is {mode!r}, expected one of {", ".join(get_args(Mode))}')
@@ -103,6 +105,8 @@ class NonLocalBlock(nnx.Module):
     if key_block and mode not in _SOFTMAX_MODES:
       raise ValueError(f'key_block is {key_block}, but mode {mode!r} has no softmax over keys')
     inner = max(channels // reduction, 1)
+    if attention is not None:
+      check_attention(attention, inner, jax.local_devices()[0])
     self.channels = channels
     self.mode = mode
     self.use_scale = use_scale
