@@ -438,7 +438,7 @@ def test_mutated_files_become_networks_or_errors(models, tmp_path):
 def test_messages_about_names_by_the_thousand_come_soon(models, tmp_path):
   arrays = models('nonlocal_r50-d8_4xb4-20k_voc12aug-512x512').state_dict()
   kept = ('backbone.layer1.0.conv1.weight', 'decode_head.conv_seg.weight')
-  arrays = {name if name in kept else f'model.{name}': x for name, x in arrays.items()}
+  arrays = {name if name in kept else f'net.{name}': x for name, x in arrays.items()}
   arrays |= {f'backbone.layer{stage}.0.x': torch.zeros(1) for stage in (2, 3, 4)}
   arrays |= {f'other.{"weight" * 30}.{i}\n': torch.zeros(1) for i in range(5000)}
   torch.save(arrays, tmp_path / 'x.pth')
@@ -449,5 +449,5 @@ def test_messages_about_names_by_the_thousand_come_soon(models, tmp_path):
   message = str(caught.value)
   assert message.isprintable()
   name = 'auxiliary_head.conv_seg.bias'
-  assert f'{name} is missing (nearest: model.{name})' in message
-  assert re.search(r'; and 4\d\d\d more\.$', message)
+  assert f'{name} is missing (nearest: net.{name})' in message
+  assert re.search(r'; and 5\d\d\d more\.$', message)

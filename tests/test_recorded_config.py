@@ -170,7 +170,11 @@ REFUSED = [
   ({'model.decode_head.dilation': 2}, 'model.decode_head.dilation=2'),
   ({'model.decode_head.in_index': 2}, 'model.decode_head.in_index=2'),
   ({'model.decode_head.act_cfg': {'type': 'GELU'}}, 'model.decode_head.act_cfg'),
-  ({'model.decode_head.out_channels': 1}, 'model.decode_head.out_channels=1'),
+  ({'model.decode_head.out_channels': 2}, 'model.decode_head.out_channels=2'),
+  (
+    {'model.decode_head.out_channels': 1, 'model.decode_head.threshold': 1.5},
+    'model.decode_head.threshold=1.5',
+  ),
   ({'model.decode_head.temperature': 2.0}, 'model.decode_head.temperature=2.0, a setting'),
   ({'model.data_preprocessor.mean': [1.0, 2.0]}, 'data_preprocessor.mean'),
   ({'model.data_preprocessor.std': [1.0, 0.0, 2.0]}, 'data_preprocessor.std'),

@@ -212,10 +212,9 @@ def test_mmseg_checkpoints(tmp_path, version, file_format):
 
 
 @pytest.mark.parametrize('file_format', FORMATS)
-def test_bare_state_dicts_and_the_prefix_of_data_parallel(tmp_path, file_format):
+def test_bare_state_dicts(tmp_path, file_format):
   weights = collections.OrderedDict(a=torch.ones(2), b=torch.zeros(()))
-  prefixed = {f'module.{name}': value for name, value in weights.items()}
-  for contents in (weights, prefixed, {'state_dict': prefixed}):
+  for contents in (weights, {'state_dict': weights}):
     checkpoint = read_torch_checkpoint(save(tmp_path / 'a.pth', contents, file_format))
     assert_same(checkpoint.state_dict, weights)
     assert checkpoint.meta == {}
@@ -229,7 +228,6 @@ def test_bare_state_dicts_and_the_prefix_of_data_parallel(tmp_path, file_format)
     ({'state_dict': None}, 'holds an empty state dict or none (NoneType)'),
     ({'model': {'a': torch.ones(1)}, 'epoch': 3}, "has dict under 'model', not a tensor"),
     ({'state_dict': {'a': 'text'}}, "has str under 'a', not a tensor"),
-    ({'a': torch.ones(1), 'module.a': torch.ones(1)}, 'holds some weights twice'),
   ],
 )
 def test_files_without_a_state_dict(tmp_path, contents, part):
@@ -447,7 +445,7 @@ def test_malformed_pickles_are_refused(tmp_path, name):
 
 
 def test_deep_nesting_does_not_overflow_the_stack(tmp_path):
-  pickled = b'\x80\x02' + b']' * 300_000 + b'a' * 299_999 + b'.'
+  pickled = b'\x80\x02' + b']' * 100_000 + b'a' * 99_999 + b'.'
   contents = read_torch_file(write(tmp_path / 'a.pth', zip_bytes({'x/data.pkl': pickled})))
   assert type(contents) is list
   assert len(contents) == 1

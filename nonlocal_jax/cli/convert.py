@@ -19,7 +19,7 @@ from typing import Any
 from flax import nnx
 
 from nonlocal_jax.cli.config import Config
-from nonlocal_jax.cli.program import Parser, program_name, say_weights
+from nonlocal_jax.cli.program import Parser, add_ema, program_name, say_weights
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config, get_config
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     action=argparse.BooleanOptionalAction,
     help='corner convention, for files that do not record it; of --to-pth, for the file it writes',
   )
+  add_ema(parser)
   options = parser.parse(arguments)
   out, to_pth = options.out, options.to_pth
   if (out is None) == (to_pth is None):
@@ -58,24 +59,25 @@ def main(arguments: Sequence[str]) -> None:
   source = find_weights(options.source)
   if to_pth:
     say_weights(source)
-    write_pth(source, to_pth, align_corners=options.align_corners)
+    write_pth(source, to_pth, align_corners=options.align_corners, ema=options.ema)
   elif not source.is_dir():
-    weights = read_torch_weights(source, align_corners=options.align_corners)
+    weights = read_torch_weights(source, align_corners=options.align_corners, ema=options.ema)
     save_weights(out, weights.state, weights.description)
     print(summary(weights, out))
   elif (source / DESCRIPTION).exists():
     raise UserError(f'{source} needs no conversion; --to-pth writes a .pth file of it.')
   else:
-    convert_folder(source, out, align_corners=options.align_corners)
+    convert_folder(source, out, align_corners=options.align_corners, ema=options.ema)
 
 
-def convert_folder(folder: Path, out: Path, *, align_corners: bool | None) -> None:
+def convert_folder(folder: Path, out: Path, *, align_corners: bool | None, ema: bool) -> None:
   """Converts each .pth file of a folder, and skips files that were converted before.
 
   Args:
     folder: The folder.
     out: The output folder, for one directory per file, named after the file's stem.
     align_corners: The corner convention; None for the one that the files record.
+    ema: Whether to take the moving averages.
 
   Raises:
     UserError: If there are no files, or some could not be converted; the message lists them.
@@ -88,7 +90,7 @@ def convert_folder(folder: Path, out: Path, *, align_corners: bool | None) -> No
     for file in files:
       directory = out / file.stem
       try:
-        weights = read_torch_weights(file, align_corners=align_corners)
+        weights = read_torch_weights(file, align_corners=align_corners, ema=ema)
         description = weights.description
         if (directory / DESCRIPTION).exists() and read_description(directory) == description:
           bar.write(f'{directory} is there already\n')
@@ -103,18 +105,21 @@ def convert_folder(folder: Path, out: Path, *, align_corners: bool | None) -> No
     raise UserError('\n'.join((f'{count}:', *failures)))
 
 
-def write_pth(source: Path, path: Path, *, align_corners: bool | None = None) -> None:
+def write_pth(
+  source: Path, path: Path, *, align_corners: bool | None = None, ema: bool = False
+) -> None:
   """Writes weights as a .pth file that MMSegmentation loads, and prints the test protocol.
 
   Args:
     source: Anything that `read_weights` reads.
     path: The output file; must not exist.
     align_corners: The corner convention; None for that of the weights.
+    ema: See `read_weights`.
 
   Raises:
     UserError: If there are no weights, or `path` exists or cannot be written.
   """
-  description, state = read_weights(source, align_corners=align_corners)
+  description, state = read_weights(source, align_corners=align_corners, ema=ema)
   classes, palette = list(description.classes), list(map(list, description.palette))
   text = config_text(description.config, description.protocol)
   meta = {
@@ -127,6 +132,8 @@ def write_pth(source: Path, path: Path, *, align_corners: bool | None = None) ->
   arrays = to_state_dict(state, description.num_batches_tracked)
   write_torch_checkpoint(path, arrays, meta)
   print(f'{path}: {len(arrays)} arrays, {description.config}; its config:')
+  if not description.config.auxiliary_head:
+    print('# There is no auxiliary head: add one to train with MMSegmentation.')
   print(text, end='')
 
 

@@ -34,4 +34,6 @@ def main(arguments: Sequence[str]) -> None:
   experiment = Experiment.from_config(config)
   say_devices(experiment.mesh)
   say_weights(options.checkpoint)
-  experiment.evaluate(options.checkpoint, options.workdir, overrides=options.fields_set)
+  experiment.evaluate(
+    options.checkpoint, options.workdir, overrides=options.fields_set, ema=options.ema
+  )

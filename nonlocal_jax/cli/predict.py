@@ -35,7 +35,7 @@ from nonlocal_jax.cli.prediction_files import (
   save,
   with_palette,
 )
-from nonlocal_jax.cli.program import Parser, say_weights
+from nonlocal_jax.cli.program import Parser, add_ema, say_weights
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, without_suffix
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
@@ -96,6 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     action=argparse.BooleanOptionalAction,
     help='corner convention, for files that do not record it',
   )
+  add_ema(parser)
   parser.add_argument(
     '--convolution',
     choices=['fast', 'direct'],
@@ -144,6 +145,7 @@ def main(arguments: Sequence[str]) -> None:
   model = nonlocal_jax.load(
     options.checkpoint,
     align_corners=options.align_corners,
+    ema=options.ema,
     execution=execution,
     precision=options.precision,
     attention=options.attention,

@@ -16,6 +16,7 @@ from nonlocal_jax.cli.streams import keep_streams_open, output_error
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UsageError, UserError, nearest
 from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_compilation_cache
 from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.weights.loading import NOTES
 from nonlocal_jax.weights.run_checkpoints import chosen_weights
 
 # Import names of the packages that only the extras `plot` and `train` install; `train` has both.
@@ -42,6 +43,7 @@ def run_program(program: Callable[[], object]) -> None:
   # An error is reported once, below. Libraries would log it as well.
   absl.logging.set_verbosity(absl.logging.ERROR)
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  _print_notes()
   keep_streams_open()
   use_compilation_cache()
   trim_memory_after_compiling()
@@ -170,10 +172,32 @@ def _check_output() -> None:
     sys.exit(f'error: the output cannot be written: {error.strerror}.')
 
 
+def _print_notes() -> None:
+  """Prints notes on weights to stderr, from the first of several processes."""
+
+  class Printer(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+      if is_first_process():
+        print(f'Note on {record.getMessage()}', file=sys.stderr)
+
+  NOTES.handlers = [Printer()]
+  NOTES.propagate = False
+
+
 def say_weights(path: Path) -> None:
   """Says on stderr which weights of a workdir are taken."""
   if is_first_process() and (sentence := chosen_weights(path)):
     print(sentence, file=sys.stderr)
+
+
+def add_ema(parser: argparse.ArgumentParser) -> None:
+  """Adds the option --ema."""
+  parser.add_argument(
+    '--ema',
+    action='store_true',
+    help='take the exponential moving average that MMSegmentation 0.x saved beside the weights of '
+    'a .pth file (ema_*)',
+  )
 
 
 def child_environment() -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nonlocal_jax.cli.config import Config, config_text, fields_set, read_config
-from nonlocal_jax.cli.program import Parser, print_and_exit
+from nonlocal_jax.cli.program import Parser, add_ema, print_and_exit
 from nonlocal_jax.cli.supervision import connect_to_parent, is_supervised, run_supervised
 from nonlocal_jax.recipes import base_config, config_names, fields_of
 from nonlocal_jax.runtime.files import given_path
@@ -45,6 +45,7 @@ def make_parser(command: str, description: str | None) -> Parser:
     'runs/NAME/best for the one with the best mIoU), or the name of a released model, which is '
     'downloaded: see nonlocal-jax models',
   )
+  add_ema(parser)
   add('--distributed', **FLAG, help='run on several processes that all execute the same command')
   add(
     '--coordinator',

@@ -31,7 +31,10 @@ def main(arguments: Sequence[str]) -> None:
   experiment = Experiment.from_config(config)
   say_advice_on_cuda(platform_of_mesh(experiment.mesh))  # the run prints its devices itself
   experiment.train(
-    options.workdir, checkpoint=options.checkpoint, new_classifier=options.new_classifier
+    options.workdir,
+    checkpoint=options.checkpoint,
+    new_classifier=options.new_classifier,
+    ema=options.ema,
   )
   if is_first_process():
     print(f'Results are in {options.workdir}.')

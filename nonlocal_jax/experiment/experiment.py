@@ -122,7 +122,12 @@ class Experiment:
     return cls(**read_config(config, devices))
 
   def train(
-    self, workdir: Path, *, checkpoint: Path | None = None, new_classifier: bool = False
+    self,
+    workdir: Path,
+    *,
+    checkpoint: Path | None = None,
+    new_classifier: bool = False,
+    ema: bool = False,
   ) -> Evaluation:
     """Trains, and evaluates at intervals and at the end.
 
@@ -137,6 +142,7 @@ class Experiment:
         name of a released model.
       new_classifier: Whether to initialize the classifiers of both heads at random instead of
         loading them from `checkpoint`.
+      ema: Whether to take the moving average that the .pth file `checkpoint` holds.
 
     Returns:
       The last evaluation.
@@ -146,17 +152,18 @@ class Experiment:
         step does not fit in memory, the loss is not finite, or checkpoints cannot be written.
       RunStopped: After SIGTERM or SIGINT, once the state is saved.
     """
-    if new_classifier and checkpoint is None:
-      raise UserError('--new_classifier is for the network of a --checkpoint; give one.')
+    if checkpoint is None and (new_classifier or ema):
+      option = '--new_classifier' if new_classifier else '--ema'
+      raise UserError(f'{option} is for the network of a --checkpoint; give one.')
     self._check_batch()
     with restored_opencv_threads(), contextlib.ExitStack() as stack:
       if is_first_process():
         busy = f'{workdir} is in use by another run; wait for its end, or choose another workdir.'
         stack.enter_context(used_alone(workdir, busy))
-      return self._train_alone(workdir, checkpoint, new_classifier=new_classifier)
+      return self._train_alone(workdir, checkpoint, new_classifier=new_classifier, ema=ema)
 
   def _train_alone(
-    self, workdir: Path, checkpoint: Path | None, *, new_classifier: bool
+    self, workdir: Path, checkpoint: Path | None, *, new_classifier: bool, ema: bool
   ) -> Evaluation:
     """Trains while no other run uses `workdir`."""
     values = check_same_run(workdir, self.values, base_config().to_dict())
@@ -168,6 +175,7 @@ class Experiment:
         backbone=self.init_backbone,
         checkpoint=checkpoint,
         new_classifier=new_classifier,
+        ema=ema,
       )
     splits = self.open_splits(workdir, ['train', 'val'])
     batches = self.train_batches(splits['train'])
@@ -211,7 +219,12 @@ class Experiment:
       raise UserError(message) from error
 
   def evaluate(
-    self, checkpoint: Path, workdir: Path, *, overrides: Collection[str] = ()
+    self,
+    checkpoint: Path,
+    workdir: Path,
+    *,
+    overrides: Collection[str] = (),
+    ema: bool = False,
   ) -> Evaluation:
     """Evaluates saved weights; prints the scores and writes them to `workdir`.
 
@@ -224,6 +237,7 @@ class Experiment:
       workdir: Output directory for `metrics.json` and `predictions.png`.
       overrides: Fields of the config, such as 'eval.scale', that may differ from what is recorded
         beside the weights.
+      ema: Whether to take the moving average that a .pth file holds beside the weights.
 
     Returns:
       The evaluation.
@@ -233,7 +247,7 @@ class Experiment:
         config says, or the data is missing or invalid.
     """
     checkpoint = find_weights(checkpoint)
-    description, state = read_weights(checkpoint)
+    description, state = read_weights(checkpoint, ema=ema)
     ours, found = self.network, description.config
     if found != dataclasses.replace(
       found,

@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.buckets import PaddedShape, ViewShape
 from nonlocal_jax.inference.views import View, axis_matrix, feature_size, views_of
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
@@ -66,7 +67,13 @@ class Predictor:
 
     Raises:
       ValueError: If the protocol normalizes another number of channels than the network has.
+      UserError: If the protocol averages probabilities, and the network's threshold is not 1/2.
     """
+    if protocol.averages and config.threshold not in (None, 0.5):
+      raise UserError(
+        f'The network has one output channel and the threshold {config.threshold}, whose averages '
+        'over several sizes and flips are not supported; predict without multi_scale_flip.'
+      )
     if len(protocol.mean) != config.in_channels:
       raise ValueError(
         f'protocol.mean has {len(protocol.mean)} values, but the network has {config.in_channels} '

@@ -36,12 +36,16 @@ def load(
   path: str | os.PathLike[str],
   *,
   align_corners: bool | None = None,
+  ema: bool = False,
   execution: Execution | None = None,
   precision: Precision = 'highest',
   attention: Attention | Literal['auto'] | None = None,
   devices: Sequence[jax.Device] | None = None,
 ) -> 'PretrainedModel':
   """Loads a trained network to predict with.
+
+  What there is to say about a .pth file, such as settings that it does not record, is logged by the
+  logger 'nonlocal_jax.notes' as warnings.
 
   >>> model = load('tests/data/converted_of_2026_11')
   >>> model.classes[:3]
@@ -57,6 +61,8 @@ def load(
     align_corners: The corner convention. None for that of the directory, of the released file with
       this sha256, or of the config recorded in the file; False, MMSegmentation's own default, where
       none is recorded.
+    ema: Whether to take the exponential moving average that MMSegmentation 0.x saves beside the
+      weights of a .pth file.
     execution: How the network is computed; None for what is fastest on JAX's default backend.
     precision: Precision of matrix products: 'highest' is float32, as for the published scores. On
       recent GPUs 'default' is TF32, several times as fast, and 'high' computes each convolution as
@@ -75,7 +81,7 @@ def load(
       devices do not support `attention`.
     ValueError: If `precision` is unknown.
   """
-  description, state = read_weights(Path(path), align_corners=align_corners)
+  description, state = read_weights(Path(path), align_corners=align_corners, ema=ema)
   devices = devices or jax.local_devices()[:1]
   execution = execution or Execution.for_platform(platform_of(devices))
   if attention is not None:
@@ -92,6 +98,7 @@ def load_module(
   path: str | os.PathLike[str],
   *,
   align_corners: bool | None = None,
+  ema: bool = False,
   execution: Execution | None = None,
 ) -> NonLocalNet:
   """Loads a trained network as an `nnx.Module`, to fine-tune it or to use its parts.
@@ -103,6 +110,7 @@ def load_module(
   Args:
     path: See `load`.
     align_corners: See `load`.
+    ema: See `load`.
     execution: How the network is computed; None for what is fastest on JAX's default backend.
 
   Returns:
@@ -112,7 +120,7 @@ def load_module(
   Raises:
     UserError: If there are no weights of a NonLocalNet, or they cannot be downloaded.
   """
-  description, state = read_weights(Path(path), align_corners=align_corners)
+  description, state = read_weights(Path(path), align_corners=align_corners, ema=ema)
   graphdef = nnx.graphdef(NonLocalNet.abstract(description.config, execution))
   return nnx.merge(graphdef, jax.device_put(state, jax.local_devices()[0]))
 

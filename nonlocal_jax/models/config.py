@@ -20,8 +20,8 @@ Mode = Literal['embedded_gaussian', 'gaussian', 'dot_product', 'concatenation']
 BatchNormMode = Literal['global', 'per_device', 'frozen', 'folded']
 PixelLoss = Literal['row_blocks', 'reductions']
 
-# Fields that do not affect predictions.
-_TRAINING_ONLY = ('dropout', 'zero_init', 'batch_norm_momentum')
+# Fields that do not affect logits.
+_TRAINING_ONLY = ('dropout', 'zero_init', 'batch_norm_momentum', 'auxiliary_head', 'threshold')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,9 @@ class NonLocalNetConfig:
     zero_init: Whether the non-local block is the identity at initialization.
     batch_norm_epsilon: Constant added to variances.
     batch_norm_momentum: Decay rate of the running statistics, as in `nnx.BatchNorm`.
+    auxiliary_head: Whether there is an auxiliary head, which only training uses.
+    threshold: Of two classes that come from one output channel, the probability of the second
+      from which on it was predicted; None for all other networks.
   """
 
   stage_blocks: tuple[int, ...]
@@ -64,6 +67,8 @@ class NonLocalNetConfig:
   zero_init: bool = True
   batch_norm_epsilon: float = 1e-5
   batch_norm_momentum: float = 0.9
+  auxiliary_head: bool = True
+  threshold: float | None = None
 
   def __post_init__(self):
     """Checks the ranges of the fields.
@@ -130,11 +135,11 @@ class NonLocalNetConfig:
     return max(self.block_channels // self.reduction, 1) if self.non_local else 0
 
   def predicts_like(self, other: 'NonLocalNetConfig') -> bool:
-    """Whether two configs differ only in fields that do not affect predictions."""
+    """Whether two configs differ only in fields that do not affect logits."""
     return not self.differences(other)
 
   def differences(self, other: 'NonLocalNetConfig') -> list[str]:
-    """Lists the fields that affect predictions and differ, as in 'width 64, not 32'."""
+    """Lists the fields that affect logits and differ, as in 'width 64, not 32'."""
     return [
       f'{field.name} {getattr(self, field.name)}, not {getattr(other, field.name)}'
       for field in dataclasses.fields(self)

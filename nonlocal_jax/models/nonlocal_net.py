@@ -43,7 +43,8 @@ class NonLocalNet(nnx.Module):
     self.execution = execution
     self.backbone = ResNet(config, execution, rngs=rngs)
     self.decode_head = NonLocalHead(config, execution, rngs=rngs)
-    self.auxiliary_head = AuxiliaryHead(config, execution, rngs=rngs)
+    has_auxiliary = config.auxiliary_head
+    self.auxiliary_head = AuxiliaryHead(config, execution, rngs=rngs) if has_auxiliary else None
 
   @classmethod
   def abstract(cls, config: NonLocalNetConfig, execution: Execution | None = None) -> 'NonLocalNet':
@@ -116,9 +117,15 @@ class NonLocalNet(nnx.Module):
       stride), num_classes) float32, with the strides of the fourth and the third stage.
 
     Raises:
-      ValueError: If `images` have another shape or are integers, or batch norms are folded.
+      ValueError: If `images` have another shape or are integers, batch norms are folded, or the
+        network has no auxiliary head.
     """
     _check_images(images, self.config.in_channels)
+    if self.auxiliary_head is None:
+      raise ValueError(
+        'the network has no auxiliary head, as the file that it was loaded from; train its '
+        'backbone and decode_head by a loss of your own'
+      )
     if self.execution.batch_norm == 'folded':
       raise ValueError("batch_norm is 'folded', which is for prediction only; use 'global'")
     auxiliary_features, features = self.backbone(images, train=True)

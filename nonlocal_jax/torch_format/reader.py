@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import os
 import re
@@ -17,13 +16,14 @@ import numpy as np
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.torch_format.bounded_file import BoundedFile, RefusedError
-from nonlocal_jax.torch_format.tensors import Storage, Storages, tensor_names, to_native
+from nonlocal_jax.torch_format.tensors import Storages, tensor_names, to_native
 from nonlocal_jax.torch_format.unpickler import Inert, plain_names, read_pickle
 
 _ZIP_MAGIC = b'PK\x03\x04'
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_MAGIC_BYTES = _LEGACY_MAGIC.to_bytes(10, 'little')
 _LEGACY_PROTOCOL = 1001
+_TABLE_LIMIT = 2**22  # bytes; PyTorch takes about 70 for each tensor
 
 # Files that are mistaken for checkpoints, by their magic bytes: offset, bytes, description.
 _OTHER_FORMATS = (
@@ -44,15 +44,18 @@ class TorchCheckpoint:
   """The weights in a PyTorch file and its metadata.
 
   Attributes:
-    state_dict: Weights by name, without the prefix `module.`; arrays may share memory.
+    state_dict: Weights by name; arrays may share memory.
     meta: The file's `meta`, {} if it has none. It holds e.g. CLASSES and PALETTE if
       MMSegmentation 0.x wrote it, dataset_meta and cfg if 1.x did.
+    has_average: Whether the file has an `ema_state_dict`. MMEngine then saves the moving average as
+      the weights, and what was averaged there.
     has_checksums: Whether the file has checksums, which were compared. PyTorch's legacy format has
       none, and `torch.serialization.set_crc32_options` leaves them out.
   """
 
   state_dict: dict[str, np.ndarray]
   meta: dict[str, Any]
+  has_average: bool
   has_checksums: bool
 
 
@@ -72,7 +75,8 @@ def read_torch_checkpoint(path: str | os.PathLike[str]) -> TorchCheckpoint:
   with _errors_that_name(path):
     meta = contents.get('meta') if type(contents) is dict else None
     meta = meta if type(meta) is dict else {}
-    return TorchCheckpoint(_state_dict(contents), meta, has_checksums)
+    has_average = type(contents) is dict and 'ema_state_dict' in contents
+    return TorchCheckpoint(_state_dict(contents), meta, has_average, has_checksums)
 
 
 def read_torch_file(path: str | os.PathLike[str]) -> Any:
@@ -124,10 +128,9 @@ def _state_dict(contents: Any) -> dict[str, np.ndarray]:
   state_dict = {}
   for name, value in weights.items():
     if type(name) is not str or not isinstance(value, np.ndarray):
-      raise RefusedError(f'has {_type(value)} under {ascii(name)[:80]}, not a tensor: {expected}')
-    state_dict[name.removeprefix('module.')] = value
-  if len(state_dict) < len(weights):
-    raise RefusedError('holds some weights twice, with and without the prefix module.')
+      shown = ascii(name[:80] if type(name) is str else name)[:80]
+      raise RefusedError(f'has {_type(value)} under {shown}, not a tensor: {expected}')
+    state_dict[name] = value
   return state_dict
 
 
@@ -166,8 +169,7 @@ def _read_zip(file: BoundedFile) -> tuple[Any, bool]:
     )
   has_checksums = any(member.CRC for member in members.values())
 
-  def check(member: zipfile.ZipInfo, *parts: bytes | memoryview) -> None:
-    checksum = functools.reduce(lambda value, part: zlib.crc32(part, value), parts, 0)
+  def check(member: zipfile.ZipInfo, checksum: int) -> None:
     if has_checksums and checksum != member.CRC:
       raise RefusedError(
         f'is damaged: the checksum of its member {member.filename[:80]!a} differs, download or '
@@ -178,15 +180,27 @@ def _read_zip(file: BoundedFile) -> tuple[Any, bool]:
   if f'{root}byteorder' in members:
     member = members[f'{root}byteorder']
     data = file.read(min(_seek_member(file, member), 8))
-    check(member, data)
+    check(member, zlib.crc32(data))
     byte_order = data.decode('ascii', 'replace')
     if byte_order not in ('little', 'big'):
       raise RefusedError(f'is damaged: it gives its byte order as {byte_order!a}')
 
-  def fill(key: str, storage: Storage) -> None:
-    member = members.get(f'{root}data/{key}')
+  member = members[f'{root}data.pkl']
+  size = _seek_member(file, member)
+  start = file.file.tell()
+  check(member, file.crc32(size))
+  file.file.seek(start)
+  storages = Storages(file)
+  names = {**plain_names(file), **tensor_names(file, byte_order)}
+  contents = read_pickle(file, names, storages.load)
+  if file.file.tell() > start + size:
+    raise _damaged_member(member)
+  found = {key: members.get(f'{root}data/{key}') for key in storages.by_key}
+  for key, member in found.items():
     if member is None:
       raise RefusedError(f'is damaged: the storage {key[:80]!a} of its pickle is missing')
+  for key, storage in storages.by_key.items():
+    member = members[f'{root}data/{key}']
     size = _seek_member(file, member)
     if size // storage.itemsize != storage.size:
       raise RefusedError(
@@ -194,25 +208,52 @@ def _read_zip(file: BoundedFile) -> tuple[Any, bool]:
         f'of {storage.dtype}'
       )
     file.read_into(storage)
-    check(member, storage.view(np.uint8).data, file.read(size - storage.nbytes))
+    rest = file.read(size - storage.nbytes)
+    check(member, zlib.crc32(rest, zlib.crc32(storage.view(np.uint8).data)))
     to_native(storage, byte_order)
+  return contents, has_checksums
 
-  pickled = file.read(_seek_member(file, members[f'{root}data.pkl']))
-  check(members[f'{root}data.pkl'], pickled)
-  names = {**plain_names(file), **tensor_names(file, byte_order)}
-  in_memory = BoundedFile(io.BytesIO(pickled), len(pickled))
-  return read_pickle(in_memory, names, Storages(file, fill).load), has_checksums
+
+class _TableOfContents(io.RawIOBase):
+  """The file as `zipfile` may read it: not more of it than a table of contents may have.
+
+  It makes an object for each of its entries before anything is known about them.
+  """
+
+  def __init__(self, file: BoundedFile):
+    super().__init__()
+    self._file = file.file
+
+  def read(self, size: int = -1, /) -> bytes:
+    if size < 0:  # the end of the file, after a seek
+      size = _TABLE_LIMIT
+    if size > _TABLE_LIMIT:
+      raise RefusedError('is a zip archive with more members than a checkpoint needs')
+    return self._file.read(size)
+
+  def seek(self, offset: int, whence: int = 0, /) -> int:
+    return self._file.seek(offset, whence)
+
+  def tell(self) -> int:
+    return self._file.tell()
+
+  def seekable(self) -> bool:
+    return True
 
 
 def _zip_members(file: BoundedFile) -> dict[str, zipfile.ZipInfo]:
   try:
-    with zipfile.ZipFile(file.file) as archive:
-      return {member.filename: member for member in archive.infolist()}
+    with zipfile.ZipFile(_TableOfContents(file)) as archive:
+      members = {member.filename: member for member in archive.infolist()}
+      count = len(archive.infolist())
   except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error) as error:
     raise RefusedError(
       'begins like a PyTorch file (zip) but its table of contents is missing or damaged: '
       'it is probably cut off, download or copy it again'
     ) from error
+  if len(members) < count:
+    raise RefusedError('is damaged: its table of contents has several members of one name')
+  return members
 
 
 def _seek_member(file: BoundedFile, member: zipfile.ZipInfo) -> int:
@@ -226,8 +267,11 @@ def _seek_member(file: BoundedFile, member: zipfile.ZipInfo) -> int:
   file.file.seek(member.header_offset)
   header = file.read(30)
   name_size, extra_size = struct.unpack('<HH', header[26:])
+  name = file.read(name_size)
   start = member.header_offset + len(header) + name_size + extra_size
-  if not header.startswith(_ZIP_MAGIC) or start + member.file_size > file.size:
+  is_named = name == member.orig_filename.encode('utf-8' if member.flag_bits & 0x800 else 'cp437')
+  is_inside = start + member.file_size <= file.size
+  if not (header.startswith(_ZIP_MAGIC) and is_named and is_inside):
     raise _damaged_member(member)
   file.file.seek(start)
   return member.file_size
@@ -251,9 +295,9 @@ def _read_legacy(file: BoundedFile) -> Any:
   names = {**plain_names(file), **tensor_names(file, 'little')}
   contents = read_pickle(file, names, storages.load)
   keys = read_pickle(file, {})
-  if type(keys) is not list or not all(type(key) is str for key in keys):
+  if type(keys) is not list or not all(type(key) is str and len(key) <= 256 for key in keys):
     raise RefusedError('is damaged: no list of storages follows its pickle')
-  if sorted(keys) != sorted(storages.by_key):
+  if len(keys) != len(storages.by_key) or set(keys) != storages.by_key.keys():
     raise RefusedError('is damaged: the storages that it lists are not those that its pickle uses')
   for key in keys:
     storage = storages.by_key[key]

@@ -2,7 +2,6 @@
 
 import math
 import sys
-from collections.abc import Callable
 from typing import Any, cast
 
 import ml_dtypes
@@ -37,22 +36,24 @@ _STORAGE_DTYPES = {
 }
 
 
+_KEY_LIMIT = 256  # characters of a storage's key, which is a short number
+_ARRAY_NBYTES = 128  # about what an array takes beside its data
+
+
 class Storage(np.ndarray):
   """The memory behind tensors: contiguous, one-dimensional, of the dtype in the file."""
 
 
 class Storages:
-  """The storages of one file by their keys, each allocated once.
+  """The storages of one file by their keys, each allocated once; their data are read later.
 
   Args:
     file: The file.
-    fill: Reads the data of a new storage, given its key; None if all data follow later.
   """
 
-  def __init__(self, file: BoundedFile, fill: Callable[[str, Storage], None] | None = None):
+  def __init__(self, file: BoundedFile):
     self.by_key: dict[str, Storage] = {}
     self._file = file
-    self._fill = fill
 
   def load(self, persistent_id: Any) -> Storage:
     """The storage with a persistent id.
@@ -62,18 +63,19 @@ class Storages:
         a view (key, start, length).
 
     Returns:
-      The storage or a view into it, as yet without its data if there is no `fill`.
+      The storage or a view into it, as yet without its data.
 
     Raises:
       RefusedError: If it is larger than the file.
       ValueError: If the id is invalid; like others that `read_pickle` translates.
     """
     kind, storage_class, key, _device, length, *view = persistent_id
-    if kind != 'storage' or type(key) is not str or not is_shape((length,)):
+    is_key = type(key) is str and len(key) <= _KEY_LIMIT
+    if kind != 'storage' or not is_key or not is_shape((length,)):
       raise ValueError('not the id of a storage')
     dtype = _STORAGE_DTYPES[storage_class.name]
     if key not in self.by_key:
-      self.by_key[key] = self._new(key, length, dtype)
+      self.by_key[key] = self._new(length, dtype)
     storage = self.by_key[key]
     if storage.size != length or (storage.dtype != dtype and length > 0):
       raise ValueError('one storage with two lengths or dtypes')
@@ -84,17 +86,14 @@ class Storages:
       storage = storage[start : start + size]
     return cast(Storage, storage.view(dtype))
 
-  def _new(self, key: str, length: int, dtype: np.dtype) -> Storage:
+  def _new(self, length: int, dtype: np.dtype) -> Storage:
     if length * dtype.itemsize > self._file.size:
       raise RefusedError(
         f'is cut off or damaged, download or copy it again: it should hold {length:,} values of '
         f'{dtype} in one place, which is more than the whole file'
       )
-    self._file.allow(length * dtype.itemsize)
-    storage = np.empty(length, dtype).view(Storage)
-    if self._fill is not None:
-      self._fill(key, storage)
-    return storage
+    self._file.allow_data(length * dtype.itemsize)
+    return np.empty(length, dtype).view(Storage)
 
 
 def to_native(storage: Storage, byte_order: str) -> None:
@@ -186,12 +185,13 @@ def _view(
   if not is_shape(shape) or not is_shape(strides) or len(shape) != len(strides):
     raise ValueError('not a shape and strides')
   size = math.prod(shape)
+  file.allow(_ARRAY_NBYTES + 16 * len(shape))
   if size == 0:
     return np.empty(shape, dtype)
   last = start + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
   if (last + 1) * dtype.itemsize > storage.nbytes:
     raise RefusedError(
-      f'is damaged: its tensor of shape {shape} does not fit into its storage of '
+      f'is damaged: its tensor of shape {str(shape)[:80]} does not fit into its storage of '
       f'{storage.nbytes:,} bytes, download or copy the file again'
     )
   # Repeated elements cost nothing here, but they do as soon as somebody copies the array.

@@ -17,9 +17,12 @@ import numpy as np
 
 from nonlocal_jax.torch_format.bounded_file import BoundedFile, RefusedError
 
-_OPCODES_LIMIT = 2_000_000  # thirty times what a ResNet-101 with its optimizer needs
 _NDIM_LIMIT = 64
 _ITEM_NBYTES = 128  # about what one item of a Python container takes
+_NAME_LIMIT = 256  # characters of a dotted name
+_KEY_LIMIT = 4096  # characters of a key: equal ones are compared again at each use
+_TUPLE_KEYS_LIMIT = 1000  # uses in a file: their hashes can be made equal, and then each is slow
+_HEADER_NBYTES = 64  # about what a text or an integer takes beside its contents
 _SHOWN = 100  # characters of a name that messages show
 # What Python raises where a pickle makes no sense to the machine or to the stand-ins.
 _NONSENSE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, struct.error)
@@ -28,7 +31,7 @@ _HISTORY_BUFFER = 'mmengine.logging.history_buffer.HistoryBuffer'
 Names = Mapping[str, Callable[..., Any] | None]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Inert:
   """An inert placeholder for a class, function, dtype or foreign object in a pickle.
 
@@ -85,14 +88,15 @@ def plain_names(file: BoundedFile) -> Names:
   Returns:
     Names for `read_pickle`.
   """
+  keys = _Keys()
 
   def make_dict(items: Any = ()) -> dict[Any, Any]:
     file.allow(_ITEM_NBYTES * len(items))
-    return _insert({}, items.items() if type(items) is dict else items)
+    return _insert({}, items.items() if type(items) is dict else items, keys)
 
   def make_set(items: Any = ()) -> set[Any]:
     file.allow(_ITEM_NBYTES * len(items))
-    return set(map(_key, items))
+    return set(map(keys.check, items))
 
   def encode(text: str, encoding: str) -> bytes:
     if encoding != 'latin1':
@@ -121,6 +125,7 @@ def plain_names(file: BoundedFile) -> Names:
     'mmcv.utils.config.ConfigDict': make_dict,
     'mmengine.config.config.ConfigDict': make_dict,
     _HISTORY_BUFFER: lambda: Inert(_HISTORY_BUFFER),
+    **dict.fromkeys(f'{_HISTORY_BUFFER}.{name}' for name in ('current', 'max', 'mean', 'min')),
   }
 
 
@@ -133,12 +138,26 @@ def _run(file: BoundedFile, names: Names, load_persistent: Callable[[Any], Any] 
   stack: list[Any] = []
   marks: list[int] = []
   memo: dict[int, Any] = {}
+  inert: dict[str, Inert] = {}
+  keys = _Keys()
 
   def unpack(layout: str) -> Any:
     return struct.unpack(layout, file.read(struct.calcsize(layout)))[0]
 
+  def raw(nbytes: int) -> bytes:
+    file.allow(nbytes + _HEADER_NBYTES)
+    return file.read(nbytes)
+
   def text(nbytes: int) -> str:
-    return file.read(nbytes).decode('utf-8', 'surrogatepass')
+    data = raw(nbytes)
+    # Python takes one byte for each character up to U+00FF, and up to four for all if one is above.
+    if not data.isascii() and np.frombuffer(data, np.uint8).max() > 0xC3:
+      file.allow(3 * nbytes)
+    return data.decode('utf-8', 'surrogatepass')
+
+  def named(module: Any, attribute: Any) -> Inert:
+    name = _name(names, module, attribute)
+    return inert.setdefault(name, Inert(name))
 
   def pop(count: int) -> tuple[Any, ...]:
     items = tuple(stack[-count:])
@@ -151,7 +170,7 @@ def _run(file: BoundedFile, names: Names, load_persistent: Callable[[Any], Any] 
     del stack[height:]
     return items
 
-  for _ in range(_OPCODES_LIMIT):
+  for count in range(file.opcodes):
     opcode = file.read(1)
     # Compared in order, so the most frequent come first.
     match opcode:
@@ -196,32 +215,32 @@ def _run(file: BoundedFile, names: Names, load_persistent: Callable[[Any], Any] 
       case pickle.BINFLOAT:
         stack.append(unpack('>d'))
       case pickle.LONG1:
-        stack.append(int.from_bytes(file.read(unpack('<B')), 'little', signed=True))
+        stack.append(int.from_bytes(raw(unpack('<B')), 'little', signed=True))
       case pickle.EMPTY_DICT:
         stack.append({})
       case pickle.SETITEM:
-        _insert(stack[-3], [pop(2)])
+        _insert(stack[-3], [pop(2)], keys)
       case pickle.SETITEMS:
         items = pop_to_mark()
-        _insert(stack[-1], zip(items[::2], items[1::2], strict=True))
+        _insert(stack[-1], zip(items[::2], items[1::2], strict=True), keys)
       case pickle.EMPTY_LIST:
         stack.append([])
       case pickle.APPEND:
-        _extend(stack[-2], pop(1))
+        _extend(stack[-2], pop(1), keys)
       case pickle.APPENDS:
         items = pop_to_mark()
-        _extend(stack[-1], items)
+        _extend(stack[-1], items, keys)
       case pickle.EMPTY_SET:
         stack.append(set())
       case pickle.ADDITEMS:
         items = pop_to_mark()
-        _extend(stack[-1], items)
+        _extend(stack[-1], items, keys)
       case pickle.FROZENSET:
-        stack.append(frozenset(map(_key, pop_to_mark())))
+        stack.append(frozenset(map(keys.check, pop_to_mark())))
       case pickle.GLOBAL:
-        stack.append(_named(names, file.read_line(), file.read_line()))
+        stack.append(named(file.read_line(), file.read_line()))
       case pickle.STACK_GLOBAL:
-        stack.append(_named(names, *pop(2)))
+        stack.append(named(*pop(2)))
       case pickle.BUILD:
         _set_state(stack[-2], stack[-1], file)
         del stack[-1]
@@ -230,9 +249,9 @@ def _run(file: BoundedFile, names: Names, load_persistent: Callable[[Any], Any] 
       case pickle.BINSTRING:
         stack.append(text(unpack('<I')))
       case pickle.SHORT_BINBYTES:
-        stack.append(file.read(unpack('<B')))
+        stack.append(raw(unpack('<B')))
       case pickle.BINBYTES:
-        stack.append(file.read(unpack('<I')))
+        stack.append(raw(unpack('<I')))
       case pickle.MEMOIZE:
         memo[len(memo)] = stack[-1]
       case pickle.POP:
@@ -243,24 +262,30 @@ def _run(file: BoundedFile, names: Names, load_persistent: Callable[[Any], Any] 
         file.read(8)
       case pickle.STOP:
         (result,) = stack
+        file.opcodes -= count
         return result
       case _:
         raise RefusedError(
           f'is damaged or was not written by torch.save: its pickle has the opcode {opcode!a}'
         )
-  raise RefusedError(f'holds more objects than a checkpoint needs ({_OPCODES_LIMIT:,} opcodes)')
+  raise RefusedError(
+    'holds more objects than weights, optimizer and logs need (its pickles have too many opcodes): '
+    "save the weights alone, with torch.save({'state_dict': model.state_dict()}, path)"
+  )
 
 
-def _named(names: Names, module: Any, attribute: Any) -> Inert:
+def _name(names: Names, module: Any, attribute: Any) -> str:
   if type(module) is not str or type(attribute) is not str:
     raise TypeError('a name is not text')
+  if len(module) + len(attribute) > _NAME_LIMIT:
+    raise ValueError('a name is too long')
   name = f'{module}.{attribute}'
   if name not in names:
     raise RefusedError(
       f'names {name[:_SHOWN]!a}, which weights do not need and which is therefore not loaded: '
       "save the weights alone, with torch.save({'state_dict': model.state_dict()}, path)"
     )
-  return Inert(name)
+  return name
 
 
 def _call(names: Names, named: Any, arguments: Any) -> Any:
@@ -290,33 +315,57 @@ def _set_state(target: Any, state: Any, file: BoundedFile) -> None:
     raise TypeError(f'{type(target)} takes no state')
 
 
-def _insert(target: Any, items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+class _Keys:
+  """Checks keys of dicts and members of sets; counts those of which many can be slow."""
+
+  def __init__(self):
+    self._tuples = _TUPLE_KEYS_LIMIT
+
+  def check(self, value: Any) -> Any:
+    """Returns `value` if it is quick and safe to hash and to compare."""
+    if type(value) is not tuple:
+      return _scalar_key(value)
+    self._tuples -= 1
+    if self._tuples < 0:
+      raise ValueError('too many tuples as keys')
+    return _tuple_key(value)
+
+
+def _tuple_key(value: Any, depth: int = 2) -> Any:
+  """No long or deep tuple."""
+  if type(value) is not tuple:
+    return _scalar_key(value)
+  if len(value) > 8 or depth == 0:
+    raise TypeError('unhashable')
+  for item in value:
+    _tuple_key(item, depth - 1)
+  return value
+
+
+def _scalar_key(value: Any) -> Any:
+  """No huge integer and no huge text."""
+  fits = value is None or type(value) in (bool, float)
+  fits = fits or (type(value) in (str, bytes) and len(value) <= _KEY_LIMIT)
+  if not (fits or (type(value) is int and abs(value) < 2**60)):
+    raise TypeError('unhashable')
+  return value
+
+
+def _insert(target: Any, items: Iterable[tuple[Any, Any]], keys: _Keys) -> dict[Any, Any]:
   if type(target) is not dict:
     raise TypeError('not a dict')
   for key, value in items:
-    target[_key(key)] = value
+    target[keys.check(key)] = value
   return target
 
 
-def _extend(target: Any, items: Iterable[Any]) -> None:
+def _extend(target: Any, items: Iterable[Any], keys: _Keys) -> None:
   if type(target) is list:
     target.extend(items)
   elif type(target) is set:
-    target.update(map(_key, items))
+    target.update(map(keys.check, items))
   else:
     raise TypeError('neither list nor set')
-
-
-def _key(value: Any, depth: int = 2) -> Any:
-  """Returns `value` if it is quick and safe to hash: no huge integer, no long or deep tuple."""
-  scalar = value is None or type(value) in (str, bytes, bool, float)
-  small = type(value) is int and abs(value) < 2**60
-  if not (scalar or small):
-    if type(value) is not tuple or len(value) > 8 or depth == 0:
-      raise TypeError('unhashable')
-    for item in value:
-      _key(item, depth - 1)
-  return value
 
 
 def _method_of_history_buffer(owner: Any, name: Any) -> Inert:

@@ -35,6 +35,7 @@ def read_initial_weights(
   backbone: Path | None = None,
   checkpoint: Path | None = None,
   new_classifier: bool = False,
+  ema: bool = False,
 ) -> InitialWeights:
   """Reads the initial weights of a new run; `checkpoint` takes precedence over `backbone`.
 
@@ -45,6 +46,7 @@ def read_initial_weights(
     checkpoint: Weights of a whole network: a .pth file, a converted directory, a workdir, or the
       name of a released model, see `names.find_weights`.
     new_classifier: Whether to leave out the last layer of both heads of the checkpoint.
+    ema: Whether to take the moving average that the .pth file of a checkpoint holds.
 
   Returns:
     The weights and their origin.
@@ -58,7 +60,7 @@ def read_initial_weights(
     path = _find_backbone(backbone, network)
     return InitialWeights(read_backbone(path, network), f'the backbone in {path}')
   checkpoint = find_weights(checkpoint)
-  description, state = read_weights(checkpoint, align_corners=network.align_corners)
+  description, state = read_weights(checkpoint, align_corners=network.align_corners, ema=ema)
   found, tested = description.config, description.protocol
   with_their_classes = dataclasses.replace(network, num_classes=found.num_classes)
   if not found.predicts_like(with_their_classes if new_classifier else network):
@@ -78,13 +80,17 @@ def read_initial_weights(
       f'{checkpoint} takes images normalized by {there}, but training normalizes them by {here}; '
       'start from other weights.'
     )
+  source = str(checkpoint)
+  if not found.auxiliary_head:
+    source += ' but for a new auxiliary head'
   if not new_classifier:
-    return InitialWeights(state, str(checkpoint))
+    return InitialWeights(state, source)
   kept = nnx.from_flat_state(
     (path, variable) for path, variable in nnx.to_flat_state(state) if _CLASSIFIER not in path
   )
   classes = f'{found.num_classes} classes there, {network.num_classes} here'
-  return InitialWeights(kept, f'{checkpoint} but for new classifiers in both heads ({classes})')
+  joint = ' but for' if found.auxiliary_head else ' and'
+  return InitialWeights(kept, f'{source}{joint} new classifiers in both heads ({classes})')
 
 
 def _find_backbone(backbone: Path, network: NonLocalNetConfig) -> Path:

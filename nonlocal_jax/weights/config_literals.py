@@ -3,7 +3,8 @@
 import ast
 from typing import Any
 
-MAX_CHARACTERS = 250_000  # of a text; those that MMSegmentation saves have some 10,000
+MAX_CHARACTERS = 100_000  # of a text; those that MMSegmentation saves have some 10,000
+_MAX_INTEGER = 2**63
 
 
 class Unread:
@@ -27,7 +28,7 @@ def read_assignments(text: str) -> dict[str, Any]:
     The values by name, lists as tuples; `Unread` for what is none of these.
 
   Raises:
-    ValueError: If the text is too long or no Python.
+    ValueError: If the text is too long, is no Python, or has a huge integer.
   """
   if len(text) > MAX_CHARACTERS:
     raise ValueError(f'it has {len(text)} characters, more than {MAX_CHARACTERS}')
@@ -45,6 +46,8 @@ def read_assignments(text: str) -> dict[str, Any]:
 
 def _value(node: ast.expr) -> Any:
   match node:
+    case ast.Constant(value=int() as number) if number >= _MAX_INTEGER:
+      raise ValueError('it has an integer of more than 64 bits')
     case ast.Constant():
       return node.value
     case ast.List() | ast.Tuple():

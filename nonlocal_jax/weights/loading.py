@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import hashlib
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,14 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.torch_format.reader import read_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import load_weights
+from nonlocal_jax.weights.config_literals import MAX_CHARACTERS
 from nonlocal_jax.weights.description import ModelDescription
-from nonlocal_jax.weights.mmseg_config import RecordedSettings, recorded_settings
+from nonlocal_jax.weights.foreign_arrays import as_two_classes, choose_average, without_wrappers
+from nonlocal_jax.weights.mmseg_config import (
+  DEFAULT_THRESHOLD,
+  RecordedSettings,
+  recorded_settings,
+)
 from nonlocal_jax.weights.names import find_backbone, find_weights
 from nonlocal_jax.weights.released import (
   ReleasedModel,
@@ -50,34 +58,48 @@ class TorchWeights:
   notes: tuple[str, ...]
 
 
+# What `read_weights` has to say; programs choose how it is printed.
+NOTES = logging.getLogger('nonlocal_jax.notes')
+
+
 def read_weights(
-  path: Path, *, align_corners: bool | None = None
+  path: Path, *, align_corners: bool | None = None, ema: bool = False
 ) -> tuple[ModelDescription, nnx.State]:
-  """Reads weights and what is known about them.
+  """Reads weights and what is known about them; logs the notes on a .pth file as warnings.
 
   Args:
     path: A .pth file, a converted directory, the workdir of a training run, or the name of a
       released model, see `names.find_weights`.
     align_corners: Overrides the corner convention; None for that of the directory or file.
+    ema: Whether to take the exponential moving average that a .pth file holds beside the weights.
 
   Returns:
     The description, and parameters and running statistics as float32 host arrays.
 
   Raises:
-    UserError: If there are no weights of a NonLocalNet, or a released file is not what its name
-      says.
+    UserError: If there are no weights of a NonLocalNet, a released file is not what its name says,
+      or there is no moving average.
   """
   path = find_weights(path)
   if not path.is_dir():
-    weights = read_torch_weights(path, align_corners=align_corners)
+    weights = read_torch_weights(path, align_corners=align_corners, ema=ema)
+    for note in weights.notes:
+      NOTES.warning('%s: %s', path, note)
     return weights.description, weights.state
+  if ema:
+    raise UserError(
+      f'{path} is a directory, which holds one set of weights: leave out ema (--ema), which is for '
+      '.pth files.'
+    )
   description, state = load_weights(path)
   if align_corners is not None:
     description = description.with_align_corners(align_corners)
   return description, state
 
 
-def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> TorchWeights:
+def read_torch_weights(
+  path: Path, *, align_corners: bool | None = None, ema: bool = False
+) -> TorchWeights:
   """Reads the .pth file of a segmentation network.
 
   A released file is recognized by its sha256, whatever its name. For other files the settings that
@@ -87,26 +109,43 @@ def read_torch_weights(path: Path, *, align_corners: bool | None = None) -> Torc
   Args:
     path: The file.
     align_corners: Overrides the corner convention; None for that of the file.
+    ema: Whether to take the exponential moving average that the file holds beside the weights.
 
   Raises:
     UserError: If there are no weights of a NonLocalNet, a released file is not what its name says,
-      or the recorded config has a setting that is not supported.
+      the recorded config has a setting that is not supported, or there is no moving average.
   """
   sha256 = sha256_of(path)
   released = released_model_of_sha256(sha256)
   notes = _check_name(path, sha256, released)
   checkpoint = read_torch_checkpoint(path)
-  arrays = checkpoint.state_dict
+  arrays, prefix_notes = without_wrappers(checkpoint.state_dict, source=str(path))
+  is_average = checkpoint.has_average or _swaps_averages(checkpoint.meta)
+  arrays, average_notes = choose_average(arrays, ema=ema, is_average=is_average, source=str(path))
+  notes += prefix_notes + average_notes
   config = infer_config(arrays, source=str(path))
   if released:
     recorded = RecordedSettings({}, released.protocol, ())
   else:
     recorded = recorded_settings(checkpoint.meta, source=str(path), in_channels=config.in_channels)
-  config = dataclasses.replace(config, **recorded.network)
+  network = dict(recorded.network)
+  if config.num_classes == 1:
+    threshold = network.setdefault('threshold', DEFAULT_THRESHOLD)
+    arrays, channel_notes = as_two_classes(arrays, threshold)
+    notes += channel_notes
+    config = dataclasses.replace(config, num_classes=2)
+  elif 'threshold' in network:
+    raise UserError(
+      f'{path} records a network of one output channel, but its arrays have {config.num_classes}; '
+      'load the weights from a file without a config.'
+    )
+  config = dataclasses.replace(config, **network)
   state = from_state_dict(arrays, config, source=str(path))
   skips = skipped(arrays)
   if not checkpoint.has_checksums and not released:
     notes.append('It has no checksums: damaged weights would not be noticed.')
+  if not config.auxiliary_head:
+    notes.append('It has no auxiliary head, which only training needs.')
   rounded = sum(array.dtype == np.float64 for name, array in arrays.items() if name not in skips)
   if rounded:
     notes.append(f'{rounded} float64 arrays were rounded to float32.')
@@ -150,12 +189,22 @@ def read_backbone(path: Path, config: NonLocalNetConfig) -> nnx.State:
     UserError: If the file does not hold that backbone.
   """
   path = find_backbone(path)
-  arrays = read_torch_checkpoint(path).state_dict
+  arrays, _ = without_wrappers(read_torch_checkpoint(path).state_dict, source=str(path))
   prefix = 'backbone.'
   inside = {name: array for name, array in arrays.items() if name.startswith(prefix)}
   if not inside:
     inside = {f'{prefix}{name}': array for name, array in arrays.items()}
   return from_state_dict(inside, config, source=str(path), part='backbone')
+
+
+def _swaps_averages(meta: Mapping[str, Any]) -> bool:
+  """Whether mmcv's EMAHook swapped weights and averages before it saved them.
+
+  It does so at the end of each epoch, and leaves them in place with a runner of iterations.
+  """
+  text = meta.get('config')
+  is_epochs = type(text) is str and 'EpochBasedRunner' in text[:MAX_CHARACTERS]
+  return is_epochs and re.search(r'\bEMAHook\b', text[:MAX_CHARACTERS]) is not None
 
 
 def sha256_of(path: Path) -> str:

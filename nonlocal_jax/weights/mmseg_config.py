@@ -13,11 +13,13 @@ from typing import Any
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.protocol import EvalProtocol, Version
-from nonlocal_jax.weights.config_literals import read_assignments
+from nonlocal_jax.weights.config_literals import MAX_CHARACTERS, read_assignments
 from nonlocal_jax.weights.config_section import Section
 
 # Key of `meta` in files that this package wrote: JSON of the protocol and what of it was assumed.
 PROTOCOL_KEY = 'nonlocal_jax'
+
+DEFAULT_THRESHOLD = 0.3  # of a network with one output channel
 
 _MISSING = object()
 _NORMS = ('BN', 'BN2d', 'SyncBN', 'MMSyncBN')
@@ -77,10 +79,12 @@ def recorded_settings(
   if type(ours) is not str:
     return recorded
   try:
+    if len(ours) > MAX_CHARACTERS:
+      raise ValueError('too long')
     fields = json.loads(ours)
     protocol = EvalProtocol.from_dict(fields['protocol'])
     assumed = tuple(name for name in fields['assumed'] if hasattr(protocol, name))
-  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+  except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
     raise UserError(
       f"{source} has a damaged test protocol (meta['{PROTOCOL_KEY}']); write it again."
     ) from error
@@ -224,16 +228,28 @@ class _Reader:
     found = _batch_norm_epsilon(section, default=None if typed else {'type': 'BN'})
     if found != epsilon:
       section.refuse('norm_cfg.eps', found, f'which needs another epsilon than the {epsilon} below')
-    classes, outputs = section.take('num_classes'), section.take('out_channels')
-    if outputs is not None and outputs != classes:
-      section.refuse('out_channels', outputs, 'which needs a threshold in place of classes')
+    self._threshold(section)
     if 'align_corners' not in self._config['model']['decode_head'] and not typed:
       self._assumed.append('align_corners')
     corners = section.is_on('align_corners', default=False)
     self._network['align_corners'] = self._protocol['align_corners'] = corners
-    section.ignore('in_channels', 'channels', 'threshold', 'dropout_ratio', 'loss_decode')
+    section.ignore('in_channels', 'channels', 'dropout_ratio', 'loss_decode')
     section.ignore('ignore_index', 'sampler', 'init_cfg')
     section.close()
+
+  def _threshold(self, section: Section) -> None:
+    """Reads how many channels the classifier has, and for a single one its threshold."""
+    classes, outputs = section.take('num_classes'), section.take('out_channels')
+    outputs = classes if outputs is None else outputs
+    threshold = section.take('threshold')
+    if outputs != 1:
+      if outputs != classes:
+        section.refuse('out_channels', outputs, 'which is neither 1 nor the number of classes')
+      return
+    threshold = DEFAULT_THRESHOLD if threshold is None else threshold
+    if type(threshold) not in (int, float) or not 0 < threshold < 1:
+      section.refuse('threshold', threshold, 'which is no number between 0 and 1')
+    self._network['threshold'] = float(threshold)
 
   def _windows(self) -> None:
     """Reads `test_cfg`, of the model or, in the first versions, beside it."""
@@ -469,7 +485,8 @@ class _Reader:
 
   def _released_before(self, minor: int, *, unknown: bool = True) -> bool:
     """Whether the MMSegmentation that saved the file is older than 0.`minor`."""
-    match = re.match(r'(\d{1,4})\.(\d{1,4})', str(self._meta.get('mmseg_version'))[:20])
+    version = self._meta.get('mmseg_version')
+    match = re.match(r'(\d{1,4})\.(\d{1,4})', version) if type(version) is str else None
     return unknown if match is None else (int(match[1]), int(match[2])) < (0, minor)
 
 

@@ -61,7 +61,9 @@ def config_text(network: NonLocalNetConfig, protocol: EvalProtocol) -> str:
       **head,
       **(block if network.non_local else {}),
     },
-    'auxiliary_head': {
+  }
+  if network.auxiliary_head:
+    model['auxiliary_head'] = {
       'type': 'FCNHead',
       'in_channels': 16 * width,
       'in_index': 2,
@@ -70,10 +72,8 @@ def config_text(network: NonLocalNetConfig, protocol: EvalProtocol) -> str:
       'concat_input': False,
       **head,
       'loss_decode': {'type': 'CrossEntropyLoss', 'loss_weight': 0.4},
-    },
-    'train_cfg': {},
-    'test_cfg': test_cfg,
-  }
+    }
+  model |= {'train_cfg': {}, 'test_cfg': test_cfg}
   pipeline: list[dict[str, Any]] = [{'type': 'LoadImageFromFile'}]
   size = {'scale': protocol.scale, 'scale_factor': protocol.scale_factor}
   size = {key: value for key, value in size.items() if value}

@@ -1,8 +1,10 @@
 """The map between the names in a PyTorch state dict and the arrays of `NonLocalNet`, strict."""
 
+import dataclasses
 import difflib
+import heapq
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -37,10 +39,14 @@ _SKIPPED = (
   (rf'(.*\.)?{_COUNTER}', "PyTorch's counters of training batches"),
   (r'(backbone\.)?fc\..*', 'the classifier of ImageNet'),
 )
-_MAX_BLOCKS = 100  # of a stage; more is no ResNet
+_MAX_BLOCKS = 66  # of all stages together; ResNet-200 has as many
+_MAX_CHANNELS = 1024  # of the input and of the first stage
+_MAX_CLASSES = 2**16
 # A file of another origin may have any number of names; a message has room for so many.
-_MAX_PROBLEMS = 1000
-_MAX_GUESSES = 50  # each compares a name with all unknown ones
+_MAX_PROBLEMS = 10
+# Each missing name is compared with so many of the unknown ones, which takes 0.1 ms each.
+_MAX_GUESSES = 100
+_SHOWN = 100  # characters of a name
 
 
 def torch_name(path: Path) -> str:
@@ -74,7 +80,7 @@ def tracked_batches(state_dict: Mapping[str, np.ndarray]) -> dict[str, int]:
   counters: dict[str, int] = {}
   for name, array in state_dict.items():
     part = name.partition('.')[0]
-    if name.endswith(f'.{_COUNTER}') and array.ndim == 0 and array.dtype.kind in 'iu':
+    if name.endswith(f'.{_COUNTER}') and array.ndim == 0 and array.dtype.kind == 'i':
       counters[part] = max(int(array), counters.get(part, 0))
   return counters
 
@@ -104,12 +110,15 @@ def infer_config(state_dict: Mapping[str, np.ndarray], *, source: str) -> NonLoc
     pattern = re.compile(rf'backbone\.layer{stage}\.(\d+)\.')
     blocks.append(len({m[1] for name in state_dict if (m := pattern.match(name))}))
   width, num_classes = (state_dict[name].shape[0] for name in needed)
-  if not (all(1 <= count <= _MAX_BLOCKS for count in blocks) and width >= 2 and num_classes >= 1):
-    raise UserError(
-      f'{source} holds no NonLocalNet: its stages have {blocks} blocks, and it has {width} base '
-      f'channels and {num_classes} classes; give a checkpoint of a whole segmentation model.'
-    )
   stem = state_dict.get('backbone.stem.0.weight', np.empty((0, 3, 3, 3)))
+  in_channels = stem.shape[1] if stem.ndim == 4 and stem.shape[1] else 3
+  fits = min(blocks) >= 1 and sum(blocks) <= _MAX_BLOCKS and in_channels <= _MAX_CHANNELS
+  if not (fits and 2 <= width <= _MAX_CHANNELS and 1 <= num_classes <= _MAX_CLASSES):
+    raise UserError(
+      f'{source} holds no NonLocalNet: its stages have {blocks} blocks, and it has {in_channels} '
+      f'input channels, {width} base channels and {num_classes} classes; give a checkpoint of a '
+      'whole segmentation model.'
+    )
   block = 'decode_head.nl_block'
   inner = state_dict.get(f'{block}.g.conv.weight', np.empty(0)).shape[:1]
   mode = 'embedded_gaussian'
@@ -121,10 +130,11 @@ def infer_config(state_dict: Mapping[str, np.ndarray], *, source: str) -> NonLoc
     stage_blocks=tuple(blocks),
     width=width,
     num_classes=num_classes,
-    in_channels=stem.shape[1] if stem.ndim == 4 and stem.shape[1] else 3,
+    in_channels=in_channels,
     non_local=any(name.startswith(f'{block}.') for name in state_dict),
     mode=mode,
     reduction=max(8 * width // inner[0], 1) if inner and inner[0] else 2,
+    auxiliary_head=any(name.startswith('auxiliary_head.') for name in state_dict),
   )
 
 
@@ -154,17 +164,19 @@ def from_state_dict(
 
   Raises:
     UserError: If an array is missing, unknown, of another shape or kind, or not finite; the message
-      names all of them, with the nearest of the unknown names for each that is missing.
+      names ten of them, with the nearest of the unknown names for each that is missing.
   """
   variables = {
     torch_name(path): (path, variable)
-    for path, variable in nnx.to_flat_state(state_shapes(config))
+    for path, variable in _variables(config)
     if part in (None, path[0])
   }
   unknown = state_dict.keys() - variables.keys() - skipped(state_dict).keys()
   missing = [name for name in variables if name not in state_dict]
-  problems = [f'{name} is missing{_nearest(name, unknown)}' for name in missing[:_MAX_GUESSES]]
-  problems += [f'{name} is missing' for name in missing[_MAX_GUESSES:]]
+  # Comparing takes time in the square of the length.
+  candidates = {name: name.split('.') for name in unknown if len(name) <= _SHOWN}
+  problems = [f'{name} is missing{_nearest(name, candidates)}' for name in missing[:_MAX_PROBLEMS]]
+  problems += [f'{name} is missing' for name in missing[_MAX_PROBLEMS:]]
   filled = {}
   for name, (path, variable) in variables.items():
     if name not in state_dict:
@@ -173,17 +185,21 @@ def from_state_dict(
     if array.ndim == 4:
       array = array.transpose(2, 3, 1, 0)
     if array.shape != variable.shape:
-      problems.append(f'{name} gives {array.shape}, expected {variable.shape}')
+      problems.append(f'{name} gives {str(array.shape)[:_SHOWN]}, expected {variable.shape}')
     elif not jnp.issubdtype(array.dtype, np.floating):
       problems.append(f'{name} gives {array.dtype}, expected floating-point numbers')
-    elif not np.isfinite(array).all():
-      problems.append(f'{name} has values that are not finite')
     else:
-      filled[path] = variable.replace(np.asarray(array, dtype=dtype))
-  problems += [f'{_shown(name)} is unknown' for name in sorted(unknown)[:_MAX_PROBLEMS]]
+      with np.errstate(over='ignore'):
+        array = np.asarray(array, dtype=dtype)
+      if np.isfinite(array).all():
+        filled[path] = variable.replace(array)
+      else:
+        problems.append(f'{name} has values that are not finite')
+  problems += [f'{shown(name)} is unknown' for name in sorted(unknown)]
   if problems:
-    more = f'; and {len(unknown) - _MAX_PROBLEMS} more' if len(unknown) > _MAX_PROBLEMS else ''
-    raise UserError(f'{source} does not fit NonLocalNet ({config}): {"; ".join(problems)}{more}.')
+    left = len(problems) - _MAX_PROBLEMS
+    problems[_MAX_PROBLEMS:] = [f'and {left} more'] if left > 0 else []
+    raise UserError(f'{source} does not fit NonLocalNet ({config}): {"; ".join(problems)}.')
   return nnx.from_flat_state(filled)
 
 
@@ -207,10 +223,34 @@ def to_state_dict(
   return state_dict
 
 
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-  near = difflib.get_close_matches(name, sorted(candidates)[:_MAX_PROBLEMS], n=1)
-  return f' (nearest: {_shown(near[0])})' if near else ''
+def _variables(config: NonLocalNetConfig) -> Iterator[tuple[Path, nnx.Variable]]:
+  """Paths and shapes of a network's arrays.
+
+  All blocks of a stage but the first are alike, so two of each are built: a network of the names in
+  a file costs time before it is known whether the file has its arrays.
+  """
+  two = tuple(min(count, 2) for count in config.stage_blocks)
+  for path, variable in nnx.to_flat_state(
+    state_shapes(dataclasses.replace(config, stage_blocks=two))
+  ):
+    yield path, variable
+    match path:
+      case ('backbone', str() as stage, 1, *rest) if stage.startswith('layer'):
+        for index in range(2, config.stage_blocks[int(stage.removeprefix('layer')) - 1]):
+          yield ('backbone', stage, index, *rest), variable
 
 
-def _shown(name: str) -> str:
-  return name if name.isprintable() and len(name) <= 200 else ascii(name)[:200]
+def _nearest(name: str, candidates: Mapping[str, Sequence[str]]) -> str:
+  parts = set(name.split('.'))
+  likely = heapq.nsmallest(
+    _MAX_GUESSES,
+    candidates,
+    key=lambda other: (len(parts.symmetric_difference(candidates[other])), other),
+  )
+  near = difflib.get_close_matches(name, likely, n=1)
+  return f' (nearest: {shown(near[0])})' if near else ''
+
+
+def shown(name: str) -> str:
+  """A name from a file as it may stand in a message: short and printable."""
+  return name if len(name) <= _SHOWN and name.isprintable() else ascii(name[:_SHOWN])
