@@ -28,10 +28,10 @@ from nonlocal_jax.cli.program import Parser, child_environment
 from nonlocal_jax.cli.published_plan import Check, Places, say_plan
 from nonlocal_jax.cli.published_report import Row, scored, table, write_tables
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.evaluation.report import METRICS
+from nonlocal_jax.evaluation.report import read_report
 from nonlocal_jax.recipes import base_config, fields_of
 from nonlocal_jax.runtime.devices import SAID
-from nonlocal_jax.runtime.files import given_path, parse_object, write_whole
+from nonlocal_jax.runtime.files import given_path, parse_object, sealed, unsealed, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.weights import released
 from nonlocal_jax.weights.loading import sha256_of
@@ -211,17 +211,17 @@ def _check(
       print(f'error: {error}', file=sys.stderr)
       return {**row, 'verdict': f'failed: {error}'}
     arguments = _arguments(check, file, source, workdir, settings)
-    cost = {**run(arguments), 'arguments': arguments, 'settings': list(settings)}
+    cost = sealed({**run(arguments), 'arguments': arguments, 'settings': list(settings)})
     write_whole(workdir / COST, json.dumps(cost) + '\n')
   return scored(row, workdir, json.loads((workdir / COST).read_bytes()))
 
 
 def _is_done(workdir: Path, settings: Sequence[str]) -> bool:
   try:
-    cost = parse_object((workdir / COST).read_bytes())
-    parse_object((workdir / METRICS).read_bytes())
+    cost = unsealed(parse_object((workdir / COST).read_bytes()))
+    read_report(workdir)
     return cost['status'] == 0 and cost['settings'] == list(settings) and 'arguments' in cost
-  except (OSError, ValueError, KeyError):  # missing or damaged
+  except (UserError, OSError, ValueError, KeyError):  # missing or damaged
     return False
 
 

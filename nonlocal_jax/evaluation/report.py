@@ -17,10 +17,11 @@ import jax
 import numpy as np
 
 from nonlocal_jax.data.datasets import Dataset
+from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.metrics import distinct_names, scores, undefined_reasons
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.devices import describe
-from nonlocal_jax.runtime.files import write_whole
+from nonlocal_jax.runtime.files import parse_object, sealed, unsealed, write_whole
 from nonlocal_jax.runtime.parallel import platform_of
 
 METRICS = 'metrics.json'
@@ -110,7 +111,20 @@ def write_report(
     'config_values': facts.config,
     'confusion': confusion.tolist(),  # rows by label, columns by prediction
   }
-  write_whole(workdir / METRICS, _as_json(report))
+  write_whole(workdir / METRICS, _as_json(sealed(_defined(report))))
+
+
+def read_report(workdir: Path) -> dict[str, Any]:
+  """Reads the `metrics.json` in a folder.
+
+  Raises:
+    UserError: If there is none, or it is damaged, also by its checksum.
+  """
+  path = workdir / METRICS
+  try:
+    return unsealed(parse_object(path.read_bytes()))
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path} cannot be read ({error}): evaluate again.') from error
 
 
 def peak_memory_gib() -> dict[str, float | None]:
@@ -181,7 +195,7 @@ def _versions() -> dict[str, str | None]:
 
 def _as_json(report: Mapping[str, Any]) -> str:
   """Returns indented JSON with each list of numbers, such as a row of a matrix, on one line."""
-  text = json.dumps(_defined(report), indent=2, allow_nan=False)
+  text = json.dumps(report, indent=2, allow_nan=False)
   return _LIST_OF_NUMBERS.sub(lambda match: f'[{" ".join(match[1].split())}]', text) + '\n'
 
 

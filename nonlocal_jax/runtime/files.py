@@ -11,6 +11,8 @@ from typing import Any
 
 from nonlocal_jax.errors import UserError
 
+CHECKSUM = 'crc32'  # the field of a JSON file's checksum
+
 
 def given_path(text: str) -> Path:
   """Converts a path that a user gave, in an option or a config, where ~ is the home folder."""
@@ -88,7 +90,7 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
 
 def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
   """Adds the checksum 'crc32' to the fields of a JSON file."""
-  return {**fields, _CHECKSUM: _crc32(fields)}
+  return {**fields, CHECKSUM: _crc32(fields)}
 
 
 def unsealed(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,13 +99,10 @@ def unsealed(fields: Mapping[str, Any]) -> dict[str, Any]:
   Raises:
     ValueError: If the checksum differs.
   """
-  rest = {key: value for key, value in fields.items() if key != _CHECKSUM}
-  if _CHECKSUM in fields and fields[_CHECKSUM] != _crc32(rest):
-    raise ValueError(f'its checksum differs; if you edited it, take out {_CHECKSUM!r}')
+  rest = {key: value for key, value in fields.items() if key != CHECKSUM}
+  if CHECKSUM in fields and fields[CHECKSUM] != _crc32(rest):
+    raise ValueError(f'its checksum differs; if you edited it, take out {CHECKSUM!r}')
   return rest
-
-
-_CHECKSUM = 'crc32'
 
 
 def _crc32(fields: Mapping[str, Any]) -> int:

@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.files import parse_object, write_whole
+from nonlocal_jax.runtime.files import CHECKSUM, parse_object, sealed, unsealed, write_whole
 from nonlocal_jax.runtime.parallel import is_first_process
 
 LOG = 'log.jsonl'
 CURVES = 'curves.png'
+_TIMING = ('images_per_second', 'waiting_for_data')
 _POINTS = 200  # maximum number of points of a smoothed curve
 
 
@@ -150,24 +151,40 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
   data = path.read_bytes()
   text = data.decode(json.detect_encoding(data), errors='replace')
   complete = [line for line in text.split('\n')[:-1] if line.strip()]  # the last may be cut
-  lines = [line for line in map(_parsed, complete) if line is not None]
+  are_sealed = any(
+    f'"{CHECKSUM}"' in line for line in complete
+  )  # those of earlier versions are not
+  lines = [_parsed(line, is_sealed=are_sealed) for line in complete]
+  lines = [line for line in lines if line is not None]
   return lines, len(complete) - len(lines)
 
 
-def _parsed(text: str) -> dict[str, Any] | None:
+def _parsed(text: str, *, is_sealed: bool) -> dict[str, Any] | None:
   try:
     line = parse_object(text)
+    if (CHECKSUM in line) != is_sealed:
+      return None
+    unsealed(_without_timing(line))
   except ValueError:
     return None
+  line.pop(CHECKSUM, None)
   line = {name: math.nan if value is None else value for name, value in line.items()}
-  are_numbers = all(type(value) in (int, float) for value in line.values())
+  are_numbers = all(
+    type(value) is float or (type(value) is int and abs(value) < 2**63) for value in line.values()
+  )
   return line if are_numbers and type(line.get('step')) is int else None
 
 
 def _as_json(line: Mapping[str, Any]) -> str:
   """Formats a line of the log; JSON has no NaN and no infinity."""
   values = {name: value if math.isfinite(value) else None for name, value in line.items()}
-  return json.dumps(values, allow_nan=False) + '\n'
+  # Lines of a run that was stopped and of one that was not differ in their timing alone.
+  checksum = sealed(_without_timing(values))[CHECKSUM]
+  return json.dumps({**values, CHECKSUM: checksum}, allow_nan=False) + '\n'
+
+
+def _without_timing(line: Mapping[str, Any]) -> dict[str, Any]:
+  return {name: value for name, value in line.items() if name not in _TIMING}
 
 
 def summary_table(evaluations: list[dict[str, Any]]) -> str:
