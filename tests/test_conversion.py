@@ -330,7 +330,7 @@ def test_a_backbone_of_another_kind(peer_model, tmp_path):
   with pytest.raises(UserError, match=r'backbone\.stem\.0\.weight is missing'):
     read_backbone(tmp_path / 'x.pth', config)
   wide = NonLocalNetConfig.from_depth(50, width=16, num_classes=3)
-  with pytest.raises(UserError, match=r'gives \(1, 1, 8, 8\), expected \(1, 1, 16, 16\)'):
+  with pytest.raises(UserError, match=r'gives \(8,\), expected \(16,\)'):
     read_backbone(tmp_path / 'x.pth', wide)
 
 
@@ -442,12 +442,12 @@ def test_messages_about_names_by_the_thousand_come_soon(models, tmp_path):
   arrays |= {f'backbone.layer{stage}.0.x': torch.zeros(1) for stage in (2, 3, 4)}
   arrays |= {f'other.{"weight" * 30}.{i}\n': torch.zeros(1) for i in range(5000)}
   torch.save(arrays, tmp_path / 'x.pth')
-  start = time.perf_counter()
+  start = time.process_time()
   with pytest.raises(UserError) as caught:
     read_torch_weights(tmp_path / 'x.pth')
-  assert time.perf_counter() - start < 5
+  assert time.process_time() - start < 5
   message = str(caught.value)
   assert message.isprintable()
-  name = 'auxiliary_head.conv_seg.bias'
+  name = 'backbone.layer1.0.bn1.bias'
   assert f'{name} is missing (nearest: net.{name})' in message
   assert re.search(r'; and 5\d\d\d more\.$', message)

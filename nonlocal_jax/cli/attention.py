@@ -15,7 +15,7 @@ from PIL import Image
 
 import nonlocal_jax
 from nonlocal_jax.cli.prediction_files import check_not_replaced, save
-from nonlocal_jax.cli.program import Parser, say_weights
+from nonlocal_jax.cli.program import Parser, add_ema, say_weights
 from nonlocal_jax.errors import UsageError, UserError
 from nonlocal_jax.evaluation.attention_picture import attention_picture
 from nonlocal_jax.inference.images import read_image
@@ -49,6 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     default='highest',
     help='precision of matrix products, see nonlocal-jax predict --help (default: highest)',
   )
+  add_ema(parser)
   options = parser.parse(arguments)
   points = list(dict.fromkeys(options.point))
   targets = [options.out / f'{options.image.stem}_attention_{x}_{y}.png' for x, y in points]
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
         f'--point={x},{y} lies outside {options.image}, which has {width}x{height} pixels.'
       )
   say_weights(options.checkpoint)
-  model = nonlocal_jax.load(options.checkpoint, precision=options.precision)
+  model = nonlocal_jax.load(options.checkpoint, ema=options.ema, precision=options.precision)
   if not model.description.config.non_local:
     raise UserError(f'{options.checkpoint} has no non-local block: give weights that have one.')
   labels = model.predict(image)

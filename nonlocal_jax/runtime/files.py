@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import operator
 import os
 import secrets
 import zlib
@@ -97,8 +98,11 @@ def unsealed(fields: Mapping[str, Any]) -> dict[str, Any]:
   """Returns fields without the checksum of `sealed`, if there is one.
 
   Raises:
-    ValueError: If the checksum differs.
+    ValueError: If the checksum differs, or its name is damaged.
   """
+  for key in fields:
+    if len(key) == len(CHECKSUM) and sum(map(operator.ne, key, CHECKSUM)) == 1:
+      raise ValueError(f'{key!a} stands where its checksum should')
   rest = {key: value for key, value in fields.items() if key != CHECKSUM}
   if CHECKSUM in fields and fields[CHECKSUM] != _crc32(rest):
     raise ValueError(f'its checksum differs; if you edited it, take out {CHECKSUM!r}')
