@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nonlocal_jax.evaluation.deviations import likely_causes
-from nonlocal_jax.evaluation.report import METRICS
+from nonlocal_jax.evaluation.report import read_report
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.files import write_whole
 
@@ -28,7 +28,7 @@ def scored(row: Row, workdir: Path, cost: Mapping[str, Any]) -> Row:
   """
   if cost['status'] != 0:
     return {**row, 'verdict': f'failed: {cost["error"]}'}
-  report = json.loads((workdir / METRICS).read_bytes())
+  report = read_report(workdir)
   measured = round(report['mIoU'], 2)
   difference = round(measured - row['published'], 2)
   compared, memory = report['published'], report['peak_memory_gib']
