@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import os
 import re
 import resource
 import shlex
 import shutil
-import signal
 import time
 
 import mmengine
@@ -18,7 +16,6 @@ from mmengine.runner import load_checkpoint
 
 import nonlocal_jax
 from nonlocal_jax.cli.convert import evaluation_command
-from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.torch_format.reader import read_torch_file
@@ -384,27 +381,6 @@ def test_loading_tells_as_much_as_converting(peer_checkpoint, converter, tmp_pat
     nonlocal_jax.load(tmp_path / 'out').description
     == nonlocal_jax.load(peer_checkpoint).description
   )
-
-
-@pytest.mark.parametrize(('sent', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_programs_clean_up_and_exit(sent, status, capfd):
-  cleaned = []
-
-  def program() -> None:
-    try:
-      os.kill(os.getpid(), sent)
-      time.sleep(5)  # the handler runs, and nothing after it
-      cleaned.append(False)
-    finally:
-      cleaned.append(True)
-
-  sigint = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
-  before = signal.getsignal(signal.SIGTERM)
-  with pytest.raises(SystemExit) as exit_:
-    run_program(program)
-  assert (exit_.value.code, cleaned) == (status, [True])
-  assert signal.getsignal(signal.SIGTERM) == before
-  signal.signal(signal.SIGINT, sigint)
 
 
 def test_mutated_files_become_networks_or_errors(models, tmp_path):

@@ -1,6 +1,9 @@
 """From prepared splits to batches and evaluation samples."""
 
+import multiprocessing
+import os
 import pickle
+import signal
 import sys
 
 import numpy as np
@@ -125,6 +128,20 @@ def test_batches_do_not_depend_on_threads(prepared, num_threads):
   expected = take(loader.train_batches(prepared['train'], **TRAINING), 5)
   batches = loader.train_batches(prepared['train'], **TRAINING, num_threads=num_threads)
   assert_same_batches(take(batches, 5), expected)
+
+
+def test_a_killed_worker_is_a_sentence(prepared):
+  batches = loader.train_batches(prepared['train'], **TRAINING, num_workers=2)
+  next(batches)
+  worker = min(multiprocessing.active_children(), key=lambda process: process.pid)
+  os.kill(worker.pid, signal.SIGKILL)
+  with pytest.raises(
+    UserError,
+    match=rf'One of the 2 worker processes that load batches \(process {worker.pid}\) was ended by '
+    r'SIGKILL, as the system does when memory runs out: use a smaller num_workers',
+  ):
+    take(batches, 100)
+  batches.close()
 
 
 def test_processes_share_each_batch(prepared):

@@ -18,6 +18,7 @@ import pytest
 import main
 from nonlocal_jax.data.loader import TrainIterator
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UserError
+from nonlocal_jax.evaluation.evaluator import Evaluator
 from nonlocal_jax.experiment import Experiment
 from nonlocal_jax.runtime.compilation import use_compilation_cache
 from nonlocal_jax.training import loop
@@ -55,6 +56,8 @@ def stopped_at_2(trained, tmp_path):
   shutil.rmtree(workdir / 'checkpoints/4')
   with (workdir / 'log.jsonl').open('a') as log:
     log.write('{"step": 3, "los')
+  for folder in (workdir, workdir / 'best'):
+    (folder / '.metrics.json.0a1b2c3d.partial').touch()
   return workdir
 
 
@@ -64,6 +67,7 @@ def test_a_continued_run_ends_bit_by_bit_as_one_that_never_stopped(
   continued = train_and_evaluate(training_config, stopped_at_2, checkpoint=Path('none.pth'))
   np.testing.assert_array_equal(continued.confusion, trained[1].confusion)
   assert_same_run(stopped_at_2, trained[0])
+  assert not list(stopped_at_2.rglob('*.partial'))
   said = capsys.readouterr().out
   assert f'resumes at step 2 of {stopped_at_2}; none.pth is not read again' in said
 
@@ -117,6 +121,45 @@ def test_a_signal_saves_and_leaves(training_config, trained, tmp_path, monkeypat
   with pytest.raises(RunStopped, match=f'stopped by {signal.Signals(number).name} after step 3,'):
     train_and_evaluate(config, workdir)
   assert signal.getsignal(number) is before
+  assert [path.name for path in (workdir / 'checkpoints').iterdir()] == ['3']
+  monkeypatch.undo()
+  train_and_evaluate(config, workdir)
+  expected, found = (to_arrays(read_weights(path)[1]) for path in (trained[0], workdir))
+  for name, array in expected.items():
+    np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+def test_a_signal_ends_an_evaluation_that_is_made_up_for(
+  training_config, trained, tmp_path, monkeypatch
+):
+  workdir, evaluate = tmp_path / 'workdir', Evaluator.__call__
+
+  def evaluate_and_signal(self, weights, *, after_batch):
+    signal.raise_signal(signal.SIGTERM)
+    return evaluate(self, weights, after_batch=after_batch)
+
+  monkeypatch.setattr(Evaluator, '__call__', evaluate_and_signal)
+  with pytest.raises(RunStopped, match='stopped by SIGTERM after step 2, which is saved'):
+    train_and_evaluate(training_config, workdir)
+  monkeypatch.undo()
+  assert not any('mIoU' in line for line in read_log(workdir))
+  train_and_evaluate(training_config, workdir)
+  assert_same_run(workdir, trained[0])
+
+
+def test_a_killed_worker_loses_no_step(training_config, trained, tmp_path, monkeypatch):
+  config = training_config.copy_and_resolve_references()
+  config.checkpoint.every = config.eval.every = 4
+  give_batch, workdir = TrainIterator.__next__, tmp_path / 'workdir'
+
+  def give_batch_or_die(self):
+    if self.get_state() == {'next_batch': 3}:
+      raise UserError('One of the 2 worker processes was ended: use a smaller num_workers.')
+    return give_batch(self)
+
+  monkeypatch.setattr(TrainIterator, '__next__', give_batch_or_die)
+  with pytest.raises(UserError, match=r'As a flag: --config\.data\.workers=NUMBER'):
+    train_and_evaluate(config, workdir)
   assert [path.name for path in (workdir / 'checkpoints').iterdir()] == ['3']
   monkeypatch.undo()
   train_and_evaluate(config, workdir)
@@ -236,7 +279,15 @@ def test_the_compilation_cache_is_in_the_users_cache_directory(monkeypatch, tmp_
   try:
     jax.config.update('jax_compilation_cache_dir', None)
     use_compilation_cache()
-    assert Path(jax.config.jax_compilation_cache_dir).parent == tmp_path / 'nonlocal_jax'
+    folder = Path(jax.config.jax_compilation_cache_dir)
+    assert folder.parent == tmp_path / 'nonlocal_jax'
+    folder.mkdir(parents=True)
+    for name in ('whole-cache', 'whole-atime', 'cut-cache'):  # JAX writes -atime after -cache
+      (folder / name).touch()
+    jax.config.update('jax_compilation_cache_dir', None)
+    use_compilation_cache()
+    left = {path.name for path in folder.iterdir()} - {'.lockfile'}
+    assert left == {'whole-cache', 'whole-atime'}
   finally:
     jax.config.update('jax_compilation_cache_dir', before)
     jax.config.update('jax_compilation_cache_max_size', -1)

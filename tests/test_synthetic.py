@@ -1,5 +1,9 @@
 """The demo set: seeded, and its evidence out of the backbone's sight."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +11,7 @@ import pytest
 from flax import nnx
 
 from nonlocal_jax.data import synthetic
+from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import state_shapes
 
@@ -55,6 +60,33 @@ def test_the_folder_appears_whole_and_is_kept(tmp_path):
   stamps = [path.stat().st_mtime_ns for path in files]
   synthetic.write_demo_set(directory, train=2, val=1)
   assert [path.stat().st_mtime_ns for path in files] == stamps
+
+
+def test_of_two_processes_one_writes_the_set_and_the_other_waits(tmp_path, monkeypatch):
+  """As threads, each with a descriptor of its own of the file that is locked."""
+  write, written, together = synthetic._write_files, [], threading.Barrier(2)
+
+  def slowly(directory, **counts):
+    written.append(directory)
+    time.sleep(0.3)
+    write(directory, **counts)
+
+  def make(_):
+    together.wait()
+    synthetic.write_demo_set(tmp_path / 'set', train=2, val=1)
+    return len([path for path in (tmp_path / 'set').rglob('*') if path.is_file()])
+
+  monkeypatch.setattr(synthetic, '_write_files', slowly)
+  with ThreadPoolExecutor(2) as pool:
+    assert list(pool.map(make, range(2))) == [6, 6]
+  assert len(written) == 1
+  assert [path.name for path in tmp_path.iterdir()] == ['set']
+
+
+def test_a_set_that_cannot_be_written_is_a_sentence(tmp_path):
+  (tmp_path / 'file').touch()
+  with pytest.raises(UserError, match=r'file/set cannot be written: File exists'):
+    synthetic.write_demo_set(tmp_path / 'file/set')
 
 
 @pytest.mark.parametrize('non_local', [False, True])

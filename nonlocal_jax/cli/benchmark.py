@@ -10,6 +10,7 @@ and writes them to OUT/results.json.
 
 import argparse
 import datetime
+import glob
 import json
 import os
 import platform
@@ -29,7 +30,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.pretrained import Precision
 from nonlocal_jax.models.config import STAGE_BLOCKS
 from nonlocal_jax.runtime.devices import describe, say_advice_on_cuda
-from nonlocal_jax.runtime.files import given_path, write_whole
+from nonlocal_jax.runtime.files import given_path, unfinished, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 
 Record = Mapping[str, Any]
@@ -92,7 +93,10 @@ def run(
     UserError: If JAX does not run or a measurement fails.
   """
   jax.config.update('jax_platforms', 'cpu')  # leaves the accelerators to the subprocesses
-  with tempfile.TemporaryDirectory() as folder:
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    unfinished(Path(folder).parent, glob.escape(Path(folder).name)),
+  ):
     machine = run_child(Child('machine', '', 'machine', {}), Path(folder))
     if 'error' in machine:
       raise UserError(f'JAX does not run here: {machine["error"]}')

@@ -5,9 +5,8 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import nonlocal_jax
-from nonlocal_jax.cli.program import needs_extra, print_and_exit, run_program
-from nonlocal_jax.cli.supervision import reported_errors
 from nonlocal_jax.errors import UsageError, nearest
+from nonlocal_jax.runtime.signals import LeaveOnSignals
 
 _EXAMPLES = """\
 Non-local segmentation networks: train, evaluate, predict, convert.
@@ -42,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     SystemExit: If the command fails, see `run_program`.
   """
   given = sys.argv[1:] if arguments is None else list(arguments)
-  run_program(lambda: run(given))
+  with LeaveOnSignals():
+    from nonlocal_jax.cli.program import run_program  # imports JAX, which takes seconds
+
+    run_program(lambda: run(given))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -54,6 +56,9 @@ def run(arguments: Sequence[str]) -> None:
   Raises:
     UserError: If there is no such command, or a package that it needs is not installed.
   """
+  from nonlocal_jax.cli.program import needs_extra, print_and_exit
+  from nonlocal_jax.cli.supervision import reported_errors
+
   command, *options = arguments or ['--help']
   if command in ('-h', '--help', 'help'):
     print_and_exit(help_text())

@@ -4,15 +4,18 @@ import sys
 from collections.abc import Sequence
 
 from nonlocal_jax.cli import main
-from nonlocal_jax.cli.program import run_program
 from nonlocal_jax.errors import UsageError
+from nonlocal_jax.runtime.signals import LeaveOnSignals
 
 _MODES = ('train', 'eval')
 
 
 def run() -> None:
   """Runs `main.py`."""
-  run_program(lambda: main.run(command_of(sys.argv[1:])))
+  with LeaveOnSignals():
+    from nonlocal_jax.cli.program import run_program  # imports JAX, which takes seconds
+
+    run_program(lambda: main.run(command_of(sys.argv[1:])))
 
 
 def command_of(arguments: Sequence[str]) -> list[str]:

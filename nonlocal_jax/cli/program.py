@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from nonlocal_jax.cli.streams import keep_streams_open, output_error
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UsageError, UserError, nearest
 from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_compilation_cache
 from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.runtime.signals import LeaveOnSignals
 from nonlocal_jax.weights.loading import NOTES
 from nonlocal_jax.weights.run_checkpoints import chosen_weights
 
@@ -29,10 +29,10 @@ TRAIN_PACKAGES = frozenset(
 def run_program(program: Callable[[], object]) -> None:
   """Runs the main function of a program and converts its errors to exit statuses.
 
-  A `UserError` is printed to stderr without a traceback and exits with 1, a `UsageError` with 2. An
-  interrupted program exits with 130 (SIGINT) or 143 (SIGTERM), a training run that saved a
-  checkpoint before with `errors.STOPPED_STATUS`. Turns on the compilation cache. A closed standard
-  output or error ends no program.
+  A `UserError` is printed to stderr without a traceback and exits with 1, a `UsageError` with 2. A
+  program that gets SIGINT or SIGTERM leaves at once with 130 or 143, see `LeaveOnSignals`, a
+  training run that saves a checkpoint before with `errors.STOPPED_STATUS`. Turns on the compilation
+  cache. A closed standard output or error ends no program.
 
   Args:
     program: The main function.
@@ -47,23 +47,21 @@ def run_program(program: Callable[[], object]) -> None:
   keep_streams_open()
   use_compilation_cache()
   trim_memory_after_compiling()
-  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-  try:
-    program()
-    _check_output()
-  except UsageError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
-  except UserError as error:
-    sys.exit(f'error: {error}')
-  except RunStopped as stopped:
-    print(stopped, file=sys.stderr)
-    sys.exit(STOPPED_STATUS)
-  except KeyboardInterrupt:
-    print('interrupted', file=sys.stderr)
-    sys.exit(130)
-  finally:
-    signal.signal(signal.SIGTERM, before)
+  with LeaveOnSignals():
+    try:
+      program()
+      _check_output()
+    except UsageError as error:
+      print(f'error: {error}', file=sys.stderr)
+      sys.exit(2)
+    except UserError as error:
+      sys.exit(f'error: {error}')
+    except RunStopped as stopped:
+      print(stopped, file=sys.stderr)
+      sys.exit(STOPPED_STATUS)
+    except KeyboardInterrupt:
+      print('interrupted', file=sys.stderr)
+      sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):

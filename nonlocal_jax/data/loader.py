@@ -5,9 +5,15 @@ A source is any sequence of `{'id': str, 'image': bytes, 'label': bytes}`, such 
 """
 
 import contextlib
+import multiprocessing
+import os
+import re
 import signal
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import cv2
@@ -20,6 +26,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.pipeline import num_cores
 
 Source = Sequence[dict[str, str | bytes]]
+_DIED = re.compile(r'Worker process was terminated unexpectedly with exit code (-?\d+)')  # Grain's
 
 
 class TrainIterator(grain.DatasetIterator):
@@ -42,13 +49,24 @@ class TrainIterator(grain.DatasetIterator):
     self._num_workers = num_workers
     self._read_options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
     self._next_batch = 0
+    self._workers: set[int | None] = set()  # ids of the worker processes
     self._running = []  # the iterator in use, if any
     self._close_for_good = weakref.finalize(self, _close, self._running)
 
   def __next__(self) -> dict[str, np.ndarray]:
-    """Returns the next batch."""
+    """Returns the next batch.
+
+    Raises:
+      UserError: If a record is damaged or a worker process was killed.
+    """
     self.start_prefetch()
-    batch = next(self._running[0])
+    self._note_workers()
+    try:
+      batch = next(self._running[0])
+    except RuntimeError as error:
+      if died := _DIED.search(str(error)):
+        raise self._explained(int(died[1])) from error
+      raise
     self._next_batch += 1
     if not self._num_workers:
       return batch
@@ -70,14 +88,39 @@ class TrainIterator(grain.DatasetIterator):
     if self._num_workers and not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()  # Grain reads flags of its own, outside of absl apps too
     _use_one_thread_in_opencv()
+    self._workers.clear()
     workers = grain.MultiprocessingOptions(self._num_workers)
     running = iter(
       self._batches.slice(slice(self._next_batch, None))
       .to_iter_dataset(self._read_options)
       .mp_prefetch(workers, worker_init_fn=_prepare_worker)
     )
+    if self._num_workers:
+      _start_quiet_tracker()
+      running.get_state()  # makes Grain's iterators, whose workers the next line starts
     running.start_prefetch()
     self._running.append(running)
+
+  def _note_workers(self) -> None:
+    """Keeps the ids of the worker processes, which threads of Grain start."""
+    if len(self._workers) < self._num_workers:
+      self._workers |= {process.pid for process in multiprocessing.active_children()}
+
+  def _explained(self, exit_code: int) -> UserError:
+    """Returns the error for a worker process that ended."""
+    dead = self._workers - {process.pid for process in multiprocessing.active_children()}
+    by = f'with status {exit_code}'
+    if exit_code < 0:
+      by = f'by {signal.Signals(-exit_code).name}'
+    likely = {
+      -signal.SIGKILL: ', as the system does when memory runs out',
+      -signal.SIGBUS: ', as the system does when /dev/shm is full (docker run --shm-size)',
+    }.get(exit_code, '')
+    return UserError(
+      f'One of the {self._num_workers} worker processes that load batches'
+      f'{"".join(f" (process {pid})" for pid in dead)} was ended {by}{likely}: use a '
+      'smaller num_workers, batch or crop.'
+    )
 
   def close(self) -> None:
     """Stops the background work; otherwise it stops with the program."""
@@ -224,9 +267,31 @@ def _decode(record: dict[str, Any], lookup: np.ndarray | None) -> tuple[np.ndarr
 
 
 def _prepare_worker(*_) -> None:
-  """Ignores Ctrl-C in workers: the main process decides when they stop."""
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  """Lets the main process decide when a worker stops; without one it stops at once."""
+  for number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group
+    signal.signal(number, signal.SIG_IGN)
+  threading.Thread(target=_leave_with_parent, daemon=True).start()
   _use_one_thread_in_opencv()
+
+
+def _start_quiet_tracker() -> None:
+  """Starts the process that removes shared memory which others leave when they are killed.
+
+  It would warn of what it removes.
+  """
+  option = 'ignore::UserWarning:multiprocessing.resource_tracker'
+  sys.warnoptions.append(option)
+  try:
+    resource_tracker.ensure_running()
+  finally:
+    sys.warnoptions.remove(option)
+
+
+def _leave_with_parent() -> None:
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+  parent.join()
+  os._exit(0)  # Python's own end would wait for queues that nobody reads
 
 
 def _use_one_thread_in_opencv() -> None:

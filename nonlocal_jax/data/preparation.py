@@ -28,12 +28,14 @@ from nonlocal_jax.data.paths import is_remote, version_of
 from nonlocal_jax.data.prepared import NAME, VERSION, PreparedSplit, record_files
 from nonlocal_jax.data.validation import AuditedSample, read_sample
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.files import unfinished
 from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.runtime.progress import progress_bar
 
 _SHARD_BYTES = 128 << 20  # TFDS holds a shard in memory while writing it
 # Changes the fingerprints of custom datasets, whose label files earlier versions read otherwise.
 _FORMAT = 'samples as they are'
+_INCOMPLETE = f'{tfds.core.constants.INCOMPLETE_PREFIX}*'  # folders that TFDS is writing
 _READERS = 32  # threads that read from a bucket, where latency dominates
 
 
@@ -123,6 +125,11 @@ def _fingerprint(listing: Listing, *, salt: str) -> str:
   return digest.hexdigest()[:16]
 
 
+class _Info(tfds.core.DatasetInfo):
+  def initialize_from_bucket(self) -> None:
+    """Does nothing: TFDS would look for the dataset online, and leave a temporary folder."""
+
+
 class _Builder(ShardBasedBuilder, skip_registration=True):
   """Writes one split of a folder; reading it does not need this class."""
 
@@ -158,14 +165,18 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
     with filelock.FileLock(parent / '.lock'):
       if self.is_prepared():
         return
-      for leftover in parent.glob(f'{tfds.core.constants.INCOMPLETE_PREFIX}*'):
-        shutil.rmtree(leftover)
-      with progress_bar(len(self._samples), f'Preparing {self._title}', unit='img') as bar:
+      for leftover in parent.glob(_INCOMPLETE):
+        # A process that was asked to stop may be removing it as well.
+        shutil.rmtree(leftover, ignore_errors=True)
+      with (
+        unfinished(parent, _INCOMPLETE),
+        progress_bar(len(self._samples), f'Preparing {self._title}', unit='img') as bar,
+      ):
         self._on_sample = bar.update
         self.download_and_prepare()
 
   def _info(self) -> tfds.core.DatasetInfo:
-    return tfds.core.DatasetInfo(
+    return _Info(
       builder=self,
       description='Images and label maps, as the files they came in.',
       features=tfds.features.FeaturesDict(

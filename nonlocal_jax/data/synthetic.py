@@ -1,12 +1,16 @@
 """The demo set: a disc outside the backbone's receptive field decides the class of a shape."""
 
+import glob
 import shutil
 from pathlib import Path
 
 import cv2
+import filelock
 import numpy as np
 
 from nonlocal_jax.data.datasets import Dataset
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.files import unfinished
 
 _CLASSES = (
   'ground',
@@ -72,24 +76,42 @@ def demo_sample(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def write_demo_set(directory: Path, *, train: int = 400, val: int = 48, seed: int = 0) -> None:
   """Writes the demo set as a folder of JPEG images and PNG labels, if it is not there.
 
+  Of several processes one writes it and the others wait.
+
   Args:
     directory: Gets images/{train,val} and labels/{train,val}; once it exists it is complete.
     train: Training images.
     val: Validation images.
     seed: Seed of the set.
+
+  Raises:
+    UserError: If it cannot be written.
   """
   if directory.exists():
     return
   partial = directory.with_name(f'{directory.name}.partial')
-  shutil.rmtree(partial, ignore_errors=True)
+  lock = directory.with_name(f'.{directory.name}.lock')
+  try:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(lock):
+      if not directory.exists():  # else another process has made it meanwhile
+        with unfinished(directory.parent, glob.escape(partial.name)):
+          _write_files(partial, train=train, val=val, seed=seed)
+          partial.rename(directory)
+      lock.unlink(missing_ok=True)
+  except OSError as error:
+    raise UserError(f'{directory} cannot be written: {error.strerror or error}.') from error
+
+
+def _write_files(directory: Path, *, train: int, val: int, seed: int) -> None:
+  shutil.rmtree(directory, ignore_errors=True)  # of a process that was killed
   for split, count in (('train', train), ('val', val)):
     for kind in ('images', 'labels'):
-      (partial / kind / split).mkdir(parents=True)
+      (directory / kind / split).mkdir(parents=True)
     for index in range(count):
       image, label = demo_sample(np.random.default_rng((seed, split == 'val', index)))
-      _write(partial / 'images' / split / f'{index:04d}.jpg', image[..., ::-1])
-      _write(partial / 'labels' / split / f'{index:04d}.png', label)
-  partial.rename(directory)
+      _write(directory / 'images' / split / f'{index:04d}.jpg', image[..., ::-1])
+      _write(directory / 'labels' / split / f'{index:04d}.png', label)
 
 
 def _disc_mask(center: np.ndarray) -> np.ndarray:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -129,8 +129,15 @@ class Evaluator:
     """
     return self._fold(state)
 
-  def __call__(self, weights: nnx.State) -> Evaluation:
-    """Evaluates the weights that `prepared` returned on the whole split."""
+  def __call__(
+    self, weights: nnx.State, *, after_batch: Callable[[], object] = lambda: None
+  ) -> Evaluation:
+    """Evaluates weights on the whole split.
+
+    Args:
+      weights: What `prepared` returned.
+      after_batch: Called after each batch; may raise an error that ends the evaluation.
+    """
     started = time.perf_counter()
     examples = np.linspace(0, len(self._split) - 1, _EXAMPLES, dtype=int).tolist()
     confusion = np.zeros((self._num_classes, self._num_classes), np.int64)
@@ -148,6 +155,7 @@ class Evaluator:
             shown[sample.index] = (sample.views[0], sample.label, predicted)
         bar.set_postfix(mIoU=f'{scores(confusion).summary()["mIoU"]:.2f}', refresh=False)
         bar.update(len(indices))
+        after_batch()
     seconds = time.perf_counter() - started
     in_order = [shown[index] for index in sorted(shown)]
     return Evaluation(confusion, scores(confusion), in_order, seconds)

@@ -39,6 +39,7 @@ DATA_FLAGS = {
   'ignore_labels': "--config.data.ignore_labels='(VALUE,)'",
   'reduce_zero_label': '--config.data.reduce_zero_label=True',
   'skip_bad': '--config.data.skip_bad=True',
+  'num_workers': '--config.data.workers=NUMBER',
 }
 _DATASET_FIELDS = ('num_classes', 'classes', 'palette', 'ignore_labels', 'label_map')
 

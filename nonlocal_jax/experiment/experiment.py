@@ -211,7 +211,8 @@ class Experiment:
     )
     ignored = None if initial is not None else checkpoint
     try:
-      return train_and_evaluate(run, workdir, initial=initial, ignored_checkpoint=ignored)
+      with explained_by(DATA_FLAGS):
+        return train_and_evaluate(run, workdir, initial=initial, ignored_checkpoint=ignored)
     except StepTooLargeError as error:
       message = error.message('--config.train.')
       if has_checkpoint(workdir) and error.remedies:

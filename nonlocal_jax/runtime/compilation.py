@@ -1,5 +1,6 @@
 """Compiler options and the persistent compilation cache."""
 
+import contextlib
 import ctypes
 import hashlib
 import platform
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+from filelock import FileLock
 
 from nonlocal_jax.runtime.files import cache_folder
 from nonlocal_jax.runtime.parallel import Platform
@@ -70,6 +72,21 @@ def use_compilation_cache() -> None:
   folder = cache_folder() / f'compiled_{_processor()}'
   jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_compilation_cache_max_size', _MAX_CACHE_BYTES)
+  _remove_unfinished(folder)
+
+
+def _remove_unfinished(folder: Path) -> None:
+  """Removes programs that a killed process has not written to their end.
+
+  JAX could not read them, would not replace them, and would store no others. It writes the time of
+  use after the program, both under a lock.
+  """
+  if not folder.is_dir():
+    return
+  with contextlib.suppress(OSError, NotImplementedError), FileLock(folder / '.lockfile', timeout=5):
+    for program in folder.glob('*-cache'):
+      if not program.with_name(f'{program.name.removesuffix("-cache")}-atime').exists():
+        program.unlink()
 
 
 def _processor() -> str:

@@ -1,6 +1,7 @@
 """Whole and intact files: atomic writes, and checksums in JSON files."""
 
 import contextlib
+import glob
 import json
 import operator
 import os
@@ -43,6 +44,30 @@ def make_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
+def unfinished(directory: str | os.PathLike[str], pattern: str) -> Iterator[None]:
+  """Context in which files and folders are removed if a signal ends the program.
+
+  Args:
+    directory: Where they are.
+    pattern: Their names, as in `glob`.
+  """
+  found = os.path.join(glob.escape(os.path.abspath(directory)), pattern)
+  _unfinished.append(found)
+  try:
+    yield
+  finally:
+    _unfinished.remove(found)
+
+
+_unfinished: list[str] = []
+
+
+def unfinished_patterns() -> list[str]:
+  """Returns the patterns of `unfinished` that apply now, with absolute paths."""
+  return list(_unfinished)
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
   """Yields a temporary path that is renamed to `path` at the end, or deleted after an error.
 
@@ -59,11 +84,12 @@ def whole_file(path: Path) -> Iterator[Path]:
   partial = path.with_name(f'.{path.name[:20]}.{secrets.token_hex(4)}.partial')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-      yield partial
-      partial.replace(path)
-    finally:
-      partial.unlink(missing_ok=True)
+    with unfinished(partial.parent, glob.escape(partial.name)):
+      try:
+        yield partial
+        partial.replace(path)
+      finally:
+        partial.unlink(missing_ok=True)
   except OSError as error:
     raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
 
@@ -72,6 +98,12 @@ def write_whole(path: Path, contents: str | bytes) -> None:
   """Writes a file atomically, see `whole_file`; text as UTF-8."""
   with whole_file(path) as partial:
     partial.write_bytes(contents.encode() if isinstance(contents, str) else contents)
+
+
+def remove_partial_files(folder: Path) -> None:
+  """Removes what killed processes left of `whole_file` in a folder where nobody else writes."""
+  for path in folder.glob('.*.????????.partial'):
+    path.unlink(missing_ok=True)
 
 
 def parse_object(data: str | bytes) -> dict[str, Any]:

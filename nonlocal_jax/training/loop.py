@@ -1,5 +1,6 @@
 """The training loop: restore, train, log, save, evaluate."""
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -196,7 +197,9 @@ def train_and_evaluate(
 
   if is_first_process():
     print('Compiling the training step', file=sys.stderr)
+  stop = StopRequest()
   with (
+    contextlib.ExitStack() as from_first_step_on,
     ThreadPoolExecutor(1, thread_name_prefix='compile') as beside,
     RunCheckpoints(workdir, keep=plan.keep) as checkpoints,
     RunCheckpoints(workdir / BEST, keep=BestWeights.KEEP) as best_checkpoints,
@@ -238,12 +241,17 @@ def train_and_evaluate(
     with (
       TrainingLog(workdir, batch_size=plan.batch_size, start=start) as log,
       progress_bar(steps, 'Training', unit='step', initial=start) as bar,
-      StopRequest() as stop,
     ):
       best_weights = BestWeights(best_checkpoints, log.evaluations)
 
       def evaluate_and_log(step: int) -> Evaluation:
-        evaluation = run.evaluator(run.evaluator.prepared(state.variables))
+        def leave_if_asked() -> None:  # alone: other processes would wait for this one's images
+          if stop.received and jax.process_count() == 1:
+            leave(step)
+
+        evaluation = run.evaluator(
+          run.evaluator.prepared(state.variables), after_batch=leave_if_asked
+        )
         summary = evaluation.scores.summary()
         # Saved before it is logged: if the program is killed between, it is saved again.
         if best_weights.are_worse_than(summary):
@@ -271,12 +279,15 @@ def train_and_evaluate(
           with log.waiting():
             batch = next(batches)
         except Exception:
-          # The signal may have ended the worker processes that load batches.
-          if not stop.received or jax.process_count() > 1:
-            raise
-          _finish(in_flight, split, but=0)
-          leave(step - 1)
+          # A worker process was killed, or a file is damaged: no step is to be lost.
+          if step - 1 > start and jax.process_count() == 1:
+            _finish(in_flight, split, but=0)
+            save(checkpoints, state, batches)
+            checkpoints.wait()
+          raise
         arrays = shard_batch({name: batch[name] for name in _BATCH}, mesh)
+        if step == start + 1:  # before, there is nothing to save that is not saved yet
+          from_first_step_on.enter_context(stop)
         stop_flags = _on_each_device(bool(stop.received), mesh)
         with explained_out_of_memory(run.step_options):
           state, metrics = train_step(state, arrays, stop_flags)
@@ -301,12 +312,13 @@ def train_and_evaluate(
           leave(step)
         if evaluates:
           evaluation = evaluate_and_log(step)
-  assert evaluation is not None
-  run.report(evaluation)
-  if is_first_process():
-    write_curves(workdir / LOG, workdir / CURVES)
-    print(summary_table(log.evaluations))
-    print(f'The best weights, of step {best_weights.step:,}, are in {workdir / BEST}.')
+    assert evaluation is not None
+    checkpoints.wait()
+    run.report(evaluation)
+    if is_first_process():
+      write_curves(workdir / LOG, workdir / CURVES)
+      print(summary_table(log.evaluations))
+      print(f'The best weights, of step {best_weights.step:,}, are in {workdir / BEST}.')
   return evaluation
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
-from nonlocal_jax.runtime.files import make_folder, parse_object, write_whole
+from nonlocal_jax.runtime.files import make_folder, parse_object, remove_partial_files, write_whole
 from nonlocal_jax.training.log import LOG
 from nonlocal_jax.weights.checkpoints import DESCRIPTION
 from nonlocal_jax.weights.description import ModelDescription
@@ -85,6 +85,7 @@ def write_run_files(
 ) -> None:
   """Writes config and model description of a run; the latter also to the `best` subdirectory."""
   for directory in (workdir, workdir / BEST):
+    remove_partial_files(directory)
     write_whole(directory / DESCRIPTION, description.to_json())
   write_whole(workdir / CONFIG, json.dumps(config, indent=2) + '\n')
 

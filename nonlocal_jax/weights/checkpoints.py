@@ -1,6 +1,7 @@
 """Saves and loads weights with their description, by Orbax."""
 
 import dataclasses
+import glob
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from flax import nnx
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.nonlocal_net import state_shapes
-from nonlocal_jax.runtime.files import sealed, unsealed
+from nonlocal_jax.runtime.files import sealed, unfinished, unsealed
 from nonlocal_jax.weights.arrays import Arrays, checksum, from_arrays, to_arrays
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.orbax_errors import one_error
@@ -40,7 +41,10 @@ def save_weights(directory: Path, state: nnx.State, description: ModelDescriptio
     raise UserError(f'{directory} exists; remove it or choose another directory.')
   partial = directory.absolute().with_name(f'.{directory.name}.{os.getpid()}.partial')
   try:
-    with one_error(f'{directory} cannot be written'):
+    with (
+      unfinished(partial.parent, f'{glob.escape(partial.name)}*'),
+      one_error(f'{directory} cannot be written'),
+    ):
       with ocp.Checkpointer(_array_handler()) as checkpointer:
         checkpointer.save(partial / WEIGHTS, ocp.args.PyTreeSave(to_arrays(state)))
       checksums = sealed({'weights': checksum(to_arrays(state))})

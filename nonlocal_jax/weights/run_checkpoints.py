@@ -1,5 +1,6 @@
 """The Orbax checkpoints of a training run: network, optimizer and data iterator."""
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.files import unfinished
 from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.weights.arrays import Arrays, checksum, from_arrays, to_arrays
 from nonlocal_jax.weights.orbax_errors import QuietThreads, one_error
@@ -19,6 +21,7 @@ from nonlocal_jax.weights.orbax_errors import QuietThreads, one_error
 CHECKPOINTS = 'checkpoints'
 BEST = 'best'  # subfolder of a workdir with the weights of the best mIoU
 SET_ASIDE = 'unreadable_checkpoints'
+_UNFINISHED = '*.orbax-checkpoint-tmp*'  # names that Orbax gives to what it is writing
 
 
 def has_checkpoint(workdir: Path) -> bool:
@@ -69,6 +72,7 @@ class RunCheckpoints:
   def __init__(self, workdir: Path, *, keep: int | None):
     """Opens the checkpoints in `workdir`; keeps the newest `keep`, or is read-only for None."""
     self._workdir = workdir
+    self._writes = keep is not None
     self._directory = (workdir / CHECKPOINTS).absolute()
     self._what = f'the checkpoints in {self._directory} cannot be written'
     with one_error(self._what):
@@ -81,19 +85,23 @@ class RunCheckpoints:
 
   def __enter__(self) -> Self:
     """From here on, errors of background writes are raised by `save` and `wait`, not printed."""
+    self._unfinished = contextlib.ExitStack()
+    if self._writes and is_first_process():
+      self._unfinished.enter_context(unfinished(self._directory, _UNFINISHED))
     self._quiet = QuietThreads().__enter__()
     return self
 
   def __exit__(self, error_type: type[BaseException] | None, *unused) -> None:
     """Waits for pending writes."""
-    try:
-      with one_error(self._what):
-        self._manager.close()
-    except UserError:
-      if error_type is None:  # otherwise there is an error already
-        raise
-    finally:
-      self._quiet.__exit__()
+    with self._unfinished:
+      try:
+        with one_error(self._what):
+          self._manager.close()
+      except UserError:
+        if error_type is None:  # otherwise there is an error already
+          raise
+      finally:
+        self._quiet.__exit__()
 
   def steps(self) -> list[int]:
     """Steps of all complete checkpoints, in order."""
