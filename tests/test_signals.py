@@ -75,7 +75,9 @@ def test_a_program_leaves_at_once_and_leaves_nothing_unfinished(
     assert process.stdout.read(7) == 'written'
     for _ in range(requests):  # the first is a request, which cannot be met
       process.send_signal(sent)
-      time.sleep(0.5)
+      time.sleep(0.2)
+      process.send_signal(sent)  # the same one, as Slurm and a parent both send it
+      time.sleep(1)
       assert process.poll() is None
     started = time.monotonic()
     process.send_signal(sent)
@@ -99,6 +101,8 @@ def test_an_ignored_signal_stays_ignored_and_all_is_restored():
       assert stop.received == 'SIGTERM'
       _wait(lambda: stop.seen, seconds=30)  # a thread sees it as well
       assert stop.seen
+      signal.raise_signal(signal.SIGTERM)  # within a second: the same one
+      time.sleep(0.5)  # until the thread has seen it, too
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     assert signal.getsignal(signal.SIGTERM) is before[1]
     assert signal.set_wakeup_fd(wakeup) == wakeup

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import absl.logging
 
+from nonlocal_jax.cli.limits import check_limits
 from nonlocal_jax.cli.streams import keep_streams_open, output_error
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UsageError, UserError, nearest
 from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_compilation_cache
@@ -49,6 +50,7 @@ def run_program(program: Callable[[], object]) -> None:
   trim_memory_after_compiling()
   with LeaveOnSignals():
     try:
+      check_limits()
       program()
       _check_output()
     except UsageError as error:

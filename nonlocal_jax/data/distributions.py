@@ -6,15 +6,17 @@ Where addresses and checksums are from:
       address   download_ADE20K.sh in the authors' CSAILVision/semantic-segmentation-pytorch
       md5       torchbench/datasets/ade20k.py in paperswithcode/torchbench
     VOCtrainval_11-May-2012.tar
-      address   the authors' page, www.robots.ox.ac.uk/~vgg/projects/pascal/VOC/voc2012;
-                the second one, its earlier place, from MMSegmentation's guide to datasets
+      address   public code, beside www.robots.ox.ac.uk/~vgg/projects/pascal/VOC/voc2012;
+                the second one from MMSegmentation's guide to datasets
       sha256    url_checksums/voc.txt in TFDS, and torchvision's prototype/datasets/_builtin/voc.py
     benchmark.tgz (SBD)
-      address   the authors' page, home.bharathh.info/pubs/codes/SBD/download.html
+      address   torchvision's sbd.py, which links home.bharathh.info/pubs/codes/SBD/download.html
       sha256    torchvision's prototype/datasets/_builtin/sbd.py
     gtFine_trainvaltest.zip, leftImg8bit_trainvaltest.zip
       address   www.cityscapes-dataset.com/downloads, after a login
       md5       the same site tells it, and cityscapesscripts compares it
+
+None but the last is a checksum that the authors publish.
 
 The numbers of files are those of the published splits. VOC 2012 has 17,125 photographs, of which
 2,913 have label maps; SBD has 11,355 label maps.

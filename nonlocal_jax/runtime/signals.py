@@ -15,6 +15,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import ClassVar, Self
@@ -22,6 +23,7 @@ from typing import ClassVar, Self
 from nonlocal_jax.runtime.files import unfinished_patterns
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SAME_SIGNAL_SECS = 1.0
 _FLUSH_SECS = 0.5  # the main thread may hold the stream, or nobody reads it
 _REMOVE = """
 import contextlib, glob, os, shutil, sys
@@ -76,14 +78,15 @@ class LeaveOnSignals:
       if number not in _SIGNALS:
         continue
       request = StopRequest.current
-      if request is not None and not request.seen:
-        request.seen = True
-      else:
+      if request is None or request.is_repeated():
         _leave(number)
 
 
 class StopRequest:
-  """Context in which a first signal is only recorded and a second one exits the program.
+  """Context in which a first signal is only recorded and one that comes later exits the program.
+
+  Signals within a second count as one: Slurm sends it to all processes of a job, and the parent of
+  a process sends it on to it.
 
   Attributes:
     received: Name of the received signal; '' if none.
@@ -96,6 +99,7 @@ class StopRequest:
     """Initializes the request without a received signal."""
     self.received = ''
     self.seen = False
+    self._seen_at = 0.0  # `time.monotonic()`
 
   def __enter__(self) -> Self:
     """Installs the signal handlers."""
@@ -108,11 +112,21 @@ class StopRequest:
     StopRequest.current = None
     _restore(self._before)
 
+  def is_repeated(self) -> bool:
+    """Notes that a signal came; returns whether it is another one than the first."""
+    if self.seen:
+      return time.monotonic() - self._seen_at > _SAME_SIGNAL_SECS
+    self.seen, self._seen_at = True, time.monotonic()
+    return False
+
   def _handle(self, number: int, frame: FrameType | None) -> None:
     if self.received:
-      if LeaveOnSignals.active:
-        _leave(number)
-      sys.exit(128 + number)
+      if self.is_repeated():
+        if LeaveOnSignals.active:
+          _leave(number)
+        sys.exit(128 + number)
+      return
+    self.is_repeated()
     self.received = signal.Signals(number).name
     _say(f'{self.received}: saving after this step; once more to leave at once')
 
