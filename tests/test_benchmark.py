@@ -35,6 +35,7 @@ def in_this_process(monkeypatch):
   monkeypatch.setattr(benchmark, 'run_child', run_child)
 
 
+@pytest.mark.slow
 def test_tiny_run(in_this_process, script, tmp_path, monkeypatch, capsys):
   names = ('inference', 'training', 'network', 'non_local')
   sizes = ('--sizes', '64x96', '--train-sizes', '32x64x2', '--positions', 64, 256)
@@ -78,6 +79,7 @@ def test_tiny_run(in_this_process, script, tmp_path, monkeypatch, capsys):
     assert picture.format == 'PNG'
 
 
+@pytest.mark.slow
 def test_on_a_folder_beside_the_peer_in_a_process_of_its_own(script, tmp_path, monkeypatch):
   run_child = benchmark.run_child
   figures = {'seconds': 0.5, 'total_seconds': 4.0, 'peak_gib': 2.0, 'images': 2, 'mIoU': 1.0}

@@ -49,6 +49,7 @@ def test_the_protocols_of_before_are_read():
     assert nonlocal_jax.load(DATA / workdir).protocol == nonlocal_jax.EvalProtocol(scale=(192, 192))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes(tmp_path):
   expected, workdir = EXPECTED['resumed'], tmp_path / 'workdir'
   shutil.copytree(DATA / 'workdir_of_2026_11', workdir)

@@ -171,7 +171,13 @@ def check_attention_is_in_blocks(program: str, n: int, sides: tuple[int, int]) -
   assert counts == {256, block}  # inner channels of the transposed keys, and queries
 
 
-@pytest.mark.parametrize('model', MODELS.values(), ids=lambda model: model.name)
+@pytest.mark.parametrize(
+  'model',
+  [
+    pytest.param(model, id=model.name, marks=[pytest.mark.slow] if model.depth > 50 else [])
+    for model in MODELS.values()
+  ],
+)
 def test_training_step(model, monkeypatch):
   made, jit = [], jax.jit
 

@@ -55,7 +55,7 @@ def read_until(process, pattern: str) -> str:
 
 def errors(said: str) -> list[str]:
   """What is said after the lines that each evaluation starts with."""
-  start = r'\[Gloo\]|Preparing|custom-val: |Runs on |Evaluating|This machine|warning: '
+  start = r'\[Gloo\]|Note on |Preparing|custom-val: |Runs on |Evaluating|This machine|warning: '
   return [line for line in re.split(r'[\n\r]+', said) if line and not re.match(start, line)]
 
 

@@ -37,6 +37,7 @@ def confusion_in(workdir):
   return np.array(json.loads((workdir / 'metrics.json').read_text())['confusion'])
 
 
+@pytest.mark.slow
 def test_two_processes_of_two_devices_count_each_image_once(
   arguments, program, photos, peer_checkpoint, tmp_path
 ):

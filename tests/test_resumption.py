@@ -129,6 +129,7 @@ def test_a_signal_saves_and_leaves(training_config, trained, tmp_path, monkeypat
     np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_signal_ends_an_evaluation_that_is_made_up_for(
   training_config, trained, tmp_path, monkeypatch
 ):
@@ -147,6 +148,7 @@ def test_a_signal_ends_an_evaluation_that_is_made_up_for(
   assert_same_run(workdir, trained[0])
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_no_step(training_config, trained, tmp_path, monkeypatch):
   config = training_config.copy_and_resolve_references()
   config.checkpoint.every = config.eval.every = 4
@@ -211,6 +213,7 @@ def test_where_all_are_damaged_nothing_is_touched(training_config, trained, tmp_
   assert before == after
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(
   training_config, trained, tmp_path, monkeypatch
 ):
@@ -275,6 +278,7 @@ def test_the_compilation_cache_is_in_the_users_cache_directory(monkeypatch, tmp_
   before = jax.config.jax_compilation_cache_dir
   use_compilation_cache()
   assert jax.config.jax_compilation_cache_dir == before  # what was chosen stays
+  monkeypatch.delenv('NONLOCAL_JAX_HOME')
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   try:
     jax.config.update('jax_compilation_cache_dir', None)

@@ -152,6 +152,7 @@ def test_four_devices_take_the_step_of_one(variables, batch, plain):
   assert_same(*(to_arrays(result[2][1].batch_stats) for result in (found, plain)))
 
 
+@pytest.mark.slow
 def test_batch_norm_per_device_sees_each_part_by_itself(variables, batch):
   """As the mean of the gradients of four runs, each on its quarter."""
   found = take_step(variables, batch, devices=4, batch_norm='per_device')

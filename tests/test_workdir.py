@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from nonlocal_jax.data.loader import TrainIterator
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.locks import used_alone
+from nonlocal_jax.training.log import TrainingLog
 from tests.conftest import train_and_evaluate
 
 HOLD = """
@@ -78,14 +78,13 @@ def test_a_run_without_a_checkpoint_makes_room_for_another_config(
   training_config, tmp_path, monkeypatch, capsys
 ):
   workdir, stopped = tmp_path / 'workdir', tmp_path / 'workdir/stopped_runs/1'
-  give_batch = TrainIterator.__next__
+  write = TrainingLog.write
 
-  def give_one_batch(self):
-    if self.get_state() == {'next_batch': 1}:
-      raise UserError('the run ends here')
-    return give_batch(self)
+  def write_one_line(*arguments, **options):
+    write(*arguments, **options)
+    raise UserError('the run ends here')
 
-  monkeypatch.setattr(TrainIterator, '__next__', give_one_batch)
+  monkeypatch.setattr(TrainingLog, 'write', write_one_line)
   with pytest.raises(UserError, match='the run ends here'):
     train_and_evaluate(training_config, workdir)
   log = (workdir / 'log.jsonl').read_text()

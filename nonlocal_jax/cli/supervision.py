@@ -163,6 +163,7 @@ class _Child:
     """Ends it."""
     if self.status() is None:
       self._process.kill()
+      sys.stderr.write('\n')  # a progress bar may be on the last line
     self._process.wait()
     for number, handler in self._handlers.items():
       signal.signal(number, handler)
