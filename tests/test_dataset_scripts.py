@@ -59,7 +59,7 @@ def test_benchmark_set_prepared_by_the_script_trained_on_and_evaluated(
   assert command[:4] == ['python', '-m', 'nonlocal_jax', 'train']
 
   # Without the source: what was prepared is found by the dataset's name.
-  configured = [*command[4:], *set_fields(SMALL)]
+  configured = [*command[4:], *set_fields(SMALL), '--config.init_backbone=none']
   assert program(*configured, '--workdir=run') == (None, '')
   trained = json.loads(Path('run/metrics.json').read_text())
   assert trained['step'] == 1
