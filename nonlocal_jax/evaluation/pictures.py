@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _MOST_INCHES = 9  # height of a row of panels, which are 3 inches wide; taller ones are compressed
 _MOST_PIXELS = 4096  # side of a panel, which matplotlib copies several times
+_PIXELS_AT_ONCE = 2**22  # of an overlay, whose parts are several times as large as the label map
 
 
 def colorize(
@@ -123,22 +124,24 @@ def overlay(
   """
   height, width = label.shape
   text = max(12, min(height, width) // 40)  # pixels
-  counts = np.bincount(label.ravel(), minlength=len(classes))
+  rows_at_once = max(_PIXELS_AT_ONCE // width, 1)
+  blocks = [slice(top, top + rows_at_once) for top in range(0, height, rows_at_once)]
+  counts = sum(np.bincount(label[rows].ravel(), minlength=len(classes)) for rows in blocks)
   present = [index for index in np.argsort(-counts, kind='stable').tolist() if counts[index]]
   font = ImageFont.load_default(text)
-  names_width = max(int(font.getlength(classes[index])) for index in present)
-  sheet = Image.new(
-    'RGB',
-    (width + 3 * text + names_width, max(height, (2 * len(present) + 1) * text)),
-    'white',
-  )
-  sheet.paste(Image.fromarray(cv2.addWeighted(image, 0.5, colorize(label, palette), 0.5, 0)))
-  draw = ImageDraw.Draw(sheet)
+  legend_width = 3 * text + max(int(font.getlength(classes[index])) for index in present)
+  legend = Image.new('RGB', (legend_width, max(height, (2 * len(present) + 1) * text)), 'white')
+  draw = ImageDraw.Draw(legend)
   for row, index in enumerate(present):
-    left, top = width + text // 2, (2 * row + 1) * text
+    left, top = text // 2, (2 * row + 1) * text
     draw.rectangle((left, top, left + text, top + text), fill=tuple(palette[index]))
     draw.text((left + 3 * text // 2, top - text // 8), classes[index], fill='black', font=font)
-  return np.asarray(sheet)
+  sheet = np.full((legend.height, width + legend_width, 3), 255, np.uint8)
+  sheet[:, width:] = legend
+  for rows in blocks:
+    colors = colorize(label[rows], palette)
+    sheet[:height, :width][rows] = cv2.addWeighted(image[rows], 0.5, colors, 0.5, 0)
+  return sheet
 
 
 def _legend(
