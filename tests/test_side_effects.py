@@ -1,5 +1,8 @@
 """After an error everything that belongs to the whole process is as before."""
 
+import asyncio
+import contextlib
+import gc
 import logging
 import os
 import signal
@@ -155,3 +158,26 @@ def test_what_was_abandoned_speaks_before_the_error_is_raised(monkeypatch):
   assert heard == []
   complain(1)
   assert len(heard) == 1
+
+
+def test_reads_that_nobody_waits_for_are_quiet(caplog):
+  """Of many reads that fail asyncio raises the first, and logs each other one as an error."""
+
+  async def fail(array: str):
+    raise ValueError(f'DATA_LOSS: {array} [tensorstore_spec={{"driver": "zarr"}}]')
+
+  async def read_all():
+    reads = [asyncio.ensure_future(fail(array)) for array in 'abc']
+    await asyncio.sleep(0)
+    await reads[0]
+
+  with (
+    pytest.raises(UserError, match=r'^weights cannot be read: DATA_LOSS: a\.$'),
+    one_error('weights cannot be read'),
+  ):
+    asyncio.run(read_all())
+  assert not caplog.records
+  with contextlib.suppress(ValueError):
+    asyncio.run(read_all())
+  gc.collect()
+  assert 'exception was never retrieved' in caplog.text

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import logging as python_logging
 import re
 import sys
 import threading
@@ -17,6 +18,7 @@ from nonlocal_jax.errors import UserError
 
 _QUIET_SECS = 0.2  # without a message from what Orbax abandoned, after which no more are expected
 _MOST_SECS = 5.0
+_ASYNCIO_LOG = python_logging.getLogger('asyncio')
 
 
 @contextlib.contextmanager
@@ -37,18 +39,17 @@ def one_error(what: str) -> Iterator[None]:
     except UserError:
       raise
     except Exception as error:  # damaged files, full disks: Orbax has no narrower type for them
-      lines = str(error).strip().splitlines() or [type(error).__name__]
-      system_error = re.search(r'([^:]*) \[os_error_code', lines[0])
+      reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+      reason = reason.partition(' [tensorstore_spec=')[0]  # a thousand characters of JSON
+      system_error = re.search(r'([^:]*) \[os_error_code', reason)
       quiet.wait_for_abandoned(error)
-      raise UserError(
-        f'{what}: {system_error[1].strip() if system_error else lines[0]}.'
-      ) from error
+      raise UserError(f'{what}: {system_error[1].strip() if system_error else reason}.') from error
 
 
 class QuietThreads:
   """While this context lasts, Orbax's threads do not print errors that the main one will raise.
 
-  They do so by three ways: hooks of threads and of what is collected, and absl's log.
+  They do so by four ways: hooks of threads and of what is collected, absl's log, and asyncio's.
   """
 
   def __enter__(self) -> Self:
@@ -58,12 +59,14 @@ class QuietThreads:
     self._last_message = -float('inf')
     logging.set_verbosity(logging.FATAL)
     sys.unraisablehook, threading.excepthook = self._on_unraisable, self._on_thread
+    _ASYNCIO_LOG.addFilter(self._is_kept)
     return self
 
   def __exit__(self, *unused) -> None:
     """Puts them back."""
     sys.unraisablehook, threading.excepthook = self._hooks
     logging.set_verbosity(self._verbosity)
+    _ASYNCIO_LOG.removeFilter(self._is_kept)
 
   def wait_for_abandoned(self, error: Exception) -> None:
     """Waits until reads and writes that Orbax gave up have complained of that.
@@ -100,3 +103,10 @@ class QuietThreads:
       self._last_message = time.monotonic()
     else:
       self._hooks[1](arguments)
+
+  def _is_kept(self, record: python_logging.LogRecord) -> bool:
+    """Drops what asyncio says of reads whose errors nobody asked for, as another had come first."""
+    if 'exception was never retrieved' not in record.getMessage():
+      return True
+    self._last_message = time.monotonic()
+    return False
