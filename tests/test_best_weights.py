@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pytest
 from flax import nnx
 
 from nonlocal_jax.training.best_weights import BestWeights
@@ -72,3 +73,31 @@ def test_which_weights_of_a_workdir_are_taken_is_said(tmp_path):
   )
   assert chosen_weights(best) == f'The weights are those of step 32, the newest in {best}.'
   assert chosen_weights(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+  ('written', 'damaged'),
+  [
+    ('"position": 56', '"position": 54'),
+    ('"position": 56', '"pmsition": 56'),
+    ('"checksums"', '"checksuns"'),
+    ('"data"', '"dat!"'),
+  ],
+)
+def test_a_checkpoint_whose_record_is_damaged_is_set_aside(written, damaged, tmp_path, capsys):
+  """Where in the data a run goes on, for one, would be another place without any other sign."""
+  training = {'momentum': np.arange(3.0, dtype=np.float32)}
+  with RunCheckpoints(tmp_path, keep=3) as checkpoints:
+    for step, position in ((6, 48), (7, 56)):
+      data = {'position': position}
+      checkpoints.save(step, model=weights(step), training=training, data=data)
+    checkpoints.wait()
+  record = tmp_path / 'checkpoints/7/record/metadata'
+  text = record.read_text()
+  assert text.count(written) == 1
+  record.write_text(text.replace(written, damaged))
+  with RunCheckpoints(tmp_path, keep=3) as checkpoints:
+    assert checkpoints.data_of(7) == {}
+    restored = checkpoints.restore(model=weights(0), training=training)
+  assert (restored.step, restored.data) == (6, {'position': 48})
+  assert 'step 7' in capsys.readouterr().err

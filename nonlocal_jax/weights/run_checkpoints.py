@@ -13,7 +13,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.files import unfinished
+from nonlocal_jax.runtime.files import sealed, unfinished, unsealed
 from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.weights.arrays import Arrays, checksum, from_arrays, to_arrays
 from nonlocal_jax.weights.orbax_errors import QuietThreads, one_error
@@ -133,10 +133,10 @@ class RunCheckpoints:
     if step in self._manager.all_steps():
       return
     arrays = to_arrays(model)
-    record = {'checksums': {'model': checksum(arrays), 'training': checksum(training)}}
+    checksums = {'model': checksum(arrays), 'training': checksum(training)}
     items = {
       'model': ocp.args.StandardSave(arrays),
-      'record': ocp.args.JsonSave({**record, 'data': dict(data or {})}),
+      'record': ocp.args.JsonSave(sealed({'checksums': checksums, 'data': dict(data or {})})),
     }
     if training is not None:
       items['training'] = ocp.args.StandardSave(training)
@@ -196,7 +196,7 @@ class RunCheckpoints:
           record=ocp.args.JsonRestore(),
         ),
       )
-    self._check(step, model=restored.model, record=restored.record)
+    self._checked(step, restored.record, model=restored.model)
     return step, restored.model
 
   def data_of(self, step: int) -> dict[str, Any]:
@@ -206,8 +206,8 @@ class RunCheckpoints:
         restored: Any = self._manager.restore(
           step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
         )
-        return dict(restored.record['data'])
-    except (UserError, LookupError, TypeError, ValueError):
+      return self._checked(step, restored.record)
+    except UserError:
       return {}
 
   def delete(self, step: int) -> None:
@@ -230,14 +230,20 @@ class RunCheckpoints:
           record=ocp.args.JsonRestore(),
         ),
       )
-    record = restored.record
-    self._check(step, model=restored.model, training=restored.training, record=record)
-    return Restored(step, from_arrays(restored.model, model), restored.training, record['data'])
+    data = self._checked(step, restored.record, model=restored.model, training=restored.training)
+    return Restored(step, from_arrays(restored.model, model), restored.training, data)
 
-  def _check(self, step: int, *, record: dict[str, Any], **items: Any) -> None:
+  def _checked(self, step: int, record: Any, **items: Any) -> dict[str, Any]:
+    """Returns `data` of a record, after its checksums, and those of `items`, were compared."""
+    try:
+      record = unsealed(record)
+      expected, data = {name: record['checksums'][name] for name in items}, dict(record['data'])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+      raise UserError(f'{self._unreadable(step)}: its record is damaged.') from error
     for name, item in items.items():
-      if checksum(item) != record['checksums'][name]:
+      if checksum(item) != expected[name]:
         raise UserError(f'{self._unreadable(step)}: the checksum of {name} differs.')
+    return data
 
   def _unreadable(self, step: int) -> str:
     return f'the checkpoint of step {step} in {self._workdir} cannot be read'
