@@ -126,7 +126,9 @@ def overlay(
   text = max(12, min(height, width) // 40)  # pixels
   rows_at_once = max(_PIXELS_AT_ONCE // width, 1)
   blocks = [slice(top, top + rows_at_once) for top in range(0, height, rows_at_once)]
-  counts = sum(np.bincount(label[rows].ravel(), minlength=len(classes)) for rows in blocks)
+  counts = np.zeros(len(classes), np.int64)
+  for rows in blocks:
+    counts += np.bincount(label[rows].ravel(), minlength=len(classes))
   present = [index for index in np.argsort(-counts, kind='stable').tolist() if counts[index]]
   font = ImageFont.load_default(text)
   legend_width = 3 * text + max(int(font.getlength(classes[index])) for index in present)

@@ -24,6 +24,10 @@ class Section:
     self._left = dict(settings)
     self.has_type = 'type' in settings
 
+  def has(self, key: str) -> bool:
+    """Whether a setting is recorded and not taken yet."""
+    return key in self._left
+
   def take(self, key: str, default: Any = None) -> Any:
     """Removes and returns a setting."""
     return self._left.pop(key, default)

@@ -21,10 +21,10 @@ from nonlocal_jax.weights.config_literals import MAX_CHARACTERS
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.foreign_arrays import as_two_classes, choose_average, without_wrappers
 from nonlocal_jax.weights.mmseg_config import (
-  DEFAULT_THRESHOLD,
   RecordedSettings,
   recorded_settings,
 )
+from nonlocal_jax.weights.mmseg_network import DEFAULT_THRESHOLD
 from nonlocal_jax.weights.names import find_backbone, find_weights
 from nonlocal_jax.weights.released import (
   ReleasedModel,
