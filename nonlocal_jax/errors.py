@@ -50,6 +50,29 @@ def explained_by(flags: Mapping[str, str]) -> Iterator[None]:
     raise UserError(f'{error} As a flag: {", or ".join(named)}.') from error
 
 
+@contextlib.contextmanager
+def needs_packages(what: str, *, extra: str) -> Iterator[None]:
+  """Converts a package that is not installed to a `UserError` that says how to install it.
+
+  >>> with needs_packages('these pictures', extra='plot'):  # doctest: +ELLIPSIS
+  ...   import package_of_tomorrow
+  Traceback (most recent call last):
+  nonlocal_jax.errors.UserError: these pictures need the package package_of_tomorrow, ...
+
+  Args:
+    what: What needs it, in the plural.
+    extra: The extra of this package that has it.
+  """
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    package = (error.name or '').partition('.')[0]
+    raise UserError(
+      f'{what} need the package {package}, which the core installation leaves out; in a clone, '
+      f"run: pip install '.[{extra}]'."
+    ) from error
+
+
 def nearest(name: str, choices: Iterable[str]) -> str | None:
   """Returns the choice whose spelling is close to `name`, if there is one.
 

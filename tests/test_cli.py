@@ -14,7 +14,7 @@ from nonlocal_jax import recipes
 from nonlocal_jax.cli import main
 from nonlocal_jax.cli.config import config_text, read_config
 from nonlocal_jax.cli.main import COMMANDS
-from nonlocal_jax.cli.program import TRAIN_PACKAGES, Parser, run_program
+from nonlocal_jax.cli.program import EXPORT_PACKAGES, TRAIN_PACKAGES, Parser, run_program
 from nonlocal_jax.errors import UserError
 from tests.conftest import run_in_process
 
@@ -34,7 +34,8 @@ def run_elsewhere(folder: Path, *arguments: str, program: str = '') -> subproces
   )
 
 
-WITHOUT_EXTRAS = f'import sys; sys.modules.update(dict.fromkeys({sorted(TRAIN_PACKAGES)}))'
+_PACKAGES = sorted(TRAIN_PACKAGES | EXPORT_PACKAGES)
+WITHOUT_EXTRAS = f'import sys; sys.modules.update(dict.fromkeys({_PACKAGES}))'
 
 
 def test_module_and_version(tmp_path):
@@ -198,3 +199,5 @@ def test_packages_of_the_extras_are_known_by_their_imports():
   extras = project['optional-dependencies']
   names = {re.match(r'[\w-]+', line)[0] for line in (*extras['train'], *extras['plot'])}
   assert {name.replace('-', '_') for name in names - {'nonlocal-jax'}} == TRAIN_PACKAGES
+  exports = {re.match(r'[\w-]+', line)[0] for line in extras['export']}
+  assert exports == EXPORT_PACKAGES

@@ -39,7 +39,7 @@ def code_blocks(path: Path) -> list[str]:
 @pytest.mark.slow
 def test_the_examples_of_the_python_api_run(folder):
   blocks = code_blocks(ROOT / 'docs/python_api.md')
-  assert len(blocks) == 8
+  assert len(blocks) == 10
   names = {}
   for number, block in enumerate(blocks):
     exec(compile(block, f'python_api.md, block {number}', 'exec'), names)
@@ -49,6 +49,8 @@ def test_the_examples_of_the_python_api_run(folder):
   assert names['over'].shape == (64, 96)
   assert names['stage4'].shape == (1, 8, 12, 64)
   assert names['logits'].shape == (1, 64, 96, 19)
+  assert names['outputs']['classes'].shape == names['outputs']['confidence'].shape == (4, 64, 96)
+  assert nonlocal_jax.load('weights.safetensors').classes == names['model'].classes
   assert names['y'].shape == (1, 8, 12, 64)
   assert float(names['loss']) < 1.4 * np.log(3)  # of both heads, better than by chance
   tuned = nonlocal_jax.load('tuned')

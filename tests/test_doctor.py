@@ -142,3 +142,4 @@ def test_missing_extras(tmp_path):
     "tensorboardX, tensorflow_datasets; in a clone, run: pip install '.[train]'\n"
   ) in result.stdout
   assert '- Curves, legends and pictures of an evaluation need matplotlib; ' in result.stdout
+  assert '- ONNX and safetensors files need onnx, onnxruntime, safetensors; ' in result.stdout

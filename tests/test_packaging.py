@@ -44,10 +44,11 @@ def imported_packages(paths: Iterable[Path]) -> set[str]:
 
 
 def all_requirements() -> list[str]:
-  """The requirements of the core, of the extra `train`, and of `plot`, which `train` includes."""
+  """The requirements of the core and of all extras but those for accelerators."""
   *train, plot = EXTRAS['train']
   assert plot == 'nonlocal-jax[plot]'
-  return [*PROJECT['dependencies'], *train, *EXTRAS['plot']]
+  assert EXTRAS['all'] == ['nonlocal-jax[train]', 'nonlocal-jax[export]']
+  return [*PROJECT['dependencies'], *train, *EXTRAS['plot'], *EXTRAS['export']]
 
 
 def test_requirements_txt_says_the_same():
@@ -87,7 +88,7 @@ def test_version():
 def test_the_core_imports_without_the_extras():
   """As with the core dependencies alone: load, predict, draw; what needs an extra names it."""
   extras = ['array_record', 'clu', 'grain', 'matplotlib', 'pyarrow', 'tensorboardX']
-  extras += ['tensorflow_datasets', 'tensorflow', 'torch']
+  extras += ['tensorflow_datasets', 'tensorflow', 'torch', 'onnx', 'onnxruntime', 'safetensors']
   program = f"""
 import sys
 sys.modules.update(dict.fromkeys({extras}))  # None: an import of it fails

@@ -4,7 +4,8 @@
     nonlocal-jax convert FOLDER OUT                each .pth of a folder, to OUT/STEM
     nonlocal-jax convert SOURCE --to-pth OUT.pth   for MMSegmentation
 
-FILE.pth may also be the name of a released model, which is downloaded: see `nonlocal-jax models`.
+FILE.pth may also be the name of a released model, which is downloaded: see `nonlocal-jax models`;
+or a safetensors file of `nonlocal-jax export`.
 SOURCE is a converted directory or the workdir of a training run: runs/NAME for its newest
 checkpoint, runs/NAME/best for the one with the best mIoU.
 """
@@ -33,6 +34,7 @@ from nonlocal_jax.weights.mmseg_config import PROTOCOL_KEY, protocol_entry
 from nonlocal_jax.weights.mmseg_config_text import config_text
 from nonlocal_jax.weights.names import find_weights
 from nonlocal_jax.weights.released import RELEASED, ReleasedModel
+from nonlocal_jax.weights.safetensors_file import is_safetensors
 from nonlocal_jax.weights.state_dict import to_state_dict
 
 
@@ -60,6 +62,10 @@ def main(arguments: Sequence[str]) -> None:
   if to_pth:
     say_weights(source)
     write_pth(source, to_pth, align_corners=options.align_corners, ema=options.ema)
+  elif is_safetensors(source):
+    description, state = read_weights(source, align_corners=options.align_corners, ema=options.ema)
+    save_weights(out, state, description)
+    print(f'Written to {out}. To evaluate:\n  {evaluation_command(description, out)}')
   elif not source.is_dir():
     weights = read_torch_weights(source, align_corners=options.align_corners, ema=options.ema)
     save_weights(out, weights.state, weights.description)

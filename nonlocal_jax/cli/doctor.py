@@ -24,7 +24,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import nonlocal_jax
-from nonlocal_jax.cli.program import PLOT_PACKAGES, TRAIN_PACKAGES, Parser, child_environment
+from nonlocal_jax.cli.program import (
+  EXPORT_PACKAGES,
+  PLOT_PACKAGES,
+  TRAIN_PACKAGES,
+  Parser,
+  child_environment,
+)
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.devices import (
   advice_on_cuda,
@@ -111,6 +117,7 @@ def examine() -> Findings:
 _NEEDED_FOR = {
   'train': 'The commands train, eval, prepare, browse and benchmark',
   'plot': 'Curves, legends and pictures of an evaluation',
+  'export': 'ONNX and safetensors files',
 }
 
 
@@ -197,7 +204,11 @@ def folders() -> dict[str, Path]:
 
 def missing_packages() -> dict[str, list[str]]:
   """Returns the packages of each extra that are not installed."""
-  extras = {'train': TRAIN_PACKAGES - PLOT_PACKAGES, 'plot': PLOT_PACKAGES}
+  extras = {
+    'train': TRAIN_PACKAGES - PLOT_PACKAGES,
+    'plot': PLOT_PACKAGES,
+    'export': EXPORT_PACKAGES,
+  }
   found = {
     extra: sorted(name for name in names if importlib.util.find_spec(name) is None)
     for extra, names in extras.items()

@@ -20,11 +20,13 @@ from nonlocal_jax.runtime.signals import LeaveOnSignals
 from nonlocal_jax.weights.loading import NOTES
 from nonlocal_jax.weights.run_checkpoints import chosen_weights
 
-# Import names of the packages that only the extras `plot` and `train` install; `train` has both.
+# Import names of the packages that only extras install; `train` has those of `plot`.
 PLOT_PACKAGES = frozenset(('matplotlib',))
 TRAIN_PACKAGES = frozenset(
   ('array_record', 'clu', 'grain', 'matplotlib', 'tensorboardX', 'tensorflow_datasets')
 )
+
+EXPORT_PACKAGES = frozenset(('onnx', 'onnxruntime', 'safetensors'))
 
 
 def run_program(program: Callable[[], object]) -> None:

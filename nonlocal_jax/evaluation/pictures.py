@@ -1,8 +1,7 @@
 """Draws label maps beside and over their images."""
 
-import contextlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from nonlocal_jax.errors import UserError
+from nonlocal_jax.errors import needs_packages
 from nonlocal_jax.runtime.files import write_whole
 
 if TYPE_CHECKING:
@@ -151,7 +150,7 @@ def _legend(
   classes: Sequence[str],
   palette: Sequence[tuple[int, int, int]],
 ) -> list['Patch']:
-  with _plot_extra():
+  with needs_packages('these pictures', extra='plot'):
     from matplotlib.patches import Patch
 
   present = np.unique(np.concatenate([label.ravel() for label in labels])).tolist()
@@ -168,7 +167,7 @@ def _sheet(
   legend: Sequence['Patch'],
   names: Sequence[str] = (),
 ) -> np.ndarray:
-  with _plot_extra():
+  with needs_packages('these pictures', extra='plot'):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -190,14 +189,3 @@ def _sheet(
   figure.subplots_adjust(0.01, bottom, 0.99, 1 - 0.3 / figure.get_figheight(), 0.02, 0.02)
   canvas.draw()
   return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-@contextlib.contextmanager
-def _plot_extra() -> Iterator[None]:
-  """Converts a missing matplotlib to a `UserError` that says how to install it."""
-  try:
-    yield
-  except ImportError as error:
-    raise UserError(
-      f"these pictures need matplotlib ({error}); in a clone, run: pip install '.[plot]'"
-    ) from error

@@ -14,6 +14,7 @@ from flax import nnx
 
 from nonlocal_jax.data.datasets import custom_dataset
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.export.files import Exported, Format, export_network
 from nonlocal_jax.inference.attention import AttentionPrograms, ImageAttention, Point
 from nonlocal_jax.inference.images import MAX_PIXELS, ImageLike, as_array
 from nonlocal_jax.inference.predictor import Predictor
@@ -22,7 +23,7 @@ from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.config import chosen_attention
 from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.ops.attention import Attention
-from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.protocol import EvalProtocol, Size
 from nonlocal_jax.runtime.compilation import compiler_options
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of, platform_of_mesh, replicated
 from nonlocal_jax.weights.checkpoints import save_weights
@@ -54,10 +55,10 @@ def load(
   (64, 96)
 
   Args:
-    path: A .pth file of MMSegmentation, a converted directory, or the workdir of a training run:
-      'runs/NAME' for its newest checkpoint, 'runs/NAME/best' for the one with the best mIoU. Or the
-      name of a released model, such as 'ade20k_r50', which is downloaded when it is first used;
-      `nonlocal-jax models` lists them.
+    path: A .pth file of MMSegmentation, a converted directory, an exported safetensors file, or the
+      workdir of a training run: 'runs/NAME' for its newest checkpoint, 'runs/NAME/best' for the one
+      with the best mIoU. Or the name of a released model, such as 'ade20k_r50', which is downloaded
+      when it is first used; `nonlocal-jax models` lists them.
     align_corners: The corner convention. None for that of the directory, of the released file with
       this sha256, or of the config recorded in the file; False, MMSegmentation's own default, where
       none is recorded.
@@ -459,6 +460,55 @@ class PretrainedModel:
       UserError: If `directory` exists.
     """
     save_weights(Path(directory), self._state, self.description)
+
+  def export(
+    self,
+    path: str | os.PathLike[str],
+    *,
+    format: Format,
+    size: Size | None = None,
+    batch: int | None = None,
+    confidence: bool = False,
+    on_step: Callable[[], object] = lambda: None,
+  ) -> Exported:
+    """Writes the network to a file that runs without this library, and compares the two.
+
+    Programs take images (n, height, width, channels) uint8, RGB where there are three channels, and
+    return 'classes' (n, height, width) uint8. They contain the order of channels, normalization,
+    padding, the network and upsampling; resizing of images, sliding windows, several scales and
+    flips are left out.
+
+    Args:
+      path: The file; must not exist.
+      format: 'onnx' for ONNX Runtime and others; 'jax' for a program of `jax.export`, which runs
+        with JAX alone on CPUs, NVIDIA GPUs and TPUs; 'safetensors' for the weights, by the names of
+        the released checkpoints, which `load` reads as well.
+      size: (height, width) of the images; programs need it.
+      batch: Number of images; None for any.
+      confidence: Whether programs also return 'confidence' (n, height, width) float32, the
+        probability of the class.
+      on_step: Called after each of the four steps.
+
+    Returns:
+      The largest difference of the logits from those of the network, as a share of their standard
+      deviation, and what the file takes and returns.
+
+    Raises:
+      UserError: If `path` exists or cannot be written, a package of the extra `export` is missing,
+        `size` is missing or too large, an option is not for this format, or the file computes
+        something else than the network: the difference is above 1e-4, or classes differ. Nothing is
+        left at `path` then.
+    """
+    return export_network(
+      self.description,
+      self._state,
+      Path(path),
+      format=format,
+      size=size,
+      batch=batch,
+      confidence=confidence,
+      on_step=on_step,
+    )
 
 
 def _check_corners(config: NonLocalNetConfig, protocol: EvalProtocol) -> None:

@@ -34,11 +34,11 @@ def map_blocks(
 
   def split(x: jax.Array) -> jax.Array:
     padding = [(0, 0), (0, count * block - size), *[(0, 0)] * (x.ndim - 2)]
-    return jnp.moveaxis(jnp.pad(x, padding).reshape(len(x), count, block, *x.shape[2:]), 1, 0)
+    return jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)
 
   def join(x: jax.Array) -> jax.Array:  # (count, n, block, ...)
     x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(len(x), count * block, *x.shape[3:])[:, :size]
+    return x.reshape(x.shape[0], count * block, *x.shape[3:])[:, :size]
 
   run = jax.checkpoint(function) if recompute else function
   return jax.tree.map(join, jax.lax.map(run, jax.tree.map(split, arrays)))

@@ -1,4 +1,4 @@
-"""Reads weights from a .pth file, a converted directory or a training run."""
+"""Reads weights from a .pth or safetensors file, a converted directory or a training run."""
 
 import collections
 import dataclasses
@@ -31,6 +31,7 @@ from nonlocal_jax.weights.released import (
   released_model_of_file,
   released_model_of_sha256,
 )
+from nonlocal_jax.weights.safetensors_file import is_safetensors, read_safetensors
 from nonlocal_jax.weights.state_dict import (
   from_state_dict,
   infer_config,
@@ -68,8 +69,8 @@ def read_weights(
   """Reads weights and what is known about them; logs the notes on a .pth file as warnings.
 
   Args:
-    path: A .pth file, a converted directory, the workdir of a training run, or the name of a
-      released model, see `names.find_weights`.
+    path: A .pth file, a converted directory, the workdir of a training run, an exported
+      safetensors file, or the name of a released model, see `names.find_weights`.
     align_corners: Overrides the corner convention; None for that of the directory or file.
     ema: Whether to take the exponential moving average that a .pth file holds beside the weights.
 
@@ -81,17 +82,18 @@ def read_weights(
       or there is no moving average.
   """
   path = find_weights(path)
-  if not path.is_dir():
+  if not path.is_dir() and not is_safetensors(path):
     weights = read_torch_weights(path, align_corners=align_corners, ema=ema)
     for note in weights.notes:
       NOTES.warning('%s: %s', path, note)
     return weights.description, weights.state
   if ema:
+    kind = 'safetensors file' if is_safetensors(path) else 'directory'
     raise UserError(
-      f'{path} is a directory, which holds one set of weights: leave out ema (--ema), which is for '
+      f'{path} is a {kind}, which holds one set of weights: leave out ema (--ema), which is for '
       '.pth files.'
     )
-  description, state = load_weights(path)
+  description, state = (read_safetensors if is_safetensors(path) else load_weights)(path)
   if align_corners is not None:
     description = description.with_align_corners(align_corners)
   return description, state
