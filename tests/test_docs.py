@@ -39,12 +39,15 @@ def code_blocks(path: Path) -> list[str]:
 @pytest.mark.slow
 def test_the_examples_of_the_python_api_run(folder):
   blocks = code_blocks(ROOT / 'docs/python_api.md')
-  assert len(blocks) == 10
+  assert len(blocks) == 11
   names = {}
   for number, block in enumerate(blocks):
     exec(compile(block, f'python_api.md, block {number}', 'exec'), names)
-  assert names['labels'].shape == (4, 64, 96)  # those of the folder, the last so called
   assert names['larger'].shape == names['smaller'].shape == (64, 96)
+  assert names['probabilities'].shape == (64, 96, 19)
+  assert names['nats'].shape == names['unsure'].shape == (64, 96)
+  assert names['classes'].shape == names['likely'].shape == (64, 96, 3)
+  assert names['labels'].shape == (4, 64, 96)  # those of the folder, the last so called
   assert names['weights'].sum() == pytest.approx(1, abs=1e-5)
   assert names['over'].shape == (64, 96)
   assert names['stage4'].shape == (1, 8, 12, 64)

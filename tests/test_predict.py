@@ -75,6 +75,71 @@ def test_a_folder_becomes_label_maps_and_pictures(folder, peer_checkpoint, scrip
     assert picture.shape[1] > size[1]
 
 
+def test_probabilities_confidence_and_unknown_pixels(
+  folder, peer_checkpoint, script, tmp_path, capsys
+):
+  out, plain = tmp_path / 'out', tmp_path / 'plain'
+  arguments = [folder, f'--checkpoint={peer_checkpoint}', f'--out={out}', *SCALE]
+  asked = ['--probabilities', '--confidence', '--unknown-below=0.6']
+  assert script(predict, *arguments, *asked) == (None, '')
+  said = capsys.readouterr().out.splitlines()
+  model = in_box(nonlocal_jax.load(peer_checkpoint))
+  unknown = pixels = 0
+  for stem, name in zip(['a', 'deep/b', 'ü c'], SIZES, strict=True):
+    image = read_image(folder / name)
+    labels, expected = model.predict(image, return_probabilities=True)
+    with np.load(out / f'{stem}_probabilities.npz') as archive:
+      assert archive['classes'].tolist() == list(model.classes)
+      assert archive['probabilities'].dtype == np.float16
+      np.testing.assert_allclose(archive['probabilities'], expected, atol=1e-3)
+    with Image.open(out / f'{stem}_confidence.png') as shades:
+      assert shades.mode == 'L'
+      np.testing.assert_allclose(np.array(shades), 255 * expected.max(axis=-1), atol=0.51)
+    with Image.open(out / f'{stem}.png') as label_map:
+      found, colors = np.array(label_map), np.array(label_map.convert('RGB'))
+    is_unknown = found == 255
+    assert np.mean(is_unknown == (expected.max(axis=-1) < 0.6)) > 0.999
+    assert np.mean((found == labels)[~is_unknown]) > 0.999
+    assert (colors[is_unknown] == 0).all()
+    unknown, pixels = unknown + is_unknown.sum(), pixels + is_unknown.size
+  assert 0 < unknown < pixels
+  share = f'{unknown / pixels:.2%}'
+  assert said[1:] == [
+    f'{share} of their pixels are unknown (label 255): their class is less likely than 0.6.'
+  ]
+  # The results are replaced by the next ones, and by nothing else's.
+  assert script(predict, *arguments, '--confidence', '--unknown-below=0.6') == (None, '')
+  assert capsys.readouterr().out.splitlines()[1:] == said[1:]
+  (out / 'a_probabilities.npz').write_bytes(b'of the user')
+  status, message = script(predict, *arguments, *asked)
+  assert (status, 'a_probabilities.npz exists and is no earlier' in message) == (1, True)
+  assert script(predict, folder / 'a.png', *arguments[1:2], f'--out={plain}', *SCALE) == (None, '')
+  assert sorted(path.name for path in plain.iterdir()) == ['a.png', 'a_overlay.jpg']
+
+
+@pytest.mark.parametrize(
+  ('asked', 'sentence'),
+  [
+    (['--unknown-below=1.5'], '--unknown-below is 1.5; it must be a probability between 0 and 1.'),
+    (['--unknown-below=nan'], '--unknown-below is nan; it must be a probability between 0 and 1.'),
+    (
+      ['--unknown-below=0.5', '--submission'],
+      '--submission needs a class for each pixel: leave out --unknown-below.',
+    ),
+    (['--confidence'], 'Results of two images would both be {out}/a_confidence.png: rename one of'),
+  ],
+)
+def test_options_of_probabilities_that_cannot_be(
+  asked, sentence, folder, peer_checkpoint, script, tmp_path
+):
+  (folder / 'a_confidence.png').write_bytes((folder / 'a.png').read_bytes())
+  out = tmp_path / 'out'
+  status, said = script(predict, folder, f'--checkpoint={peer_checkpoint}', f'--out={out}', *asked)
+  assert status == 1
+  assert said.startswith(f'error: {sentence.format(out=out)}')
+  assert not out.exists()
+
+
 def test_padded_prediction_is_that_of_the_logits(peer_checkpoint):
   """Of the whole image at its own size, without any padding."""
   model = nonlocal_jax.load(peer_checkpoint)
@@ -337,6 +402,17 @@ def test_wrong_inputs_are_a_sentence(folder, peer_checkpoint, script, tmp_path):
     predict, folder, f'--checkpoint={peer_checkpoint}', f'--out={blocked}', *SCALE
   )
   assert said == f'error: Folder {blocked} cannot be made: File exists.'
+
+
+def test_overlays_darken_unknown_pixels_and_name_them():
+  image = np.full((100, 120, 3), 200, np.uint8)
+  label = np.full((100, 120), 255, np.uint8)
+  label[50:] = 0
+  picture = overlay(image, label, classes=['sky'], palette=[(100, 0, 0)])
+  assert (picture[:50, :120] == 100).all()
+  assert ((picture[:, 120:] == 0).all(-1)).sum() > 100
+  only = overlay(image, np.full_like(label, 255), classes=['sky'], palette=[(100, 0, 0)])
+  assert not (only[:, 120:] == (100, 0, 0)).all(-1).any()
 
 
 def test_overlay_mixes_colours_and_names_the_classes_that_occur():

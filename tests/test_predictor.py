@@ -172,11 +172,13 @@ def test_multi_scale_flip_v1_is_the_originals(half_pixel, tmp_path):
   shapes = shapes_for(sizes, protocol, most=1)
   images = [image_of(size) for size in sizes]
   found = [predict(predictor, state, shapes[x.shape[:2]], [x])[0] for x in images]
-  expected = [_peer_test_time_augmented(model, image, tmp_path) for image in images]
+  samples = [peer_test_time_augmented(model, image, tmp_path)[0] for image in images]
+  expected = [sample.pred_sem_seg.data[0].numpy() for sample in samples]
   assert agreement(found, expected) > 0.9995  # up to ties at rounding
 
 
-def _peer_test_time_augmented(model, image, folder):
+def peer_test_time_augmented(model, image, folder):
+  """The original's merged sample of an image, and those of its sizes and flips."""
   path = folder / 'image.png'
   cv2.imwrite(str(path), image[..., ::-1])
   config = peer.read_config('nonlocal_r50-d8_4xb4-80k_ade20k-512x512')
@@ -190,9 +192,11 @@ def _peer_test_time_augmented(model, image, folder):
   )
   item = mmseg_module('mmengine.dataset').pseudo_collate([pipeline({'img_path': str(path)})])
   runner = mmseg_module('mmseg.models').SegTTAModel(module=model.eval())
+  merge, parts = runner.merge_preds, []
+  runner.merge_preds = lambda samples: parts.extend(samples[0]) or merge(samples)
   with torch.no_grad(), warnings.catch_warnings():
     warnings.simplefilter('ignore')  # of a shape that it extends itself
-    return runner.test_step(item)[0].pred_sem_seg.data[0].numpy()
+    return runner.test_step(item)[0], parts
 
 
 @pytest.mark.parametrize('windows', [{}, WINDOWS], ids=['whole', 'slide'])
@@ -210,11 +214,12 @@ def test_multi_scale_flip_v0_is_the_sum_of_its_parts(windows, aligned, monkeypat
   images = [image_of(size) for size in sizes]
   shape = shapes_for(sizes, protocol, most=1)[sizes[0]]
   found = predict(predictor, state, shape, images)
-  expected = [_by_hand(model, image, (90, 70), windows) for image in images]
+  expected = [by_hand(model, image, (90, 70), windows).argmax(-1) for image in images]
   assert agreement(found, expected) > 0.9995  # up to ties at rounding
 
 
-def _by_hand(model, image, scale, windows):
+def by_hand(model, image, scale, windows):
+  """Probabilities (h, w, c) float64."""
   model.eval()
   height, width = image.shape[:2]
   total = 0.0
@@ -231,7 +236,7 @@ def _by_hand(model, image, scale, windows):
       scores = np.exp(scores - scores.max(-1, keepdims=True))
       probabilities = scores / scores.sum(-1, keepdims=True)
       total = total + (probabilities[:, ::-1] if flip else probabilities)
-  return total.argmax(-1)
+  return total / (2 * len(RATIOS))
 
 
 def _window_mean(model, x, windows):

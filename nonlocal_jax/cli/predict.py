@@ -9,9 +9,13 @@ An INPUT is an image, a folder, or a pattern such as 'photos/*.jpg'. For an imag
 DIR/a.png, the class indices with the classes' colors as palette, and DIR/a_overlay.jpg, the image
 blended with these colors. The images of a folder keep their subfolders. Results of earlier
 predictions among the inputs are left out, and no file but these is ever replaced.
+
+--confidence adds DIR/a_confidence.png, --probabilities DIR/a_probabilities.npz. With
+--unknown-below=T, pixels whose class is less likely than T are unknown, label 255.
 """
 
 import argparse
+import collections
 import dataclasses
 import glob
 import sys
@@ -33,6 +37,7 @@ from nonlocal_jax.cli.prediction_files import (
   concerns_one_file,
   is_prediction,
   save,
+  save_probabilities,
   with_palette,
 )
 from nonlocal_jax.cli.program import Parser, add_ema, say_weights
@@ -43,7 +48,13 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
 from nonlocal_jax.inference.images import DECODER_MAX_PIXELS, MAX_PIXELS, ImageTooLargeError
 from nonlocal_jax.inference.pretrained import Precision, PretrainedModel
-from nonlocal_jax.inference.stream import PIXELS_AHEAD, Prediction
+from nonlocal_jax.inference.probabilities import UNKNOWN, confidence_of, with_unknown
+from nonlocal_jax.inference.stream import (
+  PIXELS_AHEAD,
+  AnyPrediction,
+  ConfidentPrediction,
+  ProbablePrediction,
+)
 from nonlocal_jax.models import Execution
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.runtime.devices import say_devices
@@ -51,6 +62,11 @@ from nonlocal_jax.runtime.files import given_path, make_folder
 from nonlocal_jax.runtime.parallel import data_mesh
 from nonlocal_jax.runtime.pipeline import in_threads, num_cores
 from nonlocal_jax.runtime.progress import progress_bar
+
+# What the names of results end in, beside '.png' for label maps.
+_OVERLAY = '_overlay.jpg'
+_CONFIDENCE = '_confidence.png'
+_PROBABILITIES = '_probabilities.npz'
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -96,6 +112,25 @@ def main(arguments: Sequence[str]) -> None:
     action=argparse.BooleanOptionalAction,
     help='corner convention, for files that do not record it',
   )
+  parser.add_argument(
+    '--confidence',
+    action='store_true',
+    help='write the probability of each predicted class as well: 8-bit gray PNG files in which 255 '
+    'is certain',
+  )
+  parser.add_argument(
+    '--probabilities',
+    action='store_true',
+    help='write the probabilities of all classes as well: .npz files of float16 (height, width, '
+    'classes), 2 bytes for each pixel and class',
+  )
+  parser.add_argument(
+    '--unknown-below',
+    type=float,
+    metavar='T',
+    help="pixels whose predicted class is less likely than T, between 0 and 1, become 'unknown', "
+    'label 255',
+  )
   add_ema(parser)
   parser.add_argument(
     '--convolution',
@@ -130,12 +165,31 @@ def main(arguments: Sequence[str]) -> None:
     raise UserError(
       f'--max-pixels is {options.max_pixels:,}; it must be from 1 to {DECODER_MAX_PIXELS:,}.'
     )
+  below = options.unknown_below
+  if below is not None and not 0 < below < 1:
+    raise UserError(f'--unknown-below is {below}; it must be a probability between 0 and 1.')
+  if below is not None and options.submission:
+    raise UserError('--submission needs a class for each pixel: leave out --unknown-below.')
   images = find_images(options.inputs)
   targets = [options.out / name for name in images]
   label_maps = {Path(f'{target}.png') for target in targets}
   overlays = options.overlays and not options.submission
-  endings = ('.png', '_overlay.jpg') if overlays else ('.png',)
-  check_not_replaced([Path(f'{target}{ending}') for target in targets for ending in endings])
+  wanted = {
+    '.png': True,
+    _OVERLAY: overlays,
+    _CONFIDENCE: options.confidence,
+    _PROBABILITIES: options.probabilities,
+  }
+  files = [
+    Path(f'{target}{ending}')
+    for ending, is_wanted in wanted.items()
+    if is_wanted
+    for target in targets
+  ]
+  if len(set(files)) < len(files):
+    (twice, _), *_ = collections.Counter(files).most_common()
+    raise UserError(f'Results of two images would both be {twice}: rename one of the images.')
+  check_not_replaced(files)
   devices = jax.local_devices()[: len(images)]
   say_devices(data_mesh(devices))
   say_weights(options.checkpoint)
@@ -158,17 +212,29 @@ def main(arguments: Sequence[str]) -> None:
   make_folder(options.out)
 
   large_overlays: list[Path] = []
+  counts: list[tuple[int, int]] = []  # of unknown pixels and of all, for each image
 
-  def write(prediction: Prediction) -> tuple[int, UserError | None]:
-    target, label = targets[prediction.index], prediction.labels
+  def write(prediction: AnyPrediction) -> tuple[int, UserError | None]:
+    target, image, label = targets[prediction.index], prediction.image, prediction.labels
+    confidence = confidence_in(prediction)
+    if below is not None:
+      assert confidence is not None
+      label = with_unknown(label, confidence, below=below)
     label_map = with_palette(label, model.palette)
     if values is not None:
       label_map = Image.fromarray(values[label])
     try:
       save(label_map, Path(f'{target}.png'))
+      if options.confidence:
+        assert confidence is not None
+        shades = np.rint(255 * confidence).astype(np.uint8)
+        save(Image.fromarray(shades), Path(f'{target}{_CONFIDENCE}'))
+      if isinstance(prediction, ProbablePrediction):
+        path = Path(f'{target}{_PROBABILITIES}')
+        save_probabilities(prediction.probabilities, model.classes, path)
       if overlays:
-        picture = overlay(prediction.image, label, classes=model.classes, palette=model.palette)
-        path = Path(f'{target}_overlay.jpg')
+        picture = overlay(image, label, classes=model.classes, palette=model.palette)
+        path = Path(f'{target}{_OVERLAY}')
         if max(picture.shape) > JPEG_MAX_SIDE:
           path = path.with_suffix('.png')
           check_not_replaced([path], but=label_maps)
@@ -178,6 +244,8 @@ def main(arguments: Sequence[str]) -> None:
       if not concerns_one_file(error):
         raise
       return prediction.index, error
+    if below is not None:
+      counts.append((int((label == UNKNOWN).sum()), label.size))
     return prediction.index, None
 
   failures: dict[int, str] = {}
@@ -194,12 +262,14 @@ def main(arguments: Sequence[str]) -> None:
       multi_scale_flip=options.multi_scale_flip,
       max_pixels=options.max_pixels,
       on_error=note_failure,
+      return_probabilities=options.probabilities,
+      return_confidence=((options.confidence or below is not None) and not options.probabilities),
     )
     for index, error in in_threads(
       write,
       predictions,
-      size=lambda prediction: prediction.labels.size,
-      most=PIXELS_AHEAD,
+      size=lambda prediction: sum(array.nbytes for array in prediction[1:]),
+      most=4 * PIXELS_AHEAD,  # of three bytes of an image and one of a label map
       eager=True,
     ):
       if error is None:
@@ -209,6 +279,12 @@ def main(arguments: Sequence[str]) -> None:
   seconds = time.perf_counter() - started
   predicted = len(images) - len(failures)
   print(f'{predicted} of {len(images)} images were predicted in {seconds:.1f} s, to {options.out}.')
+  if below is not None:
+    unknown, pixels = np.sum(counts or [(0, 1)], axis=0).tolist()
+    print(
+      f'{unknown / pixels:.2%} of their pixels are unknown (label {UNKNOWN}): their class is less '
+      f'likely than {below}.'
+    )
   if large_overlays:
     print(
       f'{len(large_overlays)} overlays with more than {JPEG_MAX_SIDE:,} pixels on a side, which '
@@ -218,6 +294,15 @@ def main(arguments: Sequence[str]) -> None:
   if failures:
     listed = [failures[index] for index in sorted(failures)]
     raise UserError('\n  '.join([f'{len(failures)} images failed:', *listed]))
+
+
+def confidence_in(prediction: AnyPrediction) -> np.ndarray | None:
+  """Returns the probability of each label, (h, w) float32, if it was predicted."""
+  if isinstance(prediction, ConfidentPrediction):
+    return prediction.confidence
+  if isinstance(prediction, ProbablePrediction):
+    return confidence_of(prediction.probabilities, prediction.labels)
+  return None
 
 
 def find_images(inputs: Sequence[str]) -> dict[str, Path]:

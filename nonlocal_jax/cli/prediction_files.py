@@ -1,7 +1,11 @@
-"""Files of predictions: label maps and overlays, marked so that they are never taken for images."""
+"""Files of predictions: pictures and probabilities, marked so that they are known again.
+
+They are never taken for images, and replace no file but their like.
+"""
 
 import errno
 import io
+import zipfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -10,7 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from nonlocal_jax.data.paths import not_a_file
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.files import write_whole
+from nonlocal_jax.runtime.files import whole_file, write_whole
 
 JPEG_MAX_SIDE = 65_500  # of libjpeg, in pixels
 
@@ -23,9 +27,11 @@ _ERRORS_OF_A_NAME = (
 
 
 def with_palette(label: np.ndarray, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
-  """Converts a label map to a palette image in the colors of the classes."""
+  """Converts a label map to a palette image in the colors of the classes; unknown is black."""
   image = Image.fromarray(label)
-  image.putpalette(np.array(palette, np.uint8).ravel().tolist())
+  colors = np.zeros((int(label.max(initial=0)) + 1, 3), np.uint8)
+  colors = np.concatenate([np.array(palette, np.uint8), colors[len(palette) :]])
+  image.putpalette(colors.ravel().tolist())
   return image
 
 
@@ -49,6 +55,29 @@ def save(image: Image.Image, path: Path) -> None:
   write_whole(path, encoded.getvalue())
 
 
+def save_probabilities(probabilities: np.ndarray, classes: Sequence[str], path: Path) -> None:
+  """Writes a marked file for `numpy.load`, atomically.
+
+  Args:
+    probabilities: (h, w, classes) floats, the array `probabilities` of the file, as float16.
+    classes: Their names, the array `classes`.
+    path: The file, which ends in .npz.
+
+  Raises:
+    UserError: If it cannot be written.
+  """
+  with (
+    whole_file(path) as partial,
+    partial.open('wb') as file,
+    zipfile.ZipFile(file, 'w') as archive,
+  ):
+    archive.comment = _MARK.encode()
+    arrays = {'probabilities': probabilities.astype(np.float16), 'classes': np.array(classes)}
+    for name, array in arrays.items():
+      with archive.open(f'{name}.npy', 'w', force_zip64=True) as member:
+        np.lib.format.write_array(member, array, allow_pickle=False)
+
+
 def concerns_one_file(error: UserError) -> bool:
   """Whether other files can be written after an error of `save`."""
   cause = error.__cause__
@@ -56,13 +85,16 @@ def concerns_one_file(error: UserError) -> bool:
 
 
 def is_prediction(path: Path) -> bool:
-  """Whether a file was written by `save`."""
+  """Whether a file was written by `save` or `save_probabilities`."""
   try:
     if not_a_file(path):
       return False
+    if path.suffix == '.npz':
+      with zipfile.ZipFile(path) as archive:
+        return archive.comment == _MARK.encode()
     with Image.open(path) as image:
       return _MARK in (image.info.get('Software'), _text(image.info.get('comment')))
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+  except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError):
     return False
 
 

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import needs_packages
 from nonlocal_jax.runtime.files import write_whole
 
@@ -113,30 +114,32 @@ def overlay(
 
   Args:
     image: (h, w, 3) uint8 RGB.
-    label: (h, w) integers in [0, len(classes)).
+    label: (h, w) integers in [0, len(classes)), or 255 for unknown pixels, which become darker.
     classes: Name of each class.
     palette: The RGB color of each class, in [0, 255].
 
   Returns:
     (h', w', 3) uint8 RGB with h' >= h and w' > w. The legend lists the classes that occur, the most
-    frequent first.
+    frequent first, and 'unknown' among them.
   """
   height, width = label.shape
   text = max(12, min(height, width) // 40)  # pixels
   rows_at_once = max(_PIXELS_AT_ONCE // width, 1)
   blocks = [slice(top, top + rows_at_once) for top in range(0, height, rows_at_once)]
-  counts = np.zeros(len(classes), np.int64)
+  names = {**dict(enumerate(classes)), IGNORE: 'unknown'}
+  shades = {**dict(enumerate(palette)), IGNORE: (0, 0, 0)}
+  counts = np.zeros(256, np.int64)
   for rows in blocks:
-    counts += np.bincount(label[rows].ravel(), minlength=len(classes))
+    counts += np.bincount(label[rows].ravel(), minlength=256)
   present = [index for index in np.argsort(-counts, kind='stable').tolist() if counts[index]]
   font = ImageFont.load_default(text)
-  legend_width = 3 * text + max(int(font.getlength(classes[index])) for index in present)
+  legend_width = 3 * text + max(int(font.getlength(names[index])) for index in present)
   legend = Image.new('RGB', (legend_width, max(height, (2 * len(present) + 1) * text)), 'white')
   draw = ImageDraw.Draw(legend)
   for row, index in enumerate(present):
     left, top = text // 2, (2 * row + 1) * text
-    draw.rectangle((left, top, left + text, top + text), fill=tuple(palette[index]))
-    draw.text((left + 3 * text // 2, top - text // 8), classes[index], fill='black', font=font)
+    draw.rectangle((left, top, left + text, top + text), fill=tuple(shades[index]))
+    draw.text((left + 3 * text // 2, top - text // 8), names[index], fill='black', font=font)
   sheet = np.full((legend.height, width + legend_width, 3), 255, np.uint8)
   sheet[:, width:] = legend
   for rows in blocks:

@@ -1,4 +1,4 @@
-"""Predicts label maps for images of any size with a few compiled programs (mmseg `EncoderDecoder`).
+"""Predicts images of any size with a few compiled programs (mmseg `EncoderDecoder`).
 
 Each window of an image goes through the network padded to a shape that many images share; the
 padding is masked. Everything after the network (upsampling, cropping, averaging over windows,
@@ -9,8 +9,9 @@ are computed a few rows at a time.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +33,18 @@ from nonlocal_jax.runtime.parallel import (
   platform_of_mesh,
   shard_batch,
 )
+from nonlocal_jax.runtime.pipeline import one_behind
 
 _PIXELS_AT_ONCE = 2**21  # per device and call of the network: one Cityscapes image
 _CACHED_MATRICES = 8  # of views: images of one size follow one another, at six scales or one
 _COLUMNS_AT_ONCE = 128  # of the label map in one block, computed from a band of logits
+# Class probabilities that leave the devices in one piece (16 MB), of at least so many rows.
+_PROBABILITIES_AT_ONCE = 2**22
+_ROWS_AT_ONCE = 16
 
 
 class Predictor:
-  """Predicts the label maps of images, as a protocol says.
+  """Predicts the classes of images, and how likely they are, as a protocol says.
 
   Attributes:
     graphdef: Static part of the network.
@@ -97,25 +102,50 @@ class Predictor:
       logits = model.encode_decode(normalized, sizes=flat['extents'] if padded else None)
       return logits.reshape(n, count, *logits.shape[1:])
 
+    most_likely = functools.partial(
+      _most_likely,
+      averages=protocol.averages,
+      log_odds=_log_odds(config.threshold),
+      scores_at_once=execution.scores_at_once,
+    )
+
     def predict(
       views: Sequence[_LogitsOfView], *, windows: Sequence[Size], result: Size
     ) -> jax.Array:
-      labels = _most_likely(
-        views,
+      return _cropped(most_likely(views, windows, confident=False)[0], result)
+
+    def predict_confidence(
+      views: Sequence[_LogitsOfView], *, windows: Sequence[Size], result: Size
+    ) -> tuple[jax.Array, jax.Array]:
+      return _cropped(most_likely(views, windows, confident=True), result)
+
+    def predict_rows(
+      views: Sequence[_LogitsOfView],
+      first: jax.Array,
+      *,
+      windows: Sequence[Size],
+      rows: int,
+      width: int,
+    ) -> jax.Array:
+      take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=first, slice_size=rows)
+      probabilities = _probabilities(
+        [view._replace(rows=take(view.rows, axis=1)) for view in views],
         windows,
         averages=protocol.averages,
+        log_odds=_log_odds(config.threshold),
         scores_at_once=execution.scores_at_once,
       )
-      return labels[:, : result[0], : result[1]]
+      return probabilities[:, :, :width]
 
     self._matrices_on_devices = functools.lru_cache(maxsize=_CACHED_MATRICES)(self._matrices)
-    options = compiler_options(platform, deterministic=execution.deterministic)
-    self._window_logits = jax.jit(
-      window_logits, static_argnames=['padded'], compiler_options=options
+    jit = functools.partial(
+      jax.jit,
+      compiler_options=compiler_options(platform, deterministic=execution.deterministic),
     )
-    self._predict = jax.jit(
-      predict, static_argnames=['windows', 'result'], compiler_options=options
-    )
+    self._window_logits = jit(window_logits, static_argnames=['padded'])
+    self._predict = jit(predict, static_argnames=['windows', 'result'])
+    self._predict_confidence = jit(predict_confidence, static_argnames=['windows', 'result'])
+    self._predict_rows = jit(predict_rows, static_argnames=['windows', 'rows', 'width'])
 
   def __call__(
     self,
@@ -126,7 +156,21 @@ class Predictor:
     *,
     batch_size: int | None = None,
   ) -> jax.Array:
-    """Predicts images that share a padded shape; returns before the devices are done.
+    """Predicts the labels of images that share a padded shape, see `logits` and `labels`."""
+    return self.labels(self.logits(state, shape, views, sizes, batch_size=batch_size))
+
+  def logits(
+    self,
+    state: nnx.State,
+    shape: PaddedShape,
+    views: Sequence[Sequence[np.ndarray]],
+    sizes: Sequence[Size],
+    *,
+    batch_size: int | None = None,
+  ) -> 'BatchLogits':
+    """Computes the logits of images that share a padded shape.
+
+    Like the methods that take them, it returns before the devices are done.
 
     Args:
       state: Parameters and running statistics, on the mesh.
@@ -137,12 +181,11 @@ class Predictor:
         number of images.
 
     Returns:
-      Labels of the whole batch, over all processes: (n, *shape.result) uint8 on the devices,
-      sharded along the first axis; undefined in the padding.
+      The logits, at the output stride of the network.
     """
     n = batch_size or len(views)
     geometries = [views_of(self.protocol, size) for size in sizes]
-    arguments = []
+    logits_of_views = []
     for ratio, view_shape in enumerate(shape.views):
       view_images = [images[ratio] for images in views]
       geometry = [views_of_image[ratio] for views_of_image in geometries]
@@ -153,9 +196,51 @@ class Predictor:
       matrices = self._matrices_on_devices(
         view_shape, shape.result, tuple(geometry), tuple(sizes), n
       )
-      arguments.append(_LogitsOfView(logits, **matrices))
-    windows = tuple(view_shape.windows for view_shape in shape.views)
-    return self._predict(tuple(arguments), windows=windows, result=shape.result)
+      logits_of_views.append(_LogitsOfView(logits, **matrices))
+    return BatchLogits(shape, tuple(logits_of_views))
+
+  def labels(self, batch: 'BatchLogits') -> jax.Array:
+    """Returns the most likely class of each pixel.
+
+    Returns:
+      Labels of the whole batch, over all processes: (n, *shape.result) uint8 on the devices,
+      sharded along the first axis; undefined in the padding.
+    """
+    return self._predict(batch.views, windows=batch.windows, result=batch.shape.result)
+
+  def confident_labels(self, batch: 'BatchLogits') -> tuple[jax.Array, jax.Array]:
+    """Returns the most likely class of each pixel and its probability, the confidence.
+
+    Returns:
+      The result of `labels`, and the confidence as (n, *shape.result) float32 in [0, 1], on the
+      devices in the same way.
+    """
+    return self._predict_confidence(batch.views, windows=batch.windows, result=batch.shape.result)
+
+  def probabilities(self, batch: 'BatchLogits') -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the probabilities of the classes, a few rows at a time.
+
+    The softmax of the resized logits; with several sizes or flips the mean of theirs. No device
+    holds the probabilities of all rows.
+
+    Yields:
+      The number of the first row and (n, rows, width, classes) float32 of the whole batch, on the
+      host; undefined in the padding. The last rows may repeat some of those before.
+    """
+    height, width = batch.shape.result
+    n, *_, num_classes = batch.views[0].logits[0].shape
+    rows = min(max(_PROBABILITIES_AT_ONCE // (n * width * num_classes), _ROWS_AT_ONCE), height)
+
+    def dispatch(start: int) -> tuple[int, jax.Array]:
+      first = min(start, height - rows)
+      found = self._predict_rows(
+        batch.views, np.int32(first), windows=batch.windows, rows=rows, width=width
+      )
+      found.copy_to_host_async()
+      return first, found
+
+    for first, found in one_behind(map(dispatch, range(0, height, rows))):
+      yield first, np.asarray(found)
 
   def _shard(self, arrays: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     return shard_batch(arrays, self.mesh)
@@ -278,14 +363,108 @@ class _LogitsOfView(NamedTuple):
   bands: jax.Array  # (n, flips, blocks, columns of a block, width)
 
 
+class BatchLogits(NamedTuple):
+  """Logits of a batch of images that share a padded shape, see `Predictor.logits`."""
+
+  shape: PaddedShape
+  views: tuple[_LogitsOfView, ...]
+
+  @property
+  def windows(self) -> tuple[Size, ...]:
+    """The number of windows of each view (vertically, horizontally)."""
+    return tuple(view_shape.windows for view_shape in self.shape.views)
+
+
+def _cropped(results: Any, size: Size) -> Any:
+  """Cuts arrays (n, h, w) to (n, *size)."""
+  return jax.tree.map(lambda x: x[:, : size[0], : size[1]], results)
+
+
+def _log_odds(threshold: float | None) -> float:
+  """The score of the first of two classes that come from one output channel, see `as_two_classes`.
+
+  Without it, the softmax of both is the sigmoid of the channel.
+  """
+  return 0.0 if threshold is None else math.log(threshold / (1 - threshold))
+
+
 def _most_likely(
   views: Sequence[_LogitsOfView],
   windows: Sequence[Size],
   *,
   averages: bool,
+  log_odds: float,
+  scores_at_once: int,
+  confident: bool,
+) -> tuple[jax.Array, ...]:
+  """The most likely class of each pixel, (n, result_h, at least result_w) uint8.
+
+  Where `confident`, its probability as well, float32.
+  """
+
+  def of_scores(scores: jax.Array, passes: int) -> tuple[jax.Array, ...]:
+    labels = _first_of_largest(scores, axis=-2)
+    if not confident:
+      return (labels,)
+    highest = scores.max(axis=-2)
+    if averages:
+      return labels, highest / passes
+    scores = _without_log_odds(scores, log_odds)
+    if log_odds:
+      highest = jnp.where(labels == 0, scores[..., 0, :], scores[..., 1, :])
+    # Relative to the score of the label: exact where it is the largest, and finite where not.
+    return labels, 1 / jnp.exp(scores - highest[..., None, :]).sum(axis=-2)
+
+  return _map_rows(of_scores, views, windows, averages=averages, scores_at_once=scores_at_once)
+
+
+def _probabilities(
+  views: Sequence[_LogitsOfView],
+  windows: Sequence[Size],
+  *,
+  averages: bool,
+  log_odds: float,
   scores_at_once: int,
 ) -> jax.Array:
-  """The most likely class of each pixel, (n, result_h, at least result_w) uint8."""
+  """The probabilities of the classes, (n, rows, at least result_w, c) float32."""
+
+  def of_scores(scores: jax.Array, passes: int) -> jax.Array:
+    if averages:
+      shares = scores / passes
+    else:
+      shares = jax.nn.softmax(_without_log_odds(scores, log_odds), axis=-2)
+    return jnp.moveaxis(shares, -2, -1)
+
+  return _map_rows(of_scores, views, windows, averages=averages, scores_at_once=scores_at_once)
+
+
+def _without_log_odds(scores: jax.Array, log_odds: float) -> jax.Array:
+  """Subtracts `_log_odds` from the scores (..., c, columns) of the first class."""
+  return scores.at[..., 0, :].add(-log_odds) if log_odds else scores
+
+
+def _map_rows(
+  function: Callable[[jax.Array, int], Any],
+  views: Sequence[_LogitsOfView],
+  windows: Sequence[Size],
+  *,
+  averages: bool,
+  scores_at_once: int,
+) -> Any:
+  """Applies a function to the class scores at image size, of a few rows at a time.
+
+  Args:
+    function: From scores (n, blocks of columns, rows, c, columns) and the number of passes whose
+      sum they are, to a pytree of arrays (n, blocks, rows, columns, ...). Scores are logits, or
+      probabilities where the protocol averages.
+    views: The logits.
+    windows: Number of windows of each view.
+    averages: Whether to sum the softmax of each pass.
+    scores_at_once: See `Execution`.
+
+  Returns:
+    A pytree of arrays (n, rows, at least result_w, ...).
+  """
   # Each (n, h, flips, w, c).
   mosaics = [_mosaic(view, counts) for view, counts in zip(views, windows, strict=True)]
   n, _, flips, _, num_classes = mosaics[0].shape
@@ -301,18 +480,22 @@ def _most_likely(
     of_flips = jax.vmap(of_blocks, in_axes=(1, 0))
     return jax.vmap(of_flips)(scores, view.starts)
 
-  def classes_of_rows(rows_of_views: tuple[jax.Array, ...]) -> jax.Array:
+  def joined(x: jax.Array) -> jax.Array:
+    x = jnp.moveaxis(x, 1, 2)  # (n, rows, blocks, columns, ...)
+    return x.reshape(*x.shape[:2], column_blocks * columns, *x.shape[4:])
+
+  def of_rows(rows_of_views: tuple[jax.Array, ...]) -> Any:
     totals = []
     for rows, mosaic, view in zip(rows_of_views, mosaics, views, strict=True):
       scores = jnp.einsum('nor,nrfwc->nofwc', rows, mosaic, precision=highest)
       scores = neighbors(scores, view)
       scores = jnp.einsum('nfbpw,nfbowc->nfbocp', view.bands, scores, precision=highest)
       totals.append((jax.nn.softmax(scores, axis=-2) if averages else scores).sum(axis=1))
-    labels = jnp.moveaxis(_first_of_largest(sum(totals[1:], start=totals[0]), axis=-2), 1, 2)
-    return labels.reshape(*labels.shape[:2], column_blocks * columns)
+    total = sum(totals[1:], start=totals[0])
+    return jax.tree.map(joined, function(total, flips * len(views)))
 
   rows_of_views = tuple(view.rows for view in views)
-  return map_blocks(classes_of_rows, rows_of_views, max(scores_at_once // scores_of_row, 1))
+  return map_blocks(of_rows, rows_of_views, max(scores_at_once // scores_of_row, 1))
 
 
 def _first_of_largest(scores: jax.Array, *, axis: int) -> jax.Array:

@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, cast, get_args, overload
+from typing import Any, Literal, cast, get_args, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,13 @@ from nonlocal_jax.export.files import Exported, Format, export_network
 from nonlocal_jax.inference.attention import AttentionPrograms, ImageAttention, Point
 from nonlocal_jax.inference.images import MAX_PIXELS, ImageLike, as_array
 from nonlocal_jax.inference.predictor import Predictor
-from nonlocal_jax.inference.stream import Prediction, labels_of, predictions
+from nonlocal_jax.inference.stream import (
+  AnyPrediction,
+  Prediction,
+  Result,
+  prediction_of,
+  predictions,
+)
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.config import chosen_attention
 from nonlocal_jax.models.folding import fold_batch_norms
@@ -260,14 +266,42 @@ class PretrainedModel:
     max_pixels: int = MAX_PIXELS,
   ) -> list[np.ndarray]: ...
 
+  @overload
+  def predict(
+    self,
+    image: ImageLike,
+    *,
+    multi_scale_flip: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
+    return_confidence: bool = False,
+    return_probabilities: bool = False,
+  ) -> tuple[np.ndarray, np.ndarray]: ...
+
+  @overload
+  def predict(
+    self,
+    image: Sequence[ImageLike],
+    *,
+    multi_scale_flip: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
+    return_confidence: bool = False,
+    return_probabilities: bool = False,
+  ) -> list[tuple[np.ndarray, np.ndarray]]: ...
+
   def predict(
     self,
     image: ImageLike | Sequence[ImageLike],
     *,
     multi_scale_flip: bool | None = None,
     max_pixels: int = MAX_PIXELS,
-  ) -> np.ndarray | list[np.ndarray]:
+    return_confidence: bool = False,
+    return_probabilities: bool = False,
+  ) -> np.ndarray | tuple[np.ndarray, np.ndarray] | list[Any]:
     """Predicts the class of each pixel by the model's `protocol`.
+
+    Probabilities are the softmax of the logits, resized to the image; with `multi_scale_flip` the
+    mean over the sizes and flips. They are computed a few rows at a time. `inference.probabilities`
+    has their entropy, the k largest ones, and labels of uncertain pixels as unknown.
 
     Args:
       image: A path, a PIL image or an array (h, w, 3) uint8 RGB, or a list of them. Files and PIL
@@ -275,23 +309,58 @@ class PretrainedModel:
       multi_scale_flip: Whether to average over six sizes, each mirrored as well: better, and some
         17 times the work. None for what the protocol says.
       max_pixels: Limit of the pixels of a file or PIL image, which bounds the memory that it takes.
+      return_confidence: Whether to return the probability of each pixel's class as well.
+      return_probabilities: Whether to return the probabilities of all classes as well.
 
     Returns:
-      (h, w) int32 in [0, classes); for a list a list of them.
+      (h, w) int32 in [0, classes), or a pair of that and the confidence, (h, w) float32, or the
+      probabilities, (h, w, classes) float32; for a list a list of them.
 
     Raises:
       UserError: If a file cannot be read, or has more pixels than `max_pixels`.
-      ValueError: If an image has another shape, dtype or mode.
+      ValueError: If an image has another shape, dtype or mode, or both confidence and probabilities
+        are asked for.
       TypeError: If it is none of these.
     """
+    result = _result(confidence=return_confidence, probabilities=return_probabilities)
+
+    def returned(prediction: AnyPrediction) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+      _, _, labels, *rest = prediction
+      labels = labels.astype(np.int32)
+      return (labels, np.require(rest[0], requirements=['C', 'W'])) if rest else labels
+
+    channels, state = self.description.config.in_channels, self._prediction_state
+    predictor = self._predictor_of(multi_scale_flip)
     if isinstance(image, list | tuple):
-      several = self.predict_many(image, multi_scale_flip=multi_scale_flip, max_pixels=max_pixels)
-      found = {index: labels.astype(np.int32) for index, _, labels in several}
+      several = predictions(
+        image, predictor, state, channels=channels, result=result, max_pixels=max_pixels
+      )
+      found = {prediction.index: returned(prediction) for prediction in several}
       return [found[index] for index in range(len(image))]
-    channels = self.description.config.in_channels
     array = as_array(cast(ImageLike, image), channels=channels, max_pixels=max_pixels)
-    labels = labels_of(array, self._predictor_of(multi_scale_flip), self._prediction_state)
-    return labels.astype(np.int32)
+    return returned(prediction_of(array, predictor, state, result=result))
+
+  @overload
+  def predict_many(
+    self,
+    images: Sequence[ImageLike],
+    *,
+    multi_scale_flip: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
+    on_error: Callable[[int, UserError], object] | None = None,
+  ) -> Iterator[Prediction]: ...
+
+  @overload
+  def predict_many(
+    self,
+    images: Sequence[ImageLike],
+    *,
+    multi_scale_flip: bool | None = None,
+    max_pixels: int = MAX_PIXELS,
+    on_error: Callable[[int, UserError], object] | None = None,
+    return_confidence: bool = False,
+    return_probabilities: bool = False,
+  ) -> Iterator[AnyPrediction]: ...
 
   def predict_many(
     self,
@@ -300,7 +369,9 @@ class PretrainedModel:
     multi_scale_flip: bool | None = None,
     max_pixels: int = MAX_PIXELS,
     on_error: Callable[[int, UserError], object] | None = None,
-  ) -> Iterator[Prediction]:
+    return_confidence: bool = False,
+    return_probabilities: bool = False,
+  ) -> Iterator[AnyPrediction]:
     """Predicts images while others are read; holds a few of them at a time.
 
     Images of similar size share a compiled program, and on GPUs and TPUs go through it together.
@@ -311,6 +382,9 @@ class PretrainedModel:
       max_pixels: See `predict`.
       on_error: Called with the index of a file that cannot be read and the error, in place of its
         prediction; None to raise the error.
+      return_confidence: Whether to yield `ConfidentPrediction`s, with the probability of each
+        pixel's class.
+      return_probabilities: Whether to yield `ProbablePrediction`s, with those of all classes.
 
     Yields:
       The predictions, images of similar size one after another.
@@ -323,6 +397,7 @@ class PretrainedModel:
       self._predictor_of(multi_scale_flip),
       self._prediction_state,
       channels=self.description.config.in_channels,
+      result=_result(confidence=return_confidence, probabilities=return_probabilities),
       max_pixels=max_pixels,
       on_error=on_error,
     )
@@ -509,6 +584,15 @@ class PretrainedModel:
       confidence=confidence,
       on_step=on_step,
     )
+
+
+def _result(*, confidence: bool, probabilities: bool) -> Result:
+  if confidence and probabilities:
+    raise ValueError(
+      'return_confidence and return_probabilities are both set; take the confidence from the '
+      'probabilities by inference.probabilities.confidence_of'
+    )
+  return 'probabilities' if probabilities else 'confidence' if confidence else 'labels'
 
 
 def _check_corners(config: NonLocalNetConfig, protocol: EvalProtocol) -> None:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.batches import batches_of, images_at_once
 from nonlocal_jax.inference.buckets import PaddedShape, shapes_with_room
 from nonlocal_jax.inference.images import MAX_PIXELS, ImageLike, as_array, sizes_of
-from nonlocal_jax.inference.predictor import Predictor
+from nonlocal_jax.inference.predictor import BatchLogits, Predictor
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.protocol import EvalProtocol, Size
 from nonlocal_jax.runtime.parallel import platform_of_mesh
@@ -38,6 +38,42 @@ class Prediction(NamedTuple):
   labels: np.ndarray
 
 
+class ConfidentPrediction(NamedTuple):
+  """An image, its label map and how likely the labels are.
+
+  Attributes:
+    index: See `Prediction`.
+    image: See `Prediction`.
+    labels: See `Prediction`.
+    confidence: (h, w) float32, the probability of each pixel's label.
+  """
+
+  index: int
+  image: np.ndarray
+  labels: np.ndarray
+  confidence: np.ndarray
+
+
+class ProbablePrediction(NamedTuple):
+  """An image, its label map and the probabilities of all classes.
+
+  Attributes:
+    index: See `Prediction`.
+    image: See `Prediction`.
+    labels: See `Prediction`.
+    probabilities: (h, w, classes) float32.
+  """
+
+  index: int
+  image: np.ndarray
+  labels: np.ndarray
+  probabilities: np.ndarray
+
+
+Result = Literal['labels', 'confidence', 'probabilities']
+AnyPrediction = Prediction | ConfidentPrediction | ProbablePrediction
+
+
 class _Read(NamedTuple):
   """An image that was read, and resized to each size of the protocol."""
 
@@ -51,13 +87,64 @@ class _Read(NamedTuple):
     return self.image.shape[:2]
 
 
-def labels_of(image: np.ndarray, predictor: Predictor, state: nnx.State) -> np.ndarray:
-  """Predicts one image, (h, w, channels) uint8; returns the class of each pixel, (h, w) uint8."""
+class _Computed(NamedTuple):
+  """Results of a batch, which devices may still be computing."""
+
+  labels: jax.Array
+  confidence: jax.Array | None
+  logits: BatchLogits | None  # where all probabilities are wanted
+
+  @classmethod
+  def from_logits(cls, predictor: Predictor, logits: BatchLogits, result: Result) -> Self:
+    """Dispatches what follows the network, and copies to the host."""
+    confidence = None
+    if result == 'confidence':
+      labels, confidence = predictor.confident_labels(logits)
+      confidence.copy_to_host_async()
+    else:
+      labels = predictor.labels(logits)
+    labels.copy_to_host_async()
+    return cls(labels, confidence, logits if result == 'probabilities' else None)
+
+  def of_images(self, read: Sequence[_Read], predictor: Predictor) -> Iterator[AnyPrediction]:
+    """Waits for the results; yields those of each image, without the padding."""
+    labels = np.asarray(self.labels)
+    confidence = None if self.confidence is None else np.asarray(self.confidence)
+    probabilities = None if self.logits is None else _collected(predictor, self.logits, read)
+    for place, (index, image, _) in enumerate(read):
+      inside = (place, slice(image.shape[0]), slice(image.shape[1]))
+      if probabilities is not None:
+        yield ProbablePrediction(index, image, labels[inside], probabilities.pop(0))
+      elif confidence is not None:
+        yield ConfidentPrediction(index, image, labels[inside], confidence[inside])
+      else:
+        yield Prediction(index, image, labels[inside])
+
+
+def _collected(
+  predictor: Predictor, logits: BatchLogits, read: Sequence[_Read]
+) -> list[np.ndarray]:
+  """Collects the probabilities of each image, (h, w, classes) float32, from those of rows."""
+  num_classes = logits.views[0].logits[0].shape[-1]
+  found = [np.empty((*one.size, num_classes), np.float32) for one in read]
+  for first, rows in predictor.probabilities(logits):
+    for place, array in enumerate(found):
+      part = array[first : first + rows.shape[1]]
+      part[:] = rows[place, : part.shape[0], : part.shape[1]]
+  return found
+
+
+def prediction_of(
+  image: np.ndarray, predictor: Predictor, state: nnx.State, *, result: Result = 'labels'
+) -> AnyPrediction:
+  """Predicts one image, (h, w, channels) uint8."""
   size, protocol = image.shape[:2], predictor.protocol
   shape = PaddedShape.from_image(size, protocol).with_room(networks=protocol.window_crop is None)
   views = _views(image, protocol)
-  labels = predictor(state, shape, [views], [size], batch_size=predictor.mesh.size)
-  return np.asarray(labels)[0, : size[0], : size[1]]
+  logits = predictor.logits(state, shape, [views], [size], batch_size=predictor.mesh.size)
+  computed = _Computed.from_logits(predictor, logits, result)
+  (prediction,) = computed.of_images([_Read(0, image, [])], predictor)
+  return prediction
 
 
 def predictions(
@@ -66,9 +153,10 @@ def predictions(
   state: nnx.State,
   *,
   channels: int,
+  result: Result = 'labels',
   max_pixels: int = MAX_PIXELS,
   on_error: Callable[[int, UserError], object] | None = None,
-) -> Iterator[Prediction]:
+) -> Iterator[AnyPrediction]:
   """Predicts images, those of one padded shape after another.
 
   Args:
@@ -76,19 +164,18 @@ def predictions(
     predictor: Predicts on the devices of its mesh.
     state: The network's weights, on the mesh.
     channels: Channels that each image must have.
+    result: What to predict: 'labels', also their 'confidence', or also the 'probabilities' of all
+      classes.
     max_pixels: See `PretrainedModel.predict`.
     on_error: See `PretrainedModel.predict_many`.
 
   Yields:
     A prediction of each image that could be read.
   """
-  for read, labels in one_behind(
-    _computing(images, predictor, state, channels, max_pixels, on_error)
+  for read, computed in one_behind(
+    _computing(images, predictor, state, channels, result, max_pixels, on_error)
   ):
-    on_host = np.asarray(labels)
-    for place, (index, image, _) in enumerate(read):
-      height, width = image.shape[:2]
-      yield Prediction(index, image, on_host[place, :height, :width])
+    yield from computed.of_images(read, predictor)
 
 
 def _computing(
@@ -96,10 +183,11 @@ def _computing(
   predictor: Predictor,
   state: nnx.State,
   channels: int,
+  result: Result,
   max_pixels: int,
   on_error: Callable[[int, UserError], object] | None,
-) -> Iterator[tuple[list[_Read], jax.Array]]:
-  """Yields batches and their label maps, which devices may still be computing."""
+) -> Iterator[tuple[list[_Read], _Computed]]:
+  """Yields batches and their results."""
   protocol, mesh = predictor.protocol, predictor.mesh
   shapes_for_sizes = functools.partial(
     shapes_with_room, protocol=protocol, platform=platform_of_mesh(mesh)
@@ -114,18 +202,19 @@ def _computing(
 
   def dispatch(
     shape: PaddedShape, together: list[_Read], batch_size: int
-  ) -> tuple[list[_Read], jax.Array]:
+  ) -> tuple[list[_Read], _Computed]:
     views = [found.views for found in together]
     sizes = [found.size for found in together]
-    labels = predictor(state, shape, views, sizes, batch_size=batch_size)
-    labels.copy_to_host_async()
-    return [found._replace(views=[]) for found in together], labels
+    logits = predictor.logits(state, shape, views, sizes, batch_size=batch_size)
+    computed = _Computed.from_logits(predictor, logits, result)
+    return [found._replace(views=[]) for found in together], computed
 
   sizes = [size or _UNKNOWN for size in sizes_of(images, max_pixels=max_pixels)]
   shape_of = shapes_for_sizes(sizes)
   batches = batches_of(
     [shape_of[size] for size in sizes],
-    most=lambda shape: images_at_once(shape, protocol, mesh),
+    # Probabilities of several images would fill the host's memory.
+    most=lambda shape: 1 if result == 'probabilities' else images_at_once(shape, protocol, mesh),
     num_devices=mesh.size,
   )
   loaded = in_threads(
