@@ -52,12 +52,18 @@ def test_the_limit_of_open_files_is_raised_as_far_as_allowed(before, after, monk
       'warning: This process may have 4.0 GiB of address space (ulimit -v); where that does not '
       'suffice, XLA aborts it.',
     ),
+    (
+      'mkdir é && cd é && export LC_ALL=C PYTHONUTF8=0 PYTHONCOERCECLOCALE=0',
+      1,
+      "error: Paths are ascii in this locale, which '{folder}/\\udcc3\\udca9' is not: set "
+      'PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8.',
+    ),
   ],
-  ids=['files', 'folder', 'addresses'],
+  ids=['files', 'folder', 'addresses', 'locale'],
 )
 def test_what_cannot_be_changed_is_said(setup, status, said, tmp_path):
   command = f'{setup} && PYTHONPATH={ROOT} {sys.executable} -m nonlocal_jax doctor --help'
   result = subprocess.run(
     ['bash', '-c', command], cwd=tmp_path, capture_output=True, text=True, timeout=120
   )
-  assert (result.returncode, result.stderr.strip()) == (status, said)
+  assert (result.returncode, result.stderr.strip()) == (status, said.format(folder=tmp_path))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import resource
 import shutil
@@ -399,3 +400,11 @@ def test_unwritable_data_dir(tree, tmp_path):
   (tmp_path / 'file').touch()
   with pytest.raises(UserError, match=r'custom-val cannot be prepared in \S+/file/\S+: .*data_dir'):
     preparation.prepare(CUSTOM, tree[0], splits=['val'], data_dir=tmp_path / 'file')
+
+
+def test_a_data_dir_that_is_not_utf8_is_refused(tree, tmp_path):
+  """ArrayRecord raises TypeError, of a dozen lines."""
+  folder = os.fsdecode(bytes(tmp_path) + b'/\xe9')
+  with pytest.raises(UserError, match=r'in .*\\udce9/.*, whose name is not UTF-8'):
+    preparation.prepare(CUSTOM, tree[0], splits=['val'], data_dir=folder)
+  assert not list(tmp_path.rglob('*.array_record*'))

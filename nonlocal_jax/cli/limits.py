@@ -17,12 +17,20 @@ def check_limits() -> None:
   Warns of a limit of the address space, above which XLA aborts the process.
 
   Raises:
-    UserError: If the working directory was deleted, or very few files may be open at once.
+    UserError: If the working directory was deleted, the locale cannot write a path that was given,
+      or very few files may be open at once.
   """
   try:
-    os.getcwd()
+    directory = os.getcwd()
   except OSError as error:
     raise UserError('The working directory was deleted: change to one that exists.') from error
+  encoding = sys.getfilesystemencoding()
+  foreign = next((text for text in (*sys.argv, directory) if not text.isascii()), None)
+  if foreign is not None and encoding != 'utf-8':  # libraries in C++ take UTF-8 alone
+    raise UserError(
+      f'Paths are {encoding} in this locale, which {foreign!a} is not: set PYTHONUTF8=1, or a '
+      'locale such as LC_ALL=C.UTF-8.'
+    )
   soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
   if soft != resource.RLIM_INFINITY and soft < _WANTED_FILES:
     soft = _WANTED_FILES if hard == resource.RLIM_INFINITY else max(soft, min(hard, _WANTED_FILES))

@@ -36,6 +36,15 @@ def is_remote(path: Path) -> bool:
   return '://' in os.fspath(path)
 
 
+def is_utf8(path: str | os.PathLike[str]) -> bool:
+  """Whether a path is UTF-8, as libraries in C++ take it; file systems allow any bytes."""
+  try:
+    os.fspath(path).encode()
+  except UnicodeEncodeError:
+    return False
+  return True
+
+
 def files_below(folder: Path) -> list[Path]:
   """Lists the files below a folder recursively, sorted by name.
 

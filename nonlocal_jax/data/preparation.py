@@ -24,7 +24,7 @@ from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 from nonlocal_jax.data.datasets import Dataset, Split, read_description
 from nonlocal_jax.data.layouts import Listing, Sample, list_samples
 from nonlocal_jax.data.origins import absolute, record_origin
-from nonlocal_jax.data.paths import is_remote, version_of
+from nonlocal_jax.data.paths import is_remote, is_utf8, version_of
 from nonlocal_jax.data.prepared import NAME, VERSION, PreparedSplit, record_files
 from nonlocal_jax.data.validation import AuditedSample, read_sample
 from nonlocal_jax.errors import UserError
@@ -98,6 +98,11 @@ def _prepare_split(
     if not builder.is_prepared():
       if listing.incomplete and not skip_bad:
         raise _bad_samples(name, list(listing.incomplete.values()))
+      if not is_utf8(builder.data_path):
+        raise UserError(
+          f'{name} cannot be prepared in {str(builder.data_path)!a}, whose name is not UTF-8; '
+          'give another folder as data_dir.'
+        )
       try:
         builder.prepare_alone()
       except (OSError, RuntimeError) as error:  # ArrayRecord raises the latter on a full disk

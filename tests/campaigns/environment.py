@@ -10,7 +10,6 @@ mounted in a namespace of their own, which needs `unshare` of Linux.
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -27,6 +26,7 @@ from flax import nnx
 
 from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.data.synthetic import write_demo_set
+from nonlocal_jax.evaluation.report import read_report
 from nonlocal_jax.weights.loading import read_weights
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -194,7 +194,8 @@ def results(name: str, out: Path) -> dict[str, object]:
     _, state = read_weights(out / ('run' if name == 'train' else 'converted'))
     return {str(path): np.asarray(x.get_value()) for path, x in nnx.to_flat_state(state)}
   if name == 'eval':
-    return json.loads((out / 'run/metrics.json').read_text())['metrics']
+    report = read_report(out / 'run')
+    return {key: report[key] for key in ('images', 'mIoU', 'classes', 'confusion')}
   found = {}
   for info in sorted(out.glob('prepared/nonlocal_jax/custom-*/*/dataset_info.json')):
     split = PreparedSplit('x', info.parent)
