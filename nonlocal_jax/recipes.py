@@ -186,6 +186,9 @@ def get_config(name: str) -> ConfigDict:
   base, _, variant = name.partition(':')
   names = config_names()
   if base not in names:
+    model = next((m for m in RELEASED if base in (m.name, m.config_name)), None)
+    if model is not None:
+      raise UserError(f'{base} is a released model; the name of its config is {model.recipe}.')
     likely = nearest(base, names)
     raise UserError(
       f'there is no config {base!r}; {f"the nearest is {likely}, of " if likely else "there are "}'

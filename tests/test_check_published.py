@@ -5,6 +5,7 @@ import shutil
 import sys
 import textwrap
 import types
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from nonlocal_jax.cli.check_published import check_all, checks_of, run_and_time
 from nonlocal_jax.cli.published_plan import Check, Places, as_duration, say_plan
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.deviations import likely_causes
+from nonlocal_jax.runtime.locks import used_alone
 from nonlocal_jax.weights.loading import sha256_of
 from nonlocal_jax.weights.names import released_path
 from nonlocal_jax.weights.released import RELEASED, released_model
@@ -167,7 +169,7 @@ def test_what_cannot_be_had_is_told_and_the_rest_goes_on(runner, tmp_path, monke
 def test_the_plan_tells_sizes_and_time(tmp_path, monkeypatch, capsys):
   monkeypatch.setenv('NONLOCAL_JAX_HOME', str(tmp_path / 'home'))
   checks = [Check(PRESENT, False, 40.75), Check(ABSENT, False, 42.90)]
-  devices = [{'kind': 'NVIDIA H100', 'products_per_second': 25e12}]
+  devices = [{'kind': 'NVIDIA H100', 'platform': 'gpu', 'products_per_second': 25e12}]
   monkeypatch.setattr(published_plan, 'devices_of_subprocess', lambda _: (devices, ''))
   usage = types.SimpleNamespace(free=5e9)
   monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
@@ -177,10 +179,42 @@ def test_the_plan_tells_sizes_and_time(tmp_path, monkeypatch, capsys):
   assert f'To download, in {tmp_path / "home"}, where 5.0 GB are free:' in said
   assert f'{PRESENT.file}: about 200.7 MB' in said
   assert 'ade20k with its unpacked files: about 1.9 GB' in said
-  # Two starts of a minute, and 40 and 50 s at the rate of one product after the other.
-  assert said.endswith('On 1 x NVIDIA H100 it takes about 3 min.\n')
+  # Two starts of a minute, and 45 and 62 s at half the rate of one product after the other.
+  assert 'On 1 x NVIDIA H100 it takes about 4 min: reckoned from the speed of matrix' in said
+  assert said.endswith(
+    'no evaluation was timed on a GPU yet, so it may take half or twice as long.\n'
+  )
   say_plan(checks, Places({}))
   assert 'To download' not in capsys.readouterr().err
+  # Reading 2 x 2000 images takes longer than the network does in TF32.
+  devices[0]['products_per_second'] = 180e12
+  say_plan(checks, Places({}), precision='default')
+  assert 'it takes about 3 min' in capsys.readouterr().err
+  devices[0] |= {'kind': 'cpu', 'platform': 'cpu', 'products_per_second': 1e11}
+  say_plan(checks, Places({}))
+  assert 'it takes about 3 h 7 min' in capsys.readouterr().err
+
+
+def test_the_estimate_is_that_of_figures_measured_on_an_h100():
+  """Times of whole predictions in benchmarks/, and the speed of matrix products of that GPU."""
+  path = Path(__file__).parents[1] / 'benchmarks/nvidia_h100_80gb_hbm3.json'
+  measured = {
+    entry['label']: entry['seconds']
+    for entry in json.loads(path.read_text())
+    if entry['section'] == 'inference' and entry['side'] == 'first'
+  }
+  check = Check(released_model('nonlocal_r50-d8_512x1024_80k_cityscapes'), False, 0.0)
+  seconds = check.multiplications / check.images
+  for label, products, is_float32 in (('highest', 49e12 / 2, True), ('default', 360e12 / 2, False)):
+    reckoned = seconds / (products * published_plan._EFFICIENCY['gpu', is_float32])
+    assert 1 / 2 < reckoned / measured[f'1024x2048, {label}'] < 2
+
+
+def test_the_rate_is_measured(capsys):
+  published_plan.print_rate('highest')
+  devices = json.loads(capsys.readouterr().out)
+  assert {device['platform'] for device in devices} == {'cpu'}
+  assert all(device['products_per_second'] > 1e8 for device in devices)
 
 
 def test_the_work_of_several_scales_and_windows():
@@ -240,7 +274,7 @@ def test_likely_causes_fit_the_size_of_the_difference():
   [
     ('agrees', None, ''),
     ('differs', 1, 'error: 1 of 1 published numbers were not reproduced.'),
-    ('missing', 1, 'give their folder as --checkpoints, or --download.'),
+    ('missing', 1, 'are not here: give their folder as --checkpoints, or --download.'),
   ],
 )
 def test_exit_status(verdict, status, sentence, script, tmp_path, monkeypatch, capsys):
@@ -249,8 +283,9 @@ def test_exit_status(verdict, status, sentence, script, tmp_path, monkeypatch, c
   row |= {'images_per_second': None}
   row['measured'] = None if verdict == 'missing' else 1.0
   monkeypatch.setattr(check_published, 'check_all', lambda *_, **__: [row])
-  monkeypatch.setattr(check_published, 'say_plan', lambda *_: None)
-  found = script(check_published, f'--checkpoints={tmp_path}', f'--data={tmp_path}')
+  monkeypatch.setattr(check_published, 'say_plan', lambda *_, **__: None)
+  folder = f'={tmp_path}'
+  found = script(check_published, f'--checkpoints{folder}', f'--data{folder}', f'--out{folder}')
   assert found[0] == status
   assert found[1].endswith(sentence)
   assert verdict in capsys.readouterr().out
@@ -291,11 +326,52 @@ def test_the_command_is_found_from_any_folder(tmp_path, monkeypatch):
   assert "there is no config 'nonsense'" in found['error']
 
 
+@pytest.mark.parametrize(
+  ('arguments', 'status', 'message'),
+  [
+    (['--config.nonsense=3'], 1, 'there is no field config.nonsense'),
+    (['x'], 2, "'x' is no flag"),
+    (['--config.eval.precision=3'], 1, 'config.eval.precision is 3; it must be'),
+    (['--config.eval.multi_scale_flip=True'], 2, 'is set by --multi-scale-flip: give that'),
+    (['--config.data.source_dir=DIR'], 2, 'is set by --data: give that'),
+    (['--username=me'], 2, '--username is a login for Cityscapes, which no model'),
+    (['--out=file'], 1, 'Folder file cannot be made: File exists'),
+  ],
+)
+def test_wrong_options_are_told_before_anything_is_downloaded(
+  arguments, status, message, script, tmp_path, monkeypatch
+):
+  monkeypatch.chdir(tmp_path)
+  Path('file').touch()
+  monkeypatch.setenv('NONLOCAL_JAX_HOME', str(tmp_path / 'home'))
+  found = script(check_published, '--models=ade20k_r50', '--download', *arguments)
+  assert found[0] == status
+  assert message in found[1]
+  assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_weights_that_are_named_and_not_here(script, tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('NONLOCAL_JAX_HOME', str(tmp_path / 'home'))
+  monkeypatch.setattr(check_published, 'say_plan', lambda *_, **__: pytest.fail('there is no plan'))
+  status, said = script(check_published, '--models=ade20k_r50', f'--out={tmp_path / "out"}')
+  assert status == 1
+  assert said.startswith('error: The weights of 1 of 1 published numbers are not here: give their')
+
+
+def test_one_run_at_a_time_in_a_folder(script, tmp_path):
+  with used_alone(tmp_path, 'taken'):
+    status, said = script(check_published, '--models=ade20k_r50', f'--out={tmp_path}')
+  assert status == 1
+  assert 'is in use by another run; wait for its end, or give another --out.' in said
+
+
 def test_wrong_arguments_are_refused(script, tmp_path):
   found = script(check_published, '--checkpoints=nowhere', f'--data={tmp_path}')
   assert found == (
     1,
     'error: There is no folder nowhere: give the one with the released .pth files.',
   )
+  found = script(check_published, f'--checkpoints={tmp_path}', '--data=nowhere')
+  assert found[1].startswith('error: There is no folder nowhere: give the one with cityscapes')
   status, said = script(check_published, '--checkpoints=x', '--data=y', '--ouf=z')
   assert (status, said[:53]) == (2, 'error: there is no option --ouf; the nearest is --out')

@@ -56,6 +56,23 @@ def test_this_installation_works(tmp_path):
   assert found['folders']['cache']['path'] == os.environ['JAX_COMPILATION_CACHE_DIR']
 
 
+def test_released_weights_are_listed(here, script, monkeypatch, tmp_path, capsys):
+  monkeypatch.setenv('NONLOCAL_JAX_HOME', str(tmp_path / 'home'))
+  assert script(doctor) == (None, '')
+  printed = capsys.readouterr().out
+  assert f'released weights  {tmp_path}/home/weights: does not exist yet, ' in printed
+  assert 'weights here      none\n' in printed
+  folder = tmp_path / 'home/weights'
+  folder.mkdir(parents=True)
+  with open(folder / 'resnet50_v1c-2cccc1ad.pth', 'wb') as file:
+    file.truncate(2**28)  # takes up no space
+  (folder / 'resnet101_v1c-e67eebb6.pth.part').touch()
+  assert script(doctor) == (None, '')
+  printed = capsys.readouterr().out
+  assert f'released weights  {folder}: holds 0.25 GiB, ' in printed
+  assert 'weights here      resnet50_v1c-2cccc1ad.pth\n' in printed
+
+
 def test_the_text_says_the_same(here, script, capsys):
   assert script(doctor) == (None, '')
   printed = capsys.readouterr().out

@@ -260,12 +260,37 @@ def test_mirrors(server, tmp_path, monkeypatch):
   monkeypatch.setenv(addresses.OFFLINE, '1')  # a folder is no network
   assert fetch(f'https://example.org{PATH}', tmp_path / 'file') == DATA
   (folder / PATH[1:]).unlink()
-  with pytest.raises(UserError, match=rf'the mirror of https://example.org{PATH}, \(No such file'):
+  missing = rf'the mirror of https://example.org{PATH}, \(No such .*\): see to NONLOCAL_JAX_MIRROR'
+  with pytest.raises(UserError, match=missing):
     fetch(f'https://example.org{PATH}', tmp_path / 'none')
-  for wrong in ('example.org:80', 'file://host/folder', 'ftp://example.org'):
+  wrong_ones = ['example.org:80', 'file://host/folder', 'ftp://example.org', 'http://[::1']
+  wrong_ones += ['http://host:port', 'http://host:99999', 'http://:80', 'http://host/?a=b']
+  for wrong in wrong_ones:
     monkeypatch.setenv(addresses.MIRROR, wrong)
     with pytest.raises(UserError, match=r'NONLOCAL_JAX_MIRROR is .* set it to http://HOST:PORT or'):
       fetch(f'https://example.org{PATH}', tmp_path / 'wrong')
+
+
+def test_the_password_of_a_mirror_is_not_told(server, tmp_path, monkeypatch, capfd):
+  mirror = server.address.replace('http://', 'http://me:secret@')
+  monkeypatch.setenv(addresses.MIRROR, mirror)
+  server.serve(PATH, DATA, cut_after=100_000, cuts=1)
+  assert fetch(f'https://example.org{PATH}', tmp_path) == DATA
+  assert server.requests[1] == (PATH, 'bytes=65536-')  # the part is known to be of the mirror
+  server.files.clear()
+  with pytest.raises(UserError, match=r'\(the server answers 404 Not Found\)') as raised:
+    fetch(f'https://example.org{PATH}', tmp_path / 'none')
+  said = capfd.readouterr().err
+  assert f'Downloading {server.address}{PATH}' in said
+  assert 'secret' not in f'{said}{raised.value}'
+  left = (path.read_bytes() for path in tmp_path.rglob('*') if path.is_file())
+  assert not any(b'secret' in data for data in left)
+
+
+def test_certificates_that_are_not_there(tmp_path, monkeypatch):
+  monkeypatch.setenv('REQUESTS_CA_BUNDLE', str(tmp_path / 'none.pem'))
+  with pytest.raises(UserError, match=r'cannot be downloaded from .*/none\.pem\): put it at'):
+    fetch('https://127.0.0.1:9/a.pth', tmp_path / 'here')
 
 
 def test_proxies(server, tmp_path, monkeypatch):
@@ -281,10 +306,37 @@ def test_proxies(server, tmp_path, monkeypatch):
     fetch(f'http://example.org{PATH}', tmp_path / 'none')
 
 
+def test_a_proxy_whose_package_is_missing(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'socks', None)
+  monkeypatch.setitem(sys.modules, 'urllib3.contrib.socks', None)
+  monkeypatch.setenv('http_proxy', 'socks5://127.0.0.1:9')
+  with pytest.raises(UserError, match=r"pip install 'requests\[socks\]'\)"):
+    fetch(f'http://example.org{PATH}', tmp_path)
+
+
+def test_a_link_that_leads_nowhere_stays(server, tmp_path):
+  (tmp_path / 'model.pth').symlink_to('unmounted/model.pth')
+  with pytest.raises(UserError, match=r'model\.pth is a link that leads nowhere'):
+    fetch(server.serve(PATH, DATA), tmp_path)
+  assert (tmp_path / 'model.pth').is_symlink()
+
+
+def test_the_cache_folder_cannot_be_made(server, tmp_path, monkeypatch):
+  (tmp_path / 'file').touch()
+  monkeypatch.setenv('NONLOCAL_JAX_HOME', str(tmp_path / 'file'))
+  with pytest.raises(UserError, match=r'Not a directory; set NONLOCAL_JAX_HOME to another folder'):
+    fetch(server.serve(PATH, DATA), tmp_path / 'file/weights')
+  monkeypatch.setenv('NONLOCAL_JAX_HOME', str(tmp_path / 'home'))  # the folder is another one
+  with pytest.raises(UserError, match=r'Not a directory\.$'):
+    fetch(server.serve(PATH, DATA), tmp_path / 'file/weights')
+
+
 def test_space_is_checked_before(server, tmp_path, monkeypatch):
   usage = types.SimpleNamespace(free=10_000_000)
   monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
-  with pytest.raises(UserError, match=r'model\.pth needs 0\.3 MB in .*, where 10\.0 MB are free'):
+  with pytest.raises(
+    UserError, match=r'model\.pth needs 0\.3 MB in .*, and 67\.1 MB to spare, where 10'
+  ):
     fetch(server.serve(PATH, DATA), tmp_path)
   assert names_in(tmp_path) == []
 

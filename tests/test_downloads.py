@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 import torch
 from PIL import Image
 
@@ -70,7 +71,15 @@ def home(tmp_path, monkeypatch):
 
 @pytest.fixture
 def site(published, server, monkeypatch):
-  """The site of Cityscapes, with cityscapesscripts installed."""
+  """The site of Cityscapes, with cityscapesscripts installed; all hosts are the server."""
+  monkeypatch.delenv(addresses.MIRROR)
+  send = requests.Session.request
+
+  def send_to_server(session, method, url, *arguments, **options):
+    url = f'{server.address}/{url.split("/", 3)[3]}'
+    return send(session, method, url, *arguments, **options)
+
+  monkeypatch.setattr(requests.Session, 'request', send_to_server)
   package = 'cityscapesscripts.download'
   for name in ('cityscapesscripts', package):
     monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
@@ -407,6 +416,25 @@ def test_login_to_cityscapes(site, tmp_path, monkeypatch, capfd):
     fetch_cityscapes(tmp_path / 'other')
 
 
+def test_a_folder_for_prepared_data_is_checked_before(published, server, home, script, tmp_path):
+  (tmp_path / 'file').touch()
+  data_dir = f'--data-dir={tmp_path}/file/data'
+  status, said = script(prepare, '--dataset=ade20k', '--download', data_dir)
+  assert status == 1
+  assert f'data cannot be a folder, as {tmp_path}/file is a file; give another one.' in said
+  assert server.requests == []
+  assert not home.exists()
+
+
+def test_a_login_is_not_sent_to_a_mirror(site, tmp_path, monkeypatch):
+  for mirror in (site.address, 'file:///folder'):
+    monkeypatch.setenv(addresses.MIRROR, mirror)
+    with pytest.raises(UserError, match=r'MIRROR is set, and your login is for https://www\.city'):
+      fetch_cityscapes(tmp_path)
+  assert (site.requests, site.forms) == ([], [])
+  assert seen(tmp_path) == []
+
+
 def test_cityscapes_goes_on_where_it_was_cut_off(site, published, tmp_path):
   path = '/file-handling/?packageID=1'
   site.files[path].cut_after = 1500
@@ -439,7 +467,7 @@ def test_parts_of_cityscapes_that_cannot_be_continued(left, site, published, tmp
   ('how', 'sentence'),
   [
     ({'location': '/login'}, r'cityscapesscripts cannot .* \(the login has ended\)'),
-    ({'status': 500}, r'cannot be downloaded from http://127.*\(status 500\)'),
+    ({'status': 500}, r'cannot be downloaded from https://www\.cityscapes-.*\(status 500\)'),
   ],
 )
 def test_a_site_of_cityscapes_that_fails(how, sentence, site, tmp_path):
@@ -456,6 +484,7 @@ def test_a_site_of_cityscapes_that_fails(how, sentence, site, tmp_path):
     (['--dataset=ade20k'], '--source is required, or --download'),
     (['--dataset=ade20k', '--source=x', '--username=me'], '--username need --download'),
     (['--dataset=ade20k', '--source=x', '--keep-archives'], '--username need --download'),
+    (['--dataset=ade20k', '--download', '--username=me'], '--username is a login for cityscapes'),
     (['--dataset=ade20k', '--source=gs://b/x', '--download'], 'needs a folder as --source'),
   ],
 )

@@ -56,6 +56,10 @@ def test_evaluation_of_a_file_equals_the_original(
     (['stray'], "'stray' is no flag; options start with --"),
     (['--mode=fly'], 'mode'),
     (['--chekpoint=x'], 'there is no option --chekpoint; the nearest is --checkpoint'),
+    (
+      ['--config=nonlocal_r50-d8_4xb4-80k_ade20k-512x512'],
+      'is a released model; the name of its config is ade20k_r50:512x512_80k.',
+    ),
     (['--config=ade20k_r11'], "there is no config 'ade20k_r11'; the nearest is ade20k_r101"),
     (['--config=ade20k_r50:20k'], "no variant '20k' was published"),
     (['--config=demo:20k'], 'config demo has no variants'),

@@ -24,6 +24,7 @@ from nonlocal_jax.weights.names import find_weights, named_release, released_pat
 from nonlocal_jax.weights.state_dict import to_state_dict
 from tests import peer
 from tests.file_server import file_server
+from tests.image_trees import write_tree
 
 ROOT = Path(__file__).parents[1]
 NAME = 'nonlocal_r50-d8_769x769_80k_cityscapes'
@@ -88,6 +89,8 @@ def test_each_name_stands_for_one_file():
   for name in ('resnet50_v1c', 'open-mmlab://resnet50_v1c', 'resnet50_v1c-2cccc1ad.pth'):
     assert named_release(name) is named_release(Path(name)) is released.BACKBONES[0]
   assert named_release('ade20k') is None
+  for known in (*released.RELEASED, *released.BACKBONES):
+    assert named_release(known.address) is named_release(Path(known.address)) is known
 
 
 @pytest.mark.parametrize('depth', [50, 101])
@@ -163,6 +166,9 @@ def test_a_path_goes_before_a_name(model, mirror, peer_checkpoint, tmp_path, mon
       "or a released model's name; the nearest is nonlocal_r50-d8_512x512_80k_ade20k, see "
       'nonlocal-jax models.',
     ),
+    ('RESNET50_V1C', 'the nearest is resnet50_v1c, see nonlocal-jax models.'),
+    ('open-mmlab://resnet50_v1d', 'the nearest is open-mmlab:'),
+    ('a' * 5000, f'There is no {"a" * 5000}: give a .pth file'),
     ('x.pth', "or a released model's name, see nonlocal-jax models."),
     ('folder/ade20k_r50', 'There is no folder/ade20k_r50: give a .pth file, a converted'),
     ('resnet50_v1c', 'resnet50_v1c is a backbone, and not a whole network: it is for config.init_'),
@@ -176,7 +182,9 @@ def test_names_that_cannot_be_had(name, message):
 
 def test_a_wrong_file_is_refused(model, mirror, peer_checkpoint):
   mirror.files[next(iter(mirror.files))].data = b'an error page'
-  with pytest.raises(UserError, match=r'what comes has the sha256 \w+\.\.\., not \w+\): put it at'):
+  with pytest.raises(
+    UserError, match=r'what comes has the sha256 \w+\.\.\., not \w+\): see to NONLO'
+  ):
     nonlocal_jax.load(NAME)
   assert not released_path(model).exists()
 
@@ -223,14 +231,28 @@ def test_training_starts_from_a_backbone_by_name(mirror, monkeypatch, tmp_path, 
       r'resnet50_v1c is the backbone of R-50 at width 64, but the config describes R-50, width 8, '
       r'150 classes: with --config\.init_backbone=none it starts from random weights\.',
     ),
-    (['--config.init_backbone=none'], 'ade20k-train was not prepared in nowhere'),
-    (['--config.init_backbone='], 'ade20k-train was not prepared in nowhere'),
+    (['--config.init_backbone=none', '--config.data.source_dir='], 'train was not prepared in'),
+    (['--config.init_backbone=', '--config.data.source_dir='], 'train was not prepared in'),
   ],
 )
-def test_published_recipes_start_from_their_backbone(program, settings, message):
-  status, said = program('--config=ade20k_r50', '--config.data.data_dir=nowhere', *settings)
+def test_published_recipes_start_from_their_backbone(program, settings, message, tmp_path):
+  write_tree('ade20k', tmp_path / 'ade')
+  data = [f'--config.data.source_dir={tmp_path / "ade"}', '--config.data.data_dir=nowhere']
+  status, said = program('--config=ade20k_r50', *data, *settings)
   assert status == 1
   assert re.search(message, said), said
+
+
+@pytest.mark.parametrize(
+  'settings', [[], ['--checkpoint=ade20k_r50'], ['--mode=eval', '--checkpoint=ade20k_r50']]
+)
+def test_missing_data_is_told_before_weights_are_downloaded(settings, mirror, program):
+  command = ['--config=ade20k_r50', '--config.data.data_dir=nowhere', *settings]
+  status, said = program(*command)
+  assert (status, 'was not prepared in nowhere' in said) == (1, True), said
+  status, said = program(*command, '--config.data.source_dir=nothing')
+  assert (status, 'There is no folder nothing: give the folder' in said) == (1, True), said
+  assert mirror.requests == []
 
 
 def test_the_list_of_models(script, capsys):
@@ -266,6 +288,7 @@ def test_models_are_downloaded(model, mirror, peer_checkpoint, script, capsys):
   [
     (['--download'], 2, 'name what to download, or all'),
     (['ade20k_r5'], 1, "No released model is called 'ade20k_r5'; the nearest is ade20k_r50, see"),
+    (['ADE20K_R50'], 1, 'the nearest is ade20k_r50, see'),
     (['xyz'], 1, "No released model is called 'xyz'; see nonlocal-jax models"),
   ],
 )

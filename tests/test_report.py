@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+import nonlocal_jax
 from nonlocal_jax.data.datasets import PUBLISHED, custom_dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.evaluate import comparable_miou
@@ -97,7 +98,9 @@ def test_where_the_numbers_come_from(tmp_path):
   assert before <= date <= datetime.datetime.now(datetime.UTC)
   assert metrics['versions']['python'] == platform.python_version()
   assert metrics['versions']['numpy'] == np.__version__
+  assert metrics['versions']['nonlocal_jax'] == nonlocal_jax.__version__
   assert set(metrics['versions']) == {
+    'nonlocal_jax',
     'python',
     'jax',
     'jaxlib',

@@ -9,10 +9,12 @@ weights come from the .pth files in --checkpoints, whatever their names, or from
 and images from the folders in --data (cityscapes, ade, VOCdevkit, laid out as for MMSegmentation)
 or from the copies that were prepared before. First says what it needs. Writes OUT/published.md and
 OUT/published.json after each evaluation, with all that a score depends on; the same command resumes
-a run that was stopped. The exit status is 0 if all scores agree. Takes every --config.FIELD=VALUE
+a run that was stopped. The exit status is 0 if all scores agree that --models names (with all: of
+those that are here). Takes every --config.FIELD=VALUE
 that `nonlocal-jax eval` takes, such as --config.eval.batch_size=8.
 """
 
+import argparse
 import io
 import itertools
 import json
@@ -24,6 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from nonlocal_jax.cli.config import fields_set, read_config
 from nonlocal_jax.cli.program import Parser, child_environment
 from nonlocal_jax.cli.published_plan import Check, Places, say_plan
 from nonlocal_jax.cli.published_report import Row, scored, table, write_tables
@@ -32,6 +35,7 @@ from nonlocal_jax.evaluation.report import read_report
 from nonlocal_jax.recipes import base_config, fields_of
 from nonlocal_jax.runtime.devices import SAID
 from nonlocal_jax.runtime.files import given_path, parse_object, sealed, unsealed, write_whole
+from nonlocal_jax.runtime.locks import used_alone
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.weights import released
 from nonlocal_jax.weights.loading import sha256_of
@@ -40,7 +44,8 @@ from nonlocal_jax.weights.released import ReleasedModel, released_model_of_sha25
 
 EVALUATE = (sys.executable, '-m', 'nonlocal_jax', 'eval')
 COST = 'cost.json'
-_DATA_DIR = '--config.data.data_dir='
+# Fields of the config that each evaluation gets, and the options that say which.
+_OPTIONS = {'data.source_dir': '--data', 'eval.multi_scale_flip': '--multi-scale-flip'}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -69,15 +74,20 @@ def main(arguments: Sequence[str]) -> None:
     '--out', type=given_path, default=Path('published'), help='default: published'
   )
   options, settings = parser.parse_with_config(arguments, fields_of(base_config()))
-  if options.username and not options.download:
-    parser.error('--username needs --download')
+
+  from nonlocal_jax.experiment.config_values import check_values
+
+  _check_options(parser, options, settings)
   found = find_released(options.checkpoints) if options.checkpoints else {}
   checks = checks_of(options.models, found, multi_scale_flip=options.multi_scale_flip)
-  data_dirs = [text.removeprefix(_DATA_DIR) for text in settings if text.startswith(_DATA_DIR)]
+  if options.username and all(check.model.dataset != 'cityscapes' for check in checks):
+    parser.error('--username is a login for Cityscapes, which no model of --models needs')
+  config = read_config([f'--config={checks[0].model.recipe}', *settings])
+  check_values(config)  # of all models, before anything is downloaded
   places = Places(
     found=found,
     data=options.data,
-    data_dir=data_dirs[-1] if data_dirs else None,
+    data_dir=config.data.data_dir or None,
     may_download=options.download,
     username=options.username,
   )
@@ -86,21 +96,38 @@ def main(arguments: Sequence[str]) -> None:
   def run(arguments: list[str]) -> dict[str, Any]:
     return run_and_time(arguments, says_devices=next(started) == 0)
 
-  remaining = [check for check in checks if not _is_done(options.out / check.name, settings)]
-  if remaining:
-    say_plan(remaining, places)
   command = shlex.join(['nonlocal-jax', 'check-published', *arguments])
-  rows = check_all(checks, places, options.out, settings, run=run, command=command)
+  busy = f'{options.out} is in use by another run; wait for its end, or give another --out.'
+  with used_alone(options.out, busy):
+    done = {check for check in checks if _is_done(options.out / check.name, settings)}
+    remaining = [check for check in checks if check not in done and places.has(check.model)]
+    if remaining:
+      say_plan(remaining, places, precision=config.eval.precision)
+    rows = check_all(checks, places, options.out, settings, run=run, command=command)
   print(table(rows))
   checked = [row for row in rows if row['measured'] is not None]
+  missing = [row for row in rows if row['verdict'] == 'missing']
   wrong = [row for row in rows if row['verdict'] not in ('agrees', 'missing')]
   print(f'{len(checked)} of {len(rows)} checked; the table is in {options.out / "published.md"}.')
   if wrong:
     raise UserError(f'{len(wrong)} of {len(rows)} published numbers were not reproduced.')
-  if not checked:
+  if missing and (options.models != 'all' or not checked):
     raise UserError(
-      'No released checkpoint is here that could be checked: give their folder as --checkpoints, '
-      'or --download.'
+      f'The weights of {len(missing)} of {len(rows)} published numbers are not here: give their '
+      'folder as --checkpoints, or --download.'
+    )
+
+
+def _check_options(parser: Parser, options: argparse.Namespace, settings: Sequence[str]) -> None:
+  """Checks that options fit together and that what they name is there."""
+  if options.username and not options.download:
+    parser.error('--username needs --download')
+  for field, option in _OPTIONS.items():
+    if field in fields_set(settings):
+      parser.error(f'--config.{field} is set by {option}: give that')
+  if options.data and not options.download and not options.data.is_dir():
+    raise UserError(
+      f'There is no folder {options.data}: give the one with cityscapes, ade or VOCdevkit.'
     )
 
 
@@ -118,7 +145,7 @@ def checks_of(
   Raises:
     UserError: If there is no model of a name.
   """
-  if names == 'all':
+  if 'all' in names.split(','):
     models = [m for m in released.RELEASED if not m.replaced or m.sha256_prefix in found]
   else:
     given = [find_release(name.strip()) for name in names.split(',')]
@@ -191,6 +218,7 @@ def _check(
   row = {
     'model': check.model.name,
     'file': check.model.file,
+    'address': check.model.address,
     'mode': 'ms+flip' if check.multi_scale_flip else 'single scale',
     'published': check.published,
     'measured': None,

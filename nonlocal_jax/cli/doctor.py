@@ -38,6 +38,8 @@ from nonlocal_jax.runtime.devices import (
   cuda_plugins,
   nvidia_driver,
 )
+from nonlocal_jax.weights import released
+from nonlocal_jax.weights.names import is_downloaded, weights_folder
 
 Findings = dict[str, Any]
 
@@ -67,8 +69,9 @@ def examine() -> Findings:
 
   Returns:
     `versions`, `driver` (NVIDIA's, or None), `devices` (see `check_devices`), `folders` (the path
-    and size of each, and the space that is free there), `missing` (packages of each extra),
-    `problems` (what does not work) and `notes` (what is good to know), both lists of sentences.
+    and size of each, and the space that is free there), `weights` (the released files that are
+    here), `missing` (packages of each extra), `problems` (what does not work) and `notes` (what is
+    good to know), both lists of sentences.
   """
   driver, plugins = nvidia_driver(), cuda_plugins()
   names = (*_PACKAGES, *plugins)
@@ -82,6 +85,9 @@ def examine() -> Findings:
     'driver': None if driver is None else driver.version,
     'devices': devices,
     'folders': {name: _folder(path) for name, path in folders().items()},
+    'weights': [
+      known.file for known in (*released.RELEASED, *released.BACKBONES) if is_downloaded(known)
+    ],
     'missing': missing_packages(),
   }
   problems = [said] if not devices else []
@@ -195,10 +201,17 @@ def check_product(device: jax.Device, multiply: Any = jnp.matmul) -> str:
 
 
 def folders() -> dict[str, Path]:
-  """Returns the folders that the program writes to: compiled programs, prepared data, runs."""
+  """Returns the folders that the program writes to.
+
+  These are compiled programs (`cache`), released weights, prepared data, and runs.
+  """
   data = os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   cache = cast(Any, jax.config).jax_compilation_cache_dir
-  found = {'prepared data': Path(data).expanduser(), 'runs': Path('runs').absolute()}
+  found = {
+    'released weights': weights_folder(),
+    'prepared data': Path(data).expanduser(),
+    'runs': Path('runs').absolute(),
+  }
   return {'cache': Path(cache), **found} if cache else found
 
 
@@ -232,6 +245,7 @@ def as_text(findings: Mapping[str, Any]) -> str:
     size = folder['size_gib']
     holds = 'does not exist yet' if size is None else f'holds {size:.2f} GiB'
     lines.append(f'{name:18}{folder["path"]}: {holds}, {folder["free_gib"]:.1f} GiB free')
+  lines.append(f'{"weights here":18}{", ".join(findings["weights"]) or "none"}')
   for title in ('problems', 'notes'):
     if findings[title]:
       lines += ['', f'{title}:', *(f'- {sentence}' for sentence in findings[title])]

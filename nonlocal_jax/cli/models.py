@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from nonlocal_jax.cli.program import Parser
 from nonlocal_jax.runtime.download import as_size
 from nonlocal_jax.weights import released
-from nonlocal_jax.weights.names import download_released, find_release, released_path
+from nonlocal_jax.weights.names import (
+  download_released,
+  find_release,
+  is_downloaded,
+  released_path,
+  weights_folder,
+)
 from nonlocal_jax.weights.released import Released, ReleasedBackbone
 
 _COLUMNS = ('name', 'dataset', 'crop', 'steps', 'mIoU', 'ms+flip', 'size', 'here')
@@ -31,7 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.error('name what to download, or all')
   everything: tuple[Released, ...] = (*released.RELEASED, *released.BACKBONES)
   chosen = everything
-  if options.names and options.names != ['all']:
+  if options.names and 'all' not in options.names:
     chosen = tuple(find_release(name) for name in options.names)
   if options.download:
     for weights in chosen:
@@ -47,8 +53,7 @@ def table(everything: Sequence[Released]) -> str:
   rows = [_COLUMNS, *map(_row, everything)]
   widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
   lines = ['  '.join(map(str.ljust, row, widths)).rstrip() for row in rows]
-  folder = released_path(everything[0]).parent
-  return '\n'.join((*lines, '', f'Downloaded files are kept in {folder}.'))
+  return '\n'.join((*lines, '', f'Downloaded files are kept in {weights_folder()}.'))
 
 
 def describe(weights: Released) -> str:
@@ -58,16 +63,15 @@ def describe(weights: Released) -> str:
   if not isinstance(weights, ReleasedBackbone):
     facts |= {'config': weights.recipe, 'mmseg 1.x': weights.config_name}
   facts |= {'address': weights.address, 'sha256': f'{weights.sha256_prefix}...'}
-  facts |= {'here': str(path) if path.is_file() else f'no; it belongs to {path}'}
+  facts |= {'here': str(path) if is_downloaded(weights) else f'no; it belongs to {path}'}
   return '\n'.join(f'{name:10}{value}' for name, value in facts.items() if value)
 
 
 def _row(weights: Released) -> tuple[str, ...]:
   size = f'~{weights.about_bytes / 10**6:.0f} MB'
-  path = released_path(weights)
-  is_here = path.is_file()
+  is_here = is_downloaded(weights)
   if is_here:
-    size = as_size(path.stat().st_size)
+    size = as_size(released_path(weights).stat().st_size)
   here = 'yes' if is_here else ''
   if isinstance(weights, ReleasedBackbone):
     return weights.name, _TRAINED_ON, '', '', '', '', size, here

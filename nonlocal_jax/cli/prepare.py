@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
   _check(parser, options)
 
   from nonlocal_jax.data.preparation import prepare
-  from nonlocal_jax.data.prepared import published_copies, report_split
+  from nonlocal_jax.data.prepared import check_data_dir, published_copies, report_split
 
   description = read_description(options.source) if options.dataset == 'custom' else {}
   described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
@@ -77,6 +77,8 @@ def main(arguments: Sequence[str]) -> None:
   if splits:
     print('The dataset is prepared already: nothing is downloaded.', file=sys.stderr)
   else:
+    if options.download:
+      check_data_dir(options.data_dir)
     source = fetched(options) if options.download else options.source
     with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
       splits = prepare(dataset, source, skip_bad=options.skip_bad, **where)
@@ -100,6 +102,8 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
     parser.error('--source is required, or --download')
   if not options.download and (options.keep_archives or options.username):
     parser.error('--keep-archives and --username need --download')
+  if options.username and options.dataset != 'cityscapes':
+    parser.error(f'--username is a login for cityscapes, and not for {options.dataset}')
   if options.download and options.source and is_remote(as_path(options.source)):
     parser.error('--download needs a folder as --source, not a bucket')
 

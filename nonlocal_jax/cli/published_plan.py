@@ -14,16 +14,29 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.download import as_size
 from nonlocal_jax.runtime.files import cache_folder
-from nonlocal_jax.weights.names import download_released, released_path
+from nonlocal_jax.weights.names import download_released, is_downloaded
 from nonlocal_jax.weights.released import ReleasedModel
 
 # Pixels of an image in the box that it is resized into, on average.
 _PIXELS = {'cityscapes': 2048 * 1024, 'ade20k': 683 * 512, 'voc12aug': 683 * 512}
 # Multiplications for each pixel of an image, besides those of the pairs of positions.
 _PER_PIXEL = {50: 0.76e6, 101: 1.06e6}
-_EFFICIENCY = 0.6  # of the network, relative to one product of large matrices
+# Multiplications per second of the network on whole images, relative to one product of large
+# matrices in the same precision. On one H100 (benchmarks/h100.md and nvidia_h100_80gb_hbm3.md), a
+# prediction reaches 0.62 of it in float32 at 1024x2048, the network 0.45 at 512x512, and a
+# prediction 0.54 and 0.19 in TF32. On CPUs, Winograd's algorithm saves multiplications.
+_EFFICIENCY = {('gpu', True): 0.5, ('gpu', False): 0.3, ('cpu', True): 1.2, ('cpu', False): 1.2}
+_UNKNOWN = 0.3  # of other devices
+_FLOAT32 = ('highest', 'float32')
+# Of each image, besides the network: 500 photographs in 7.3 s on the machine of that H100.
+_IMAGE_SECONDS = 0.015
 _START_SECONDS = 60  # of a process, with compiling
-_RATE = (sys.executable, '-c', 'from nonlocal_jax.cli import published_plan as p; p.print_rate()')
+_RATE = 'from nonlocal_jax.cli import published_plan as p; p.print_rate({!r})'
+_BASIS = {
+  'cpu': 'and from how the network compares with it on two CPU cores, which other work slows down',
+  'gpu': 'and from how the network compares with it on one H100; no evaluation was timed on a GPU '
+  'yet, so it may take half or twice as long',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +100,10 @@ class Places:
   may_download: bool = False
   username: str = ''
 
+  def has(self, model: ReleasedModel) -> bool:
+    """Returns whether a model's weights are here, or may be downloaded."""
+    return self.may_download or model.sha256_prefix in self.found or is_downloaded(model)
+
   def weights(self, model: ReleasedModel) -> Path | None:
     """Returns the file of a released model; None if it is not here.
 
@@ -95,7 +112,7 @@ class Places:
     """
     if found := self.found.get(model.sha256_prefix):
       return found
-    if self.may_download or released_path(model).is_file():
+    if self.has(model):
       return download_released(model)  # checks a file that is there
     return None
 
@@ -108,9 +125,11 @@ class Places:
     if not self.may_download:
       return self.data
     from nonlocal_jax.data.downloads import fetch_dataset
+    from nonlocal_jax.data.prepared import check_data_dir
 
     if self._is_prepared(dataset):
       return None
+    check_data_dir(self.data_dir)
     return fetch_dataset(dataset, self.data, splits=('val',), username=self.username)
 
   def missing(self, checks: Sequence[Check]) -> dict[str, int]:
@@ -123,7 +142,7 @@ class Places:
     sizes = {
       file: model.about_bytes
       for file, model in models.items()
-      if model.sha256_prefix not in self.found and not released_path(model).is_file()
+      if model.sha256_prefix not in self.found and not is_downloaded(model)
     }
     for name in sorted({check.model.dataset for check in checks}):
       archives = [a for a in DISTRIBUTIONS[name].archives if 'val' in a.splits]
@@ -142,8 +161,14 @@ class Places:
       return False
 
 
-def say_plan(checks: Sequence[Check], places: Places) -> None:
-  """Prints on stderr what is to be done, the disk space and about how long it takes."""
+def say_plan(checks: Sequence[Check], places: Places, *, precision: str = 'highest') -> None:
+  """Prints on stderr what is to be done, the disk space and about how long it takes.
+
+  Args:
+    checks: What is to be done.
+    places: Where weights and data are.
+    precision: Matmul precision of the network, see `jax_default_matmul_precision`.
+  """
   sizes = places.missing(checks)
   models = len({check.model.file for check in checks})
   lines = [f'{counted(len(checks), "score")} of {counted(models, "model")} to measure.']
@@ -153,19 +178,31 @@ def say_plan(checks: Sequence[Check], places: Places) -> None:
     lines.append(f'To download, in {cache_folder()}, where {as_size(free)} are free:')
     lines += [f'  {name}: about {as_size(size)}' for name, size in sizes.items()]
     lines.append(f'  in all about {as_size(sum(sizes.values()))}')
-  devices, said = devices_of_subprocess(_RATE)
+  devices, said = devices_of_subprocess((sys.executable, '-c', _RATE.format(precision)))
   if devices:
     rate = sum(device['products_per_second'] for device in devices)
-    seconds = sum(_START_SECONDS + check.multiplications / (rate * _EFFICIENCY) for check in checks)
-    kind = devices[0]['kind']
-    lines.append(f'On {len(devices)} x {kind} it takes about {as_duration(seconds)}.')
+    platform = devices[0]['platform']
+    rate *= _EFFICIENCY.get((platform, precision in _FLOAT32), _UNKNOWN)
+    seconds = sum(
+      _START_SECONDS + max(check.multiplications / rate, check.images * _IMAGE_SECONDS)
+      for check in checks
+    )
+    basis = _BASIS.get(platform, 'on a kind of device where the network was never timed')
+    lines.append(
+      f'On {len(devices)} x {devices[0]["kind"]} it takes about {as_duration(seconds)}: reckoned '
+      f'from the speed of matrix products, measured just now, {basis}.'
+    )
   else:
     lines.append(said)
   print('\n'.join(lines), file=sys.stderr)
 
 
-def print_rate() -> None:
-  """Prints kind and multiplications per second of each device in float32, as JSON."""
+def print_rate(precision: str) -> None:
+  """Prints kind, platform and multiplications per second of each device, as JSON.
+
+  Args:
+    precision: Of the product, see `jax_default_matmul_precision`.
+  """
   import jax
   import jax.numpy as jnp
 
@@ -176,7 +213,7 @@ def print_rate() -> None:
 
     @jax.jit
     def square(matrix):
-      return jnp.matmul(matrix, matrix, precision='highest') / matrix.shape[0]
+      return jnp.matmul(matrix, matrix, precision=precision) / matrix.shape[0]
 
     square(matrix).block_until_ready()
     started, count = time.perf_counter(), 0
@@ -184,7 +221,8 @@ def print_rate() -> None:
       square(matrix).block_until_ready()
       count += 1
     rate = count * size**3 / (time.perf_counter() - started)
-    found.append({'kind': device.device_kind, 'products_per_second': rate})
+    facts = {'kind': device.device_kind, 'platform': device.platform}
+    found.append({**facts, 'products_per_second': rate})
   print(json.dumps(found))
 
 

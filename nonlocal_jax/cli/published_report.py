@@ -92,6 +92,7 @@ def _details(rows: Iterable[Row]) -> Iterable[str]:
       f'## {row["model"]}, {row["mode"]}',
       '',
       f'- weights: {row["file"]}, sha256 {facts["sha256"]}',
+      f'- released at: {row["address"]}',
       f'- images: {facts["images"]:,} of {facts["dataset"]}, decoded by {facts["decoder"]}',
       f'- pixels with labels: {sum(facts["label_pixels"]):,}; of each class: see published.json',
       f'- device: {facts["devices"]}, precision {facts["precision"]}',

@@ -17,7 +17,7 @@ from typing import Any
 import requests
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.addresses import OFFLINE, is_offline, mirrored
+from nonlocal_jax.runtime.addresses import MIRROR, OFFLINE, has_mirror, is_offline
 
 PASSWORD = 'CITYSCAPES_PASSWORD'
 _SITE = 'https://www.cityscapes-dataset.com'
@@ -39,7 +39,8 @@ def download_packages(files: Sequence[str], folder: Path, username: str) -> Iter
 
   Raises:
     UserError: If cityscapesscripts is not installed or there is no `username`, with what to do
-      instead; if the login is refused; or if an archive cannot be downloaded.
+      instead; if there is a mirror, which must not see the password; if the login is refused; or
+      if an archive cannot be downloaded.
   """
   names = ' and '.join(files)
   try:
@@ -50,6 +51,11 @@ def download_packages(files: Sequence[str], folder: Path, username: str) -> Iter
     raise UserError(_steps(names, folder, is_installed=downloader is not None))
   if is_offline():
     raise UserError(f'{OFFLINE} is set: unset it, or put {names} into {folder}.')
+  if has_mirror():
+    raise UserError(
+      f'{MIRROR} is set, and your login is for {_SITE} alone: unset it for Cityscapes, or put '
+      f'{names} into {folder}.'
+    )
   try:
     with _login(username) as session, contextlib.redirect_stdout(sys.stderr):
       for file in files:
@@ -61,7 +67,7 @@ def download_packages(files: Sequence[str], folder: Path, username: str) -> Iter
         yield file
   except requests.RequestException as error:
     raise UserError(
-      f'{names} cannot be downloaded from {mirrored(_SITE)} ({_reason(error)}): the same command '
+      f'{names} cannot be downloaded from {_SITE} ({_reason(error)}): the same command '
       f'goes on from there, or put them into {folder}.'
     ) from error
 
@@ -91,12 +97,12 @@ def _download(downloader: ModuleType, session: requests.Session, part: Path) -> 
 
 
 class _Session(requests.Session):
-  """A session whose addresses may lead to a mirror, and that does not wait forever."""
+  """A session that does not wait forever."""
 
   def request(self, method: str | bytes, url: Any, *arguments: Any, **options: Any):
     """Sends a request."""
     options.setdefault('timeout', _SECONDS)
-    return super().request(method, mirrored(url), *arguments, **options)
+    return super().request(method, url, *arguments, **options)
 
 
 def _login(username: str) -> requests.Session:

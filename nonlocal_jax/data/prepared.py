@@ -18,6 +18,7 @@ from nonlocal_jax.data.datasets import Dataset, Split
 from nonlocal_jax.data.label_values import LabelValue, check_label_values, usual_mistakes
 from nonlocal_jax.data.origins import DAMAGED, ORIGINS, Origin, read_origins
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.files import check_writable
 from nonlocal_jax.runtime.parallel import is_first_process
 
 # Name of the TFDS builder, and so of the directories.
@@ -210,6 +211,18 @@ def check_split(split: PreparedSplit, dataset: Dataset) -> list[str]:
       'names do not end as those of its images do.'
     )
   return odd + usual_mistakes(split.label_values, dataset, split=split.name)
+
+
+def check_data_dir(data_dir: str | os.PathLike[str] | None) -> None:
+  """Checks that data can be prepared there, without writing.
+
+  Args:
+    data_dir: Where prepared data is kept, see `prepare`.
+
+  Raises:
+    UserError: If it cannot.
+  """
+  check_writable(_root(data_dir))
 
 
 def _root(data_dir: str | os.PathLike[str] | None) -> Path:

@@ -16,6 +16,7 @@ import cv2
 import jax
 import numpy as np
 
+import nonlocal_jax
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.metrics import distinct_names, scores, undefined_reasons
@@ -184,7 +185,10 @@ def decoder() -> str:
 
 def _versions() -> dict[str, str | None]:
   """Returns the versions of Python and its packages; None for a package that is not installed."""
-  versions: dict[str, str | None] = {'python': platform.python_version()}
+  versions: dict[str, str | None] = {
+    'nonlocal_jax': nonlocal_jax.__version__,
+    'python': platform.python_version(),
+  }
   for name in _DEPENDENCIES:
     try:
       versions[name] = importlib.metadata.version(name)

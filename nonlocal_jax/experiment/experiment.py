@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from nonlocal_jax.data import synthetic
 from nonlocal_jax.data.datasets import Dataset, Split
+from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.loader import TrainIterator, restored_opencv_threads, train_batches
 from nonlocal_jax.data.preparation import prepare
 from nonlocal_jax.data.prepared import PreparedSplit, open_prepared, report_split
@@ -169,6 +170,7 @@ class Experiment:
     values = check_same_run(workdir, self.values, base_config().to_dict())
     initial = None
     if not has_checkpoint(workdir):
+      self.check_data(['train', 'val'])
       initial = read_initial_weights(
         self.network,
         self.protocol,
@@ -247,6 +249,7 @@ class Experiment:
       UserError: If the weights belong to another network, they were tested otherwise than the
         config says, or the data is missing or invalid.
     """
+    self.check_data(['val'])
     checkpoint = find_weights(checkpoint)
     description, state = read_weights(checkpoint, ema=ema)
     ours, found = self.network, description.config
@@ -401,6 +404,28 @@ class Experiment:
       images_per_device=self.evaluation.batch_size,
       most_shapes=self.evaluation.shapes,
     )
+
+  def check_data(self, splits: Sequence[Split]) -> None:
+    """Checks that splits are prepared, or that there are images and labels to prepare.
+
+    Reads no images, and so takes little time: before weights are downloaded, and before data is
+    prepared, which takes longer.
+
+    Args:
+      splits: Names of the splits.
+
+    Raises:
+      UserError: If there are none.
+    """
+    source_dir = self.data.source_dir
+    if self.dataset.name == synthetic.DEMO.name and source_dir is None:
+      return  # `open_splits` makes it
+    with explained_by(DATA_FLAGS):
+      if source_dir is None:
+        open_prepared(self.dataset, splits=splits, data_dir=self.data.data_dir)
+        return
+      for split in splits:
+        list_samples(self.dataset, source_dir, split)
 
   def open_splits(self, workdir: Path, splits: Sequence[Split]) -> dict[Split, PreparedSplit]:
     """Prepares splits if needed, checks them and reports unusual labels.

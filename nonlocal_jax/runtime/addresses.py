@@ -67,16 +67,37 @@ def mirrored(address: str) -> str:
   Raises:
     UserError: If the mirror is no address.
   """
-  mirror = os.environ.get(MIRROR, '').strip()
-  if not mirror:
+  if not has_mirror():
     return address
-  parts = urlsplit(mirror)
+  mirror = os.environ[MIRROR].strip()
+  wrong = UserError(f'{MIRROR} is {mirror!r}; set it to http://HOST:PORT or file:///FOLDER.')
+  try:
+    parts = urlsplit(mirror)
+    _ = parts.port
+  except ValueError as error:  # brackets or a port that are none
+    raise wrong from error
   is_folder = parts.scheme == 'file' and parts.netloc in ('', 'localhost') and parts.path
-  if not is_folder and not (parts.scheme in ('http', 'https') and parts.netloc):
-    raise UserError(f'{MIRROR} is {mirror!r}; set it to http://HOST:PORT or file:///FOLDER.')
+  is_server = parts.scheme in ('http', 'https') and parts.hostname
+  if not (is_folder or is_server) or parts.query or parts.fragment:
+    raise wrong
   found = urlsplit(address)
   query = f'?{found.query}' if found.query and not is_folder else ''
   return f'{mirror.rstrip("/")}{found.path}{query}'
+
+
+def has_mirror() -> bool:
+  """Returns whether the environment variable NONLOCAL_JAX_MIRROR names a mirror."""
+  return bool(os.environ.get(MIRROR, '').strip())
+
+
+def without_password(address: str) -> str:
+  """Returns an address as it may be printed.
+
+  >>> without_password('https://me:secret@example.org/a.pth')
+  'https://example.org/a.pth'
+  """
+  parts = urlsplit(address)
+  return parts._replace(netloc=parts.netloc.rpartition('@')[2]).geturl()
 
 
 def is_offline() -> bool:
@@ -119,6 +140,8 @@ def open_address(address: str, *, start: int = 0, version: str = '') -> Iterator
       stack.enter_context(response)
     except requests.RequestException as error:
       raise _address_error(error) from error
+    except OSError as error:  # a file of certificates that is not there
+      raise AddressError(str(error)) from error
     found = _start_of(response, start, version)
     if found is None:
       stack.close()
@@ -219,6 +242,8 @@ def _address_error(error: 'requests.RequestException') -> AddressError:
     return AddressError('it redirects in a circle')
   if isinstance(error, requests.exceptions.ChunkedEncodingError):
     return AddressError('the connection was cut off', is_temporary=True)
+  if isinstance(error, requests.exceptions.InvalidSchema) and 'SOCKS' in str(error):
+    return AddressError("the proxy needs a package: pip install 'requests[socks]'")
   causes: list[BaseException] = [error]
   while cause := causes[-1].__cause__ or causes[-1].__context__:
     causes.append(cause)

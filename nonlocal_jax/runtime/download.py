@@ -15,8 +15,15 @@ from typing import Any
 import filelock
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.addresses import AddressError, Contents, mirrored, open_address
-from nonlocal_jax.runtime.files import make_folder, parse_object, write_whole
+from nonlocal_jax.runtime.addresses import (
+  MIRROR,
+  AddressError,
+  Contents,
+  mirrored,
+  open_address,
+  without_password,
+)
+from nonlocal_jax.runtime.files import elsewhere, make_folder, parse_object, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 
 _PAUSES = (1, 2, 4, 8)  # seconds before each further attempt
@@ -134,8 +141,8 @@ def check_free_space(
   free = shutil.disk_usage(folder).free
   if free < size + _MARGIN:
     raise UserError(
-      f'{what} needs {as_size(size)} in {folder}, where {as_size(free)} are free: free some space, '
-      f'or {remedy}.'
+      f'{what} needs {as_size(size)} in {folder}, and {as_size(_MARGIN)} to spare, where '
+      f'{as_size(free)} are free: free some space, or {remedy}.'
     )
 
 
@@ -160,7 +167,9 @@ def _is_here(path: Path, checks: Checks) -> bool:
     if _read_record(_beside(path, 'checked')) == _facts(path, checks):
       return True
     difference = checks.difference(path)
-  except (FileNotFoundError, NotADirectoryError):
+  except (FileNotFoundError, NotADirectoryError) as error:
+    if path.is_symlink():
+      raise UserError(f'{path} is a link that leads nowhere: mend or delete it.') from error
     return False
   except OSError as error:
     raise UserError(f'{path} cannot be read: {error.strerror}.') from error
@@ -200,7 +209,8 @@ def lock_of(path: Path) -> Iterator[None]:
       print(f'Another process downloads {path.name}: waiting for it.', file=sys.stderr)
       lock.acquire(poll_interval=0.2)
   except OSError as error:
-    raise UserError(f'{path.parent} cannot be written: {error.strerror or error}.') from error
+    reason = f'{error.strerror or error}{elsewhere(path)}'
+    raise UserError(f'{path.parent} cannot be written: {reason}.') from error
   try:
     yield
   finally:
@@ -210,9 +220,12 @@ def lock_of(path: Path) -> Iterator[None]:
 def _download(address: str, path: Path, checks: Checks) -> None:
   """Downloads a file that is not there; the lock is held."""
   part, source = path.with_name(f'{path.name}.part'), mirrored(address)
-  print(f'Downloading {source} to {path}', file=sys.stderr)
-  where = source if source == address else f'{source}, the mirror of {address},'
+  where = without_password(source)
+  print(f'Downloading {where} to {path}', file=sys.stderr)
   remedy = f'put it at {path}' + (f'; {checks}.' if str(checks) else '.')
+  if source != address:
+    where = f'{where}, the mirror of {address},'
+    remedy = f'see to {MIRROR}, or {remedy}'
   failures, has_gained, is_second = 0, False, False
   while True:
     before = _size(part)
@@ -256,16 +269,15 @@ def _continue(source: str, part: Path, checks: Checks) -> None:
   record = _read_record(_beside(part, 'source'))
   version, start = str(record.get('version', '')), _size(part)
   is_verifiable = version or checks.sha256 or checks.md5
-  if record.get('address') != source or not is_verifiable:
+  if record.get('address') != without_password(source) or not is_verifiable:
     version, start = '', 0
   with open_address(source, start=start, version=version) as contents:
     if contents.length is not None and checks.length not in (None, contents.length):
       raise AddressError(f'it has {contents.length:,} bytes there, not {checks.length:,}')
     length = checks.length if contents.length is None else contents.length
     check_free_space(part.parent, (length or 0) - contents.start, what=part.stem)
-    write_whole(
-      _beside(part, 'source'), json.dumps({'address': source, 'version': contents.version}) + '\n'
-    )
+    record = {'address': without_password(source), 'version': contents.version}
+    write_whole(_beside(part, 'source'), json.dumps(record) + '\n')
     try:
       _write(part, contents, length)
     except OSError as error:

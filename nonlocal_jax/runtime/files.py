@@ -40,7 +40,27 @@ def make_folder(path: Path) -> None:
   try:
     path.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise UserError(f'Folder {path} cannot be made: {error.strerror}.') from error
+    reason = f'{error.strerror}{elsewhere(path)}'
+    raise UserError(f'Folder {path} cannot be made: {reason}.') from error
+
+
+def elsewhere(path: Path) -> str:
+  """Says, as the end of a sentence, how to move what is in the cache folder; else ''."""
+  is_cached = path.absolute().is_relative_to(cache_folder())
+  return '; set NONLOCAL_JAX_HOME to another folder' if is_cached else ''
+
+
+def check_writable(folder: Path) -> None:
+  """Checks that a folder can be made or written to, and writes nothing.
+
+  Raises:
+    UserError: If it cannot.
+  """
+  existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+  if not existing.is_dir():
+    raise UserError(f'{folder} cannot be a folder, as {existing} is a file; give another one.')
+  if not os.access(existing, os.W_OK | os.X_OK):
+    raise UserError(f'{existing} cannot be written: see to it, or give another folder.')
 
 
 @contextlib.contextmanager

@@ -18,8 +18,8 @@ def find_weights(given: str | os.PathLike[str]) -> Path:
 
   A name is that of a released model: 'nonlocal_r50-d8_512x512_80k_ade20k', its config's name in
   MMSegmentation 1.x, 'nonlocal_r50-d8_4xb4-80k_ade20k-512x512', or here, 'ade20k_r50:512x512_80k'
-  ('ade20k_r50' is the variant with the best mIoU), or the released file's name. A path that exists
-  goes before a name.
+  ('ade20k_r50' is the variant with the best mIoU), or the released file's name or address. A path
+  that exists goes before a name.
 
   Args:
     given: The path or name.
@@ -32,7 +32,7 @@ def find_weights(given: str | os.PathLike[str]) -> Path:
   """
   path = Path(given)
   named = named_release(given)
-  if path.exists():
+  if os.path.exists(path):  # unlike `Path.exists`, this is for names of any length
     if named is not None and path.name != named.file and is_first_process():
       print(f'{path} is taken, not the released weights of that name.', file=sys.stderr)
     return path
@@ -73,7 +73,7 @@ def find_backbone(given: str | os.PathLike[str]) -> Path:
     UserError: See `find_weights`.
   """
   named = named_release(given)
-  if isinstance(named, ReleasedBackbone) and not Path(given).exists():
+  if isinstance(named, ReleasedBackbone) and not os.path.exists(given):
     return download_released(named)
   return find_weights(given)
 
@@ -83,9 +83,19 @@ def named_release(given: str | os.PathLike[str]) -> Released | None:
   return _by_name().get(str(given))
 
 
+def weights_folder() -> Path:
+  """Returns the folder where released weights are kept: `weights` in the cache folder."""
+  return cache_folder() / 'weights'
+
+
 def released_path(weights: Released) -> Path:
   """Returns where released weights lie once they are downloaded."""
-  return _folder() / weights.file
+  return weights_folder() / weights.file
+
+
+def is_downloaded(weights: Released) -> bool:
+  """Returns whether the file of released weights is there; it is not read."""
+  return os.path.isfile(released_path(weights))  # also where the folder cannot be read
 
 
 def download_released(weights: Released) -> Path:
@@ -95,18 +105,14 @@ def download_released(weights: Released) -> Path:
     UserError: If they cannot be downloaded, or the file is another one.
   """
   return download(
-    weights.address, folder=_folder(), name=weights.file, sha256=weights.sha256_prefix
+    weights.address, folder=weights_folder(), name=weights.file, sha256=weights.sha256_prefix
   )
-
-
-def _folder() -> Path:
-  return cache_folder() / 'weights'
 
 
 def _by_name() -> dict[str, Released]:
   found: dict[str, Released] = {}
   for model in released.RELEASED:
-    names = [model.file, model.file.removesuffix('.pth')]
+    names = [model.file, model.file.removesuffix('.pth'), *_spellings(model.address)]
     if not model.replaced:
       names += [model.name, model.config_name, model.recipe]
       if model == released.best_release(model.dataset, model.depth):
@@ -114,21 +120,26 @@ def _by_name() -> dict[str, Released]:
     found |= dict.fromkeys(names, model)
   for backbone in released.BACKBONES:
     names = [backbone.file, backbone.file.removesuffix('.pth'), backbone.name]
-    # A `Path` has one of the two slashes.
-    names += [f'open-mmlab:{slashes}{backbone.name}' for slashes in ('//', '/')]
+    names += [*_spellings(backbone.address), *_spellings(f'open-mmlab://{backbone.name}')]
     found |= dict.fromkeys(names, backbone)
   return found
 
 
+def _spellings(address: str) -> tuple[str, str]:
+  """Returns an address as it is, and as a `Path` has it, with one of the two slashes."""
+  return address, str(Path(address))
+
+
 def _nearest(name: str) -> str:
-  """Returns the name that is spelt most alike; '' if none is."""
-  found = difflib.get_close_matches(name, list(_by_name()), n=1, cutoff=0.7)
-  return found[0] if found else ''
+  """Returns the name that is spelt most alike, in upper or lower case; '' if none is."""
+  names = {known.lower(): known for known in _by_name()}
+  found = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.7)
+  return names[found[0]] if found else ''
 
 
 def _not_found(path: Path) -> str:
   wanted = f'There is no {path}: give a .pth file, a converted directory or the workdir of a run'
-  if len(path.parts) != 1:
+  if len(path.parts) != 1 and not path.parts[0].endswith(':'):  # an address may be misspelt, too
     return f'{wanted}.'
   likely = _nearest(str(path))
   hint = f'; the nearest is {likely}, see' if likely else ', see'
