@@ -3,17 +3,21 @@
     nonlocal-jax export --checkpoint=WEIGHTS --format=onnx --size=512,1024 --out=network.onnx
     nonlocal-jax export --checkpoint=WEIGHTS --format=jax --size=512,1024 --out=network.jax
     nonlocal-jax export --checkpoint=WEIGHTS --format=safetensors --out=weights.safetensors
+    nonlocal-jax export --checkpoint=WEIGHTS --format=browser --size=512,512 --out=page
 
 onnx is for ONNX Runtime and others, jax for JAX alone (jax.export.deserialize), on CPUs, NVIDIA
 GPUs and TPUs. Both take images (n, height, width, 3) uint8 RGB of one size and return the class of
 each pixel. Normalization, padding and upsampling are inside; resizing, sliding windows, several
 scales and flips are not. safetensors holds the weights alone, by the names of the released
-checkpoints, and can be given as --checkpoint again.
+checkpoints, and can be given as --checkpoint again. browser makes a folder for any web server: a
+page that runs the network in the browser, where images stay on the visitor's machine. Its files of
+ONNX Runtime Web are downloaded when they are first used.
 
 The file is compared with the network before it is there. Needs the extra: pip install '.[export]'
 """
 
 import re
+import shlex
 from collections.abc import Sequence
 from typing import get_args
 
@@ -43,7 +47,12 @@ def main(arguments: Sequence[str]) -> None:
     'name of a released model, which is downloaded: see nonlocal-jax models',
   )
   parser.add_argument('--format', required=True, choices=get_args(Format), help='kind of the file')
-  parser.add_argument('--out', required=True, type=given_path, help='the file; must not exist')
+  parser.add_argument(
+    '--out',
+    required=True,
+    type=given_path,
+    help='the file, for browser the folder; must not exist',
+  )
   parser.add_argument(
     '--size', type=_size, metavar='HEIGHT,WIDTH', help='of the images that go in, in pixels'
   )
@@ -85,6 +94,13 @@ def summary(exported: Exported) -> str:
       'not inside': interface.not_inside(),
       'difference': f"{exported.difference:.1e} of the logits' standard deviation, the largest",
     }
+  if exported.path.is_dir():
+    folder = shlex.quote(str(exported.path))
+    facts['inside'] = f'fitting images into the size, {facts["inside"]}'
+    facts['not inside'] = 'sliding windows, several scales and flips'
+    facts['to see it'] = (
+      f'python3 -m http.server --bind 127.0.0.1 --directory {folder} 8000, at http://127.0.0.1:8000'
+    )
   return '\n'.join(f'{name:12} {value}' for name, value in facts.items())
 
 

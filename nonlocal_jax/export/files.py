@@ -14,14 +14,14 @@ from nonlocal_jax.errors import UserError, needs_packages
 from nonlocal_jax.export.checking import check_outputs, difference, reference
 from nonlocal_jax.export.interface import Interface
 from nonlocal_jax.export.jax_program import export_program, jax_program
+from nonlocal_jax.export.page import NETWORK, check_channels, write_page
 from nonlocal_jax.protocol import Size
-from nonlocal_jax.runtime.files import whole_file
+from nonlocal_jax.runtime.files import whole_file, whole_folder
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.safetensors_file import read_safetensors, write_safetensors
 from nonlocal_jax.weights.state_dict import to_state_dict
 
-Format = Literal['onnx', 'jax', 'safetensors']
-PROGRAMS = ('onnx', 'jax')  # formats that hold a program, not weights alone
+Format = Literal['onnx', 'jax', 'safetensors', 'browser']
 STEPS = 4  # of `export_network`, as it reports them
 
 _MOST_BYTES = 2**31 - 2**26  # of weights: Protocol Buffers and FlatBuffers end at 2 GiB
@@ -32,7 +32,7 @@ class Exported:
   """A file that was written.
 
   Attributes:
-    path: The file.
+    path: The file, or the folder of a page.
     length: Its number of bytes.
     interface: What its program takes and returns; None for weights alone.
     difference: The largest difference of its logits from those of the network, as a share of their
@@ -61,7 +61,7 @@ def export_network(
   Args:
     description: What the network is.
     state: Its parameters and running statistics.
-    path: The file; must not exist.
+    path: The file or folder; must not exist.
     format: See `PretrainedModel.export`.
     size: See there.
     batch: See there.
@@ -74,30 +74,19 @@ def export_network(
   if format not in get_args(Format):
     raise UserError(f'format is {format!r}; it must be one of {", ".join(get_args(Format))}.')
   check_absent(path)
-  if format not in PROGRAMS:
+  if format == 'safetensors':
     if size is not None or batch is not None or confidence:
       raise UserError(f'size, batch and confidence are for programs; {format} holds weights alone.')
     return _export_weights(description, state, path, on_step=on_step)
   if size is None:
     raise UserError(f'size is missing, which {format} needs: give height and width of the images.')
+  if format == 'browser':
+    if batch is not None or confidence:
+      raise UserError('The page has batch and confidence of its own: leave them out.')
+    return _export_page(description, state, path, size=size, on_step=on_step)
   interface = Interface.of(description, size=size, batch=batch, confidence=confidence)
-  length = sum(array.nbytes for array in jax.tree.leaves(state))
-  if length > _MOST_BYTES:
-    raise UserError(
-      f'The weights have {length / 2**30:.1f} GiB, and a file of format {format} holds 2 GiB; use '
-      'safetensors.'
-    )
-  program = _onnx_file if format == 'onnx' else _jax_file
-  with whole_file(path) as partial:
-    file = program(description, state, interface, partial)
-    on_step()
-    expected = reference(state, interface)
-    on_step()
-    found = difference(expected, file.with_logits(expected.images))
-    on_step()
-    outputs = file.run(expected.images)
-    check_outputs(expected, outputs, found, what=str(path))
-    on_step()
+  write = _onnx_file if format == 'onnx' else _jax_file
+  found = _export_program(description, state, path, interface, write, on_step=on_step)
   return Exported(path, path.stat().st_size, interface, found)
 
 
@@ -116,6 +105,53 @@ class _File:
 
   run: Callable[[np.ndarray], Outputs]  # the file
   with_logits: Callable[[np.ndarray], Outputs]  # the same program with another output, 'logits'
+
+
+def _export_program(
+  description: ModelDescription,
+  state: nnx.State,
+  path: Path,
+  interface: Interface,
+  write: Callable[[ModelDescription, nnx.State, Interface, Path], _File],
+  *,
+  on_step: Callable[[], object],
+) -> float:
+  """Writes a program, compares it with the network and returns the largest difference."""
+  length = sum(array.nbytes for array in jax.tree.leaves(state))
+  if length > _MOST_BYTES:
+    raise UserError(
+      f'The weights have {length / 2**30:.1f} GiB, and a file of a program holds 2 GiB; use '
+      'safetensors.'
+    )
+  with whole_file(path) as partial:
+    file = write(description, state, interface, partial)
+    on_step()
+    expected = reference(state, interface)
+    on_step()
+    found = difference(expected, file.with_logits(expected.images))
+    on_step()
+    check_outputs(expected, file.run(expected.images), found, what=str(path))
+    on_step()
+  return found
+
+
+def _export_page(
+  description: ModelDescription,
+  state: nnx.State,
+  path: Path,
+  *,
+  size: Size,
+  on_step: Callable[[], object],
+) -> Exported:
+  check_channels(description)
+  has_confidence = description.config.threshold in (None, 0.5)
+  interface = Interface.of(description, size=size, batch=1, confidence=has_confidence)
+  with whole_folder(path) as partial:
+    write_page(partial, description, interface)
+    network = partial / NETWORK
+    found = _export_program(description, state, network, interface, _onnx_file, on_step=on_step)
+  length = sum(file.stat().st_size for file in path.rglob('*') if file.is_file())
+  return Exported(path, length, interface, found)
 
 
 def _onnx_file(

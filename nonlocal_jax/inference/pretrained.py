@@ -554,14 +554,16 @@ class PretrainedModel:
     flips are left out.
 
     Args:
-      path: The file; must not exist.
+      path: The file, for 'browser' the folder; must not exist.
       format: 'onnx' for ONNX Runtime and others; 'jax' for a program of `jax.export`, which runs
         with JAX alone on CPUs, NVIDIA GPUs and TPUs; 'safetensors' for the weights, by the names of
-        the released checkpoints, which `load` reads as well.
+        the released checkpoints, which `load` reads as well; 'browser' for a page that runs the
+        network in the browser, as a folder for any web server. Its files of ONNX Runtime Web are
+        downloaded when they are first used.
       size: (height, width) of the images; programs need it.
-      batch: Number of images; None for any.
+      batch: Number of images; None for any. A page takes one.
       confidence: Whether programs also return 'confidence' (n, height, width) float32, the
-        probability of the class.
+        probability of the class. A page shows it anyway.
       on_step: Called after each of the four steps.
 
     Returns:

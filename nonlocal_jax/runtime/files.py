@@ -6,6 +6,7 @@ import json
 import operator
 import os
 import secrets
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -110,6 +111,29 @@ def whole_file(path: Path) -> Iterator[Path]:
         partial.replace(path)
       finally:
         partial.unlink(missing_ok=True)
+  except OSError as error:
+    raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+  """Yields a temporary folder that is renamed to `path` at the end, or deleted after an error.
+
+  Args:
+    path: Path of the folder, where nothing is yet. Missing parent folders are created.
+
+  Raises:
+    UserError: If the folder cannot be written.
+  """
+  partial = path.with_name(f'.{path.name[:20]}.{secrets.token_hex(4)}.partial')
+  try:
+    partial.mkdir(parents=True)
+    with unfinished(partial.parent, glob.escape(partial.name)):
+      try:
+        yield partial
+        partial.rename(path)
+      finally:
+        shutil.rmtree(partial, ignore_errors=True)
   except OSError as error:
     raise UserError(f'{path} cannot be written: {error.strerror or error}.') from error
 
