@@ -16,6 +16,7 @@ from nonlocal_jax.weights.released import (
   released_variants,
 )
 
+BALANCED = ('balanced',)  # class weights, which are then computed from the labels
 BATCH_SIZES = {'cityscapes': 8, 'ade20k': 16, 'voc12aug': 16}
 
 
@@ -71,10 +72,13 @@ def base_config() -> ConfigDict:
   config.train.photometric_distortion = True
   config.train.auxiliary_weight = 0.4
   config.train.avg_non_ignore = False  # averages the loss over labeled pixels; False: over all
-  config.train.class_weights = ()  # loss weight of each class; empty: 1
+  # Loss weight of each class; empty: 1. ('balanced',): inverse to its share of the labeled pixels.
+  config.train.class_weights = ()
   config.train.ohem = False  # online hard example mining: loss of hard pixels only
   config.train.ohem_threshold = 0.7  # hard: the probability of the pixel's class is below this
   config.train.ohem_min_kept = 100_000  # minimum number of pixels kept, per image of the batch
+  config.train.focal_gamma = 0.0  # focal loss: pixels weighted by (1 - probability)^gamma; 0: off
+  config.train.dice_weight = 0.0  # factor of a Dice loss that is added; 0: none
   # Statistics of batch normalization in training: of the 'global' batch (SyncBN), of each device's
   # share ('per_device'), or the running ones ('frozen').
   config.train.batch_norm = 'global'
@@ -113,6 +117,8 @@ def base_config() -> ConfigDict:
   config.eval.more_scores = False  # also reports Dice, F-score, precision and recall
   config.eval.precision = 'highest'
   config.eval.every = 2_000
+  # Evaluations in a row without a better mIoU after which training stops; 0: it never does.
+  config.eval.patience = 0
 
   config.checkpoint = ConfigDict()
   config.checkpoint.every = 2_000

@@ -283,3 +283,21 @@ def test_a_misspelt_field_in_a_file_is_refused():
     UserError, match=r'no field config\.train\.stepz; the nearest is config\.train\.steps'
   ):
     Experiment.from_config(config)
+
+
+@pytest.mark.parametrize('arguments', [['={}'], ['', '{}']])
+@pytest.mark.parametrize('value', ['balanced', "('balanced',)"])
+def test_class_weights_may_be_balanced(arguments, value):
+  """A field of numbers that may be one word."""
+  start, *rest = (argument.format(value) for argument in arguments)
+  config = read_config(['--config=demo', f'--config.train.class_weights{start}', *rest])
+  experiment = Experiment.from_config(config)
+  assert experiment.balance_classes
+  assert experiment.step.loss.class_weights is None
+
+
+@pytest.mark.parametrize('value', ["('balance',)", "('balanced',1.0)", "('balanced','balanced')"])
+def test_other_words_are_no_class_weights(value):
+  config = read_config(['--config=demo', f'--config.train.class_weights={value}'])
+  with pytest.raises(UserError, match='finite and not negative, or balanced'):
+    Experiment.from_config(config)

@@ -11,6 +11,7 @@ from nonlocal_jax.ops.upsampling import upsampling_factor
 from nonlocal_jax.runtime.parallel import data_mesh, over_batch
 from nonlocal_jax.training.loss import (
   Ohem,
+  dice_losses,
   loss_divisor,
   pixel_accuracy,
   pixel_losses,
@@ -80,7 +81,7 @@ def test_pixel_losses_of_upsampled_logits_are_those_of_pytorch(rng, logits, size
   weights = rng.normal(size=labels.shape)  # a loss that is not the plain sum
 
   def total(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    losses, hits = pixel_losses(logits, jnp.asarray(labels), align_corners=align_corners)
+    losses, hits, _ = pixel_losses(logits, jnp.asarray(labels), align_corners=align_corners)
     return jnp.sum(losses * weights), (losses, hits)
 
   gradient, (losses, hits) = jax.jit(jax.grad(total, has_aux=True))(jnp.asarray(logits))
@@ -249,3 +250,70 @@ def test_ohem_chooses_among_the_pixels_of_all_devices(rng, thresh):
   assert jax.device_count() == 4
   sharded = jax.device_put((logits, labels), over_batch(data_mesh()))
   assert_same(*sharded, expected=expected, ohem=ohem)
+
+
+@pytest.mark.parametrize('gamma', [0.5, 2.0])
+def test_the_focal_loss_is_its_formula(logits, labels_and_ignored, gamma):
+  """By PyTorch's derivatives in float64: mmsegmentation's has a sigmoid in place of the softmax."""
+  tensor = torch.as_tensor(logits, dtype=torch.float64).requires_grad_()
+  target = torch.as_tensor(labels_and_ignored)
+  valid = target != 255
+  p = tensor.softmax(-1)[valid].gather(1, target[valid][:, None])[:, 0]
+  weights = torch.as_tensor(WEIGHTS, dtype=torch.float64)[target[valid]]
+  expected = (-weights * (1 - p) ** gamma * p.log()).sum()
+  expected.backward()
+  labels = jnp.asarray(labels_and_ignored)
+
+  def loss(logits):
+    losses = pixel_losses(logits, labels).losses
+    return sum_of_losses(losses, labels, class_weights=WEIGHTS, focal_gamma=gamma)
+
+  found, gradient = jax.jit(jax.value_and_grad(loss))(jnp.asarray(logits))
+  assert_allclose(found, expected.item(), rtol=2e-6)
+  assert_allclose(gradient, tensor.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize('gamma', [0.5, 2.0])
+def test_pixels_that_are_right_or_ignored_have_no_focal_loss(gamma):
+  logits = jnp.array([[[[0.0, 200.0], [3.0, 1.0]]]])
+  labels = jnp.array([[[1, 255]]])
+
+  def loss(logits):
+    return sum_of_losses(pixel_losses(logits, labels).losses, labels, focal_gamma=gamma)
+
+  found, gradient = jax.value_and_grad(loss)(logits)
+  assert found == 0
+  assert not gradient.any()
+
+
+@pytest.mark.parametrize('method', ['row_blocks', 'reductions'])
+@pytest.mark.parametrize('align_corners', [False, True])
+def test_the_dice_loss_is_that_of_mmseg(rng, method, align_corners):
+  x = rng.normal(scale=2, size=(2, 5, 6, 4))
+  size = (33, 41) if align_corners else (40, 48)
+  assert upsampling_factor((5, 6), size, align_corners=align_corners) == 8
+  labels = rng.choice([0, 1, 2, 3, 255], size=(2, *size))
+  module = mmseg_module('mmseg.models.losses').DiceLoss(use_sigmoid=False, reduction='none')
+  tensor = torch.as_tensor(x).permute(0, 3, 1, 2).requires_grad_()
+  upsampled = torch.nn.functional.interpolate(
+    tensor, size, mode='bilinear', align_corners=align_corners
+  )
+  weights = rng.normal(size=2)
+  expected = module(upsampled, torch.as_tensor(labels))
+  (expected * torch.as_tensor(weights)).sum().backward()
+
+  def losses(logits):
+    pixels = pixel_losses(
+      logits,
+      jnp.asarray(labels),
+      method=method,
+      align_corners=align_corners,
+      with_squares=True,
+    )
+    return dice_losses(pixels, jnp.asarray(labels))
+
+  with jax.enable_x64(True):
+    found, pull = jax.vjp(losses, jnp.asarray(x))
+    (gradient,) = pull(jnp.asarray(weights))
+  assert_allclose(found, expected.detach(), rtol=1e-7)  # mmseg counts labels in float32
+  assert_allclose(gradient, tensor.grad.permute(0, 2, 3, 1), rtol=1e-6, atol=1e-9)

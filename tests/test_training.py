@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +22,7 @@ from nonlocal_jax.models.config import NonLocalNetConfig
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.training.log import summary_table
+from nonlocal_jax.training.loop import has_stalled
 from nonlocal_jax.training.run_files import write_run_files
 from nonlocal_jax.weights.arrays import to_arrays
 from nonlocal_jax.weights.checkpoints import read_description
@@ -188,6 +190,45 @@ def test_two_processes_train_as_one_and_only_the_first_speaks(
     assert_allclose(found[name], array, atol=1e-4 * np.abs(array).max() + 1e-5, err_msg=name)
   assert "4 devices (cpu) of 2 processes, mesh {'data': 4}; batch 4, 1 on each" in said[0]
   assert not re.search('mIoU|step|images|Results', said[1])
+
+
+def test_training_stops_where_nothing_gets_better(training_config, tmp_path, capsys):
+  """With frozen weights each evaluation gives the same score: the second is no better."""
+  config = training_config.copy_and_resolve_references()
+  config.optimizer.learning_rate = config.optimizer.min_learning_rate = 0.0
+  config.train.batch_norm = 'frozen'
+  config.train.steps = 40
+  config.train.class_weights = ('balanced',)
+  config.train.dice_weight, config.train.focal_gamma = 0.5, 2.0
+  config.eval.every, config.eval.patience = 1, 2
+  workdir = tmp_path / 'workdir'
+  first = train_and_evaluate(config, workdir)
+  assert [line['step'] for line in read_log(workdir) if 'mIoU' in line] == [1, 2, 3]
+  assert json.loads((workdir / 'metrics.json').read_text())['step'] == 3
+  said = capsys.readouterr().out
+  assert 'Stopped after step 3 of 40: no better mIoU in 2 evaluations.\n' in said
+  extras = 'class weights, focal loss with gamma 2.0, Dice loss x 0.5, until 2 evaluations bring no'
+  assert extras in said
+  again = train_and_evaluate(config, workdir)  # it is over, as one that took all its steps
+  assert (again.confusion == first.confusion).all()
+  assert [line['step'] for line in read_log(workdir) if 'loss' in line] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+  ('scores', 'patience', 'expected'),
+  [
+    ([1, 2, 2], 1, True),
+    ([1, 2, 1], 2, False),
+    ([3, 2, 1], 2, True),
+    ([3, 1, 3.5], 2, False),
+    ([1], 1, False),
+    ([2, 1, 1], 0, False),
+    ([math.nan, math.nan], 1, True),
+    ([math.nan, 0.0], 1, False),
+  ],
+)
+def test_what_no_better_evaluation_is(scores, patience, expected):
+  assert has_stalled([{'mIoU': score} for score in scores], patience) == expected
 
 
 @pytest.fixture(scope='module')

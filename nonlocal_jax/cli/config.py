@@ -105,7 +105,18 @@ def _split_config(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
       named = argument.removeprefix('--config=')
     else:
       rest.append(argument)
-  return named, rest
+  return named, _with_tuples(rest)
+
+
+def _with_tuples(arguments: Sequence[str]) -> list[str]:
+  """Spells out the word that a field of numbers may have as its value."""
+  flag = r'--?config\.train\.class_weights'
+  return [
+    re.sub(rf'^({flag}=)balanced$', rf'\g<1>{recipes.BALANCED}', argument)
+    if before is None or argument != 'balanced' or not re.fullmatch(flag, before)
+    else str(recipes.BALANCED)
+    for before, argument in zip((None, *arguments), arguments, strict=False)
+  ]
 
 
 @contextlib.contextmanager

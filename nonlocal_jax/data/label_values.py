@@ -37,6 +37,19 @@ class ClassShares:
   pixels: np.ndarray
   ignored: int
 
+  def balanced_weights(self) -> tuple[float, ...]:
+    """Weights inverse to the pixels of each class, whose mean over the labeled pixels is 1.
+
+    >>> ClassShares(np.array([30, 10, 0]), ignored=5).balanced_weights()
+    (0.6666666666666666, 2.0, 0.0)
+
+    Returns:
+      A weight for each class, 0 for those without pixels.
+    """
+    present = np.count_nonzero(self.pixels)
+    total = self.pixels.sum()
+    return tuple(float(total / (present * pixels)) if pixels else 0.0 for pixels in self.pixels)
+
   def table(self, dataset: Dataset) -> str:
     """Lists each class with its share of the labeled pixels, and the share of ignored ones."""
     total = self.pixels.sum()

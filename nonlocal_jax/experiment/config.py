@@ -24,6 +24,7 @@ from nonlocal_jax.models import Execution, NonLocalNetConfig
 from nonlocal_jax.models.config import chosen_attention
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.recipes import BALANCED
 from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh
 from nonlocal_jax.training.loop import ScheduleConfig
@@ -93,8 +94,9 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
   check_names(config)
   check_values(config)
   dataset, mesh = _dataset(config), data_mesh(devices)
-  weights = config.train.class_weights
-  if weights and len(weights) != dataset.num_classes:
+  weights = tuple(config.train.class_weights)
+  is_balanced = weights == BALANCED
+  if weights and not is_balanced and len(weights) != dataset.num_classes:
     raise UserError(
       f'config.train.class_weights has {len(weights)} weights, but there are '
       f'{dataset.num_classes} classes: give one for each.'
@@ -166,8 +168,10 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
       loss=LossConfig(
         auxiliary_weight=train.auxiliary_weight,
         avg_non_ignore=train.avg_non_ignore,
-        class_weights=tuple(train.class_weights) or None,
+        class_weights=None if is_balanced else weights or None,
         ohem=ohem,
+        focal_gamma=train.focal_gamma,
+        dice_weight=train.dice_weight,
       ),
       dtype=train.dtype,
       precision=train.precision,
@@ -176,6 +180,7 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
       mean=protocol.mean,
       std=protocol.std,
     ),
+    'balance_classes': is_balanced,
     'optimizer': OptimizerConfig(**config.optimizer),
     'schedule': ScheduleConfig(
       steps=train.steps,
@@ -185,6 +190,7 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
       eval_every=evaluation.every,
       checkpoint_every=config.checkpoint.every,
       keep=config.checkpoint.keep,
+      patience=evaluation.patience,
     ),
     'evaluation': EvalConfig(
       batch_size=evaluation.batch_size,

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.config import STAGE_BLOCKS
-from nonlocal_jax.recipes import base_config, fields_of, no_such_field
+from nonlocal_jax.recipes import BALANCED, base_config, fields_of, no_such_field
 
 _PRECISIONS = ('default', 'high', 'highest', 'bfloat16', 'tensorfloat32', 'float32')
 _CHOICES = {
@@ -25,6 +25,7 @@ _LEAST = {  # whole numbers
   **dict.fromkeys(('checkpoint.every', 'checkpoint.keep'), 1),
   'model.width': 2,
   'data.workers': 0,
+  'eval.patience': 0,
   'seed': 0,
 }
 _MOST = 2**31 - 1
@@ -41,6 +42,8 @@ _RANGES: dict[str, tuple[str, Callable[[float], bool]]] = {
   'train.flip_probability': _SHARE,
   'train.auxiliary_weight': _NOT_NEGATIVE,
   'train.ohem_threshold': _SHARE,
+  'train.focal_gamma': _NOT_NEGATIVE,
+  'train.dice_weight': _NOT_NEGATIVE,
   'train.ema_decay': _BELOW_ONE,
   'optimizer.learning_rate': _NOT_NEGATIVE,
   'optimizer.min_learning_rate': _NOT_NEGATIVE,
@@ -95,7 +98,8 @@ def check_values(config: ConfigDict) -> None:
     _expect(_value(config, key) in values, config, key, ' or '.join(values))
   has_block = config.model.non_local or config.model.attention in ('blocks', 'auto')
   _expect(has_block, config, 'model.attention', 'blocks without the non-local block')
-  _expect(_are_weights, config, 'train.class_weights', 'numbers that are finite and not negative')
+  weights = 'numbers that are finite and not negative, or balanced'
+  _expect(_are_weights, config, 'train.class_weights', weights)
   if config.data.num_classes is not None:
     _expect(2 <= config.data.num_classes <= 255, config, 'data.num_classes', 'from 2 to 255')
   _expect(_are_names, config, 'data.classes', 'names')
@@ -112,8 +116,8 @@ def _are_whole(values: Sequence[float]) -> bool:
   return all(value == int(value) for value in values)
 
 
-def _are_weights(values: Sequence[float]) -> bool:
-  return all(0 <= value < math.inf for value in values)
+def _are_weights(values: Sequence[Any]) -> bool:
+  return tuple(values) == BALANCED or all(0 <= value < math.inf for value in values)
 
 
 def _are_label_values(values: Sequence[int]) -> bool:

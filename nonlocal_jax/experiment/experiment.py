@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from nonlocal_jax.data import synthetic
 from nonlocal_jax.data.datasets import Dataset, Split
+from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.loader import TrainIterator, restored_opencv_threads, train_batches
 from nonlocal_jax.data.preparation import prepare
@@ -83,6 +84,7 @@ class Experiment:
     protocol: How images are evaluated.
     augment: Augmentation of training samples.
     step: What a training step computes, including its loss.
+    balance_classes: Whether the class weights of the loss are computed from the training labels.
     optimizer: Optimizer and learning rate.
     schedule: Length of a run, and when it logs, evaluates and saves.
     evaluation: How an evaluation is computed.
@@ -101,6 +103,7 @@ class Experiment:
   protocol: EvalProtocol
   augment: AugmentConfig
   step: StepConfig
+  balance_classes: bool
   optimizer: OptimizerConfig
   schedule: ScheduleConfig
   evaluation: EvalConfig
@@ -192,8 +195,8 @@ class Experiment:
       more_scores=self.evaluation.more_scores,
     )
 
-    def report(evaluation: Evaluation) -> None:
-      write_evaluation(workdir, evaluation, self.dataset, facts)
+    def report(evaluation: Evaluation, step: int) -> None:
+      write_evaluation(workdir, evaluation, self.dataset, dataclasses.replace(facts, step=step))
       show_evaluation(evaluation, self.dataset, more=facts.more_scores)
 
     run = TrainingRun(
@@ -201,7 +204,7 @@ class Experiment:
       network=self.network,
       execution=self.execution,
       augment=self.augment,
-      step=self.step,
+      step=self._step_for(splits['train']),
       optimizer=self.optimizer,
       schedule=self.schedule,
       dataset=self.dataset,
@@ -317,8 +320,19 @@ class Experiment:
     _, tx = self.optimizer.make(self.schedule.steps)
     batch = BatchShape(self.schedule.batch_size, self.augment.crop)
     return lower_train_step(
-      self.network, self.execution, tx, self.step, batch=batch, mesh=self.mesh
+      self.network, self.execution, tx, self._step_for(None), batch=batch, mesh=self.mesh
     )
+
+  def _step_for(self, split: PreparedSplit | None) -> StepConfig:
+    """The step, with class weights by the labels of a split, or of 1, if they are balanced."""
+    if not self.balance_classes:
+      return self.step
+    if split is None:
+      weights = (1.0,) * self.dataset.num_classes
+    else:
+      weights = class_shares(split.label_values, self.dataset).balanced_weights()
+    loss = dataclasses.replace(self.step.loss, class_weights=weights)
+    return dataclasses.replace(self.step, loss=loss)
 
   def lower_network(
     self, batch: int, size: tuple[int, int], precision: str | None = None

@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from nonlocal_jax.errors import RunStopped, UserError
 from nonlocal_jax.evaluation.evaluate import picture_of
 from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
 from nonlocal_jax.models import Execution, NonLocalNetConfig
-from nonlocal_jax.runtime.devices import describe_mesh
+from nonlocal_jax.runtime.devices import counted, describe_mesh
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import is_first_process, replicated, shard_batch
 from nonlocal_jax.runtime.progress import progress_bar
@@ -63,6 +63,7 @@ class ScheduleConfig:
     eval_every: Steps between evaluations; the last step is always evaluated.
     checkpoint_every: Steps between checkpoints; evaluated steps are always saved.
     keep: Number of most recent checkpoints to keep.
+    patience: Evaluations in a row without a better mIoU after which training stops; 0 for never.
   """
 
   steps: int
@@ -72,6 +73,7 @@ class ScheduleConfig:
   eval_every: int = 2000
   checkpoint_every: int = 2000
   keep: int = 3
+  patience: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,7 @@ class TrainingRun:
     split: Training split.
     batches: Iterator over this process's batches, at its start.
     evaluator: Evaluates the weights, on the same devices.
-    report: Callback for the last evaluation.
+    report: Callback for the last evaluation and its step.
     mesh: Device mesh.
   """
 
@@ -105,7 +107,7 @@ class TrainingRun:
   split: PreparedSplit
   batches: TrainIterator
   evaluator: Evaluator
-  report: Callable[[Evaluation], None]
+  report: Callable[[Evaluation, int], None]
   mesh: Mesh
 
   @property
@@ -147,16 +149,19 @@ class TrainingRun:
 
   def _extras(self) -> str:
     """Returns the enabled options that are not part of the published recipe."""
-    loss, execution = self.step.loss, self.execution
+    loss, execution, patience = self.step.loss, self.execution, self.schedule.patience
     extras = {
       'mean over labeled pixels': loss.avg_non_ignore,
       'class weights': loss.class_weights,
       f'OHEM below {loss.ohem and loss.ohem.thresh}': loss.ohem,
+      f'focal loss with gamma {loss.focal_gamma}': loss.focal_gamma,
+      f'Dice loss x {loss.dice_weight}': loss.dice_weight,
       f'averaged weights with decay {self.step.ema_decay}': self.step.ema_decay,
       'rematerialized blocks': execution.rematerialize,
       'deterministic': execution.deterministic,
       f'{execution.attention} attention': execution.attention != 'blocks',
       'no non-local block': not self.network.non_local,
+      f'until {counted(patience, "evaluation")} bring no better mIoU': patience,
     }
     return ', '.join(name for name, on in extras.items() if on) or 'no further options'
 
@@ -270,11 +275,15 @@ def train_and_evaluate(
           'same command again to resume.'
         )
 
-      evaluation = None
-      if start == steps or (_is_due(start, plan.eval_every, steps) and not log.has(start)):
-        evaluation = evaluate_and_log(start)  # the run stopped before this evaluation
+      evaluation, last = None, start
+      is_due = _is_due(start, plan.eval_every, steps) and not log.has(start)
+      if start == steps or is_due or has_stalled(log.evaluations, plan.patience):
+        evaluation = evaluate_and_log(start)  # the run is over, or stopped before this evaluation
       in_flight: list[_Step] = []
       for step in range(start + 1, steps + 1):
+        if has_stalled(log.evaluations, plan.patience):
+          break
+        last = step
         try:
           with log.waiting():
             batch = next(batches)
@@ -314,8 +323,13 @@ def train_and_evaluate(
           evaluation = evaluate_and_log(step)
     assert evaluation is not None
     checkpoints.wait()
-    run.report(evaluation)
+    run.report(evaluation, last)
     if is_first_process():
+      if last < steps:
+        print(
+          f'Stopped after step {last:,} of {steps:,}: no better mIoU in '
+          f'{counted(plan.patience, "evaluation")}.'
+        )
       write_curves(workdir / LOG, workdir / CURVES)
       print(summary_table(log.evaluations))
       print(f'The best weights, of step {best_weights.step:,}, are in {workdir / BEST}.')
@@ -352,6 +366,12 @@ def _finish(steps: list[_Step], split: PreparedSplit, *, but: int) -> bool:
       )
     stops = stops or bool(metrics['stop'])
   return stops
+
+
+def has_stalled(evaluations: Sequence[Mapping[str, Any]], patience: int) -> bool:
+  """Whether the last `patience` evaluations brought no better mIoU than those before them."""
+  scores = [np.nan_to_num(line['mIoU'], nan=-np.inf) for line in evaluations]
+  return 0 < patience < len(scores) and max(scores[-patience:]) <= max(scores[:-patience])
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:

@@ -1,4 +1,4 @@
-"""Cross-entropy over the pixels of upsampled logits (mmseg `CrossEntropyLoss`)."""
+"""Losses over the pixels of upsampled logits (mmseg `CrossEntropyLoss`, `DiceLoss`)."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from nonlocal_jax.ops.resize import apply_axis_matrices, bilinear_matrix
 from nonlocal_jax.ops.upsampling import upsample, upsample_transpose_of, upsampling_factor
 
 _PARTS = 8  # number of row blocks that the loss of an image is computed in
+_DICE_EPSILON = 2e-3  # mmseg adds half of it to each sum of squares
 
 
 class Ohem(NamedTuple):
@@ -40,6 +41,8 @@ class LossConfig:
     avg_non_ignore: Whether to average over labeled pixels only, see `loss_divisor`.
     class_weights: Weight of each class; None for 1 each.
     ohem: Selection of hard pixels; None to use all pixels.
+    focal_gamma: Exponent of the focal loss, see `sum_of_losses`; 0 for cross-entropy.
+    dice_weight: Factor of the Dice loss, which is added, see `dice_losses`.
     ignore_index: Label of pixels without a class.
   """
 
@@ -47,6 +50,8 @@ class LossConfig:
   avg_non_ignore: bool = False
   class_weights: tuple[float, ...] | None = None
   ohem: Ohem | None = None
+  focal_gamma: float = 0.0
+  dice_weight: float = 0.0
   ignore_index: int = 255
 
 
@@ -88,10 +93,13 @@ class PixelLosses(NamedTuple):
   Attributes:
     losses: (n, h, w) float32 (float64 for float64 logits), cross-entropy; 0 for ignored pixels.
     hits: (n, h, w) bool, whether the prediction is the pixel's class.
+    squares: (n, h, w) floats, the sum of the squared class probabilities, also of ignored pixels;
+      None if they were not asked for.
   """
 
   losses: jax.Array
   hits: jax.Array
+  squares: jax.Array | None = None
 
 
 def pixel_losses(
@@ -101,11 +109,12 @@ def pixel_losses(
   method: PixelLoss = 'row_blocks',
   align_corners: bool = False,
   ignore_index: int = 255,
+  with_squares: bool = False,
 ) -> PixelLosses:
   """Computes the cross-entropy of each pixel from logits upsampled to the size of the labels.
 
   >>> labels = jnp.array([[[0, 1], [255, 1]]])
-  >>> losses, hits = pixel_losses(jnp.zeros((1, 1, 1, 2)), labels)
+  >>> losses, hits, _ = pixel_losses(jnp.zeros((1, 1, 1, 2)), labels)
   >>> losses.round(3).tolist()
   [[[0.6930000185966492, 0.6930000185966492], [0.0, 0.6930000185966492]]]
   >>> hits.tolist()
@@ -123,15 +132,16 @@ def pixel_losses(
     method: 'row_blocks' or 'reductions'.
     align_corners: See `resize.bilinear_matrix`.
     ignore_index: Label of pixels without a class.
+    with_squares: Whether to compute `squares`.
 
   Returns:
-    Losses and hits, (n, out_h, out_w) each.
+    Losses, hits and squares, (n, out_h, out_w) each.
   """
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   (_, height, width, _), (_, out_height, out_width) = logits.shape, labels.shape
   factor = upsampling_factor((height, width), (out_height, out_width), align_corners=align_corners)
   if factor is not None and method == 'reductions':
-    return reduced_pixel_losses(logits, labels, factor, align_corners, ignore_index)
+    return reduced_pixel_losses(logits, labels, factor, align_corners, ignore_index, with_squares)
   rows, columns = (
     bilinear_matrix(before, after, align_corners=align_corners)
     for before, after in zip(logits.shape[1:3], labels.shape[1:], strict=True)
@@ -144,15 +154,21 @@ def pixel_losses(
     targets = jnp.where(valid, labels, 0).astype(jnp.int32)
     losses = optax.softmax_cross_entropy_with_integer_labels(upsampled, targets)
     hits = (jnp.argmax(upsampled, axis=-1) == targets) & valid
-    return PixelLosses(jnp.where(valid, losses, 0), hits)
+    squares = jnp.square(jax.nn.softmax(upsampled)).sum(axis=-1) if with_squares else None
+    return PixelLosses(jnp.where(valid, losses, 0), hits, squares)
 
   few = -(-labels.shape[1] // _PARTS)
   return map_blocks(of_rows, (jnp.asarray(rows)[None], labels), few, recompute=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def reduced_pixel_losses(
-  logits: jax.Array, labels: jax.Array, factor: int, align_corners: bool, ignore_index: int
+  logits: jax.Array,
+  labels: jax.Array,
+  factor: int,
+  align_corners: bool,
+  ignore_index: int,
+  with_squares: bool = False,
 ) -> PixelLosses:
   """Computes `pixel_losses` in one reduction over the classes of upsampled logits.
 
@@ -164,14 +180,15 @@ def reduced_pixel_losses(
     factor: See `ops.upsampling.upsampling_factor`.
     align_corners: See `pixel_losses`.
     ignore_index: Label of pixels without a class.
+    with_squares: Whether to compute `squares`.
 
   Returns:
-    Losses of the dtype of `logits`, and hits.
+    Losses and squares of the dtype of `logits`, and hits.
   """
-  return _reduced_forwards(logits, labels, factor, align_corners, ignore_index)[0]
+  return _reduced_forwards(logits, labels, factor, align_corners, ignore_index, with_squares)[0]
 
 
-def _reduced_forwards(logits, labels, factor, align_corners, ignore_index):
+def _reduced_forwards(logits, labels, factor, align_corners, ignore_index, with_squares):
   # Keeps XLA from fusing the losses of both heads, which would materialize upsampled logits.
   logits, labels = jax.lax.optimization_barrier((logits, labels))
   upsampled = upsample(logits, factor, align_corners=align_corners)  # (n, h, f, w, f, c)
@@ -181,46 +198,67 @@ def _reduced_forwards(logits, labels, factor, align_corners, ignore_index):
   classes = jax.lax.broadcasted_iota(jnp.int32, upsampled.shape, 5)
   of_target = jnp.where(classes == blocks[..., None], upsampled, 0)
   dtype = logits.dtype
-  largest, total, first, of_target = jax.lax.reduce(
-    (upsampled, jnp.ones_like(upsampled), classes, of_target),
-    (
-      jnp.finfo(dtype).min,
-      jnp.zeros((), dtype),
-      jnp.int32(jnp.iinfo(jnp.int32).max),
-      dtype.type(0),
-    ),
-    _add_classes,
-    dimensions=(5,),
+  ones = jnp.ones_like(upsampled)
+  lowest, zero = jnp.finfo(dtype).min, dtype.type(0)
+  operands = [upsampled, ones, classes, of_target]
+  start = [lowest, zero, jnp.int32(jnp.iinfo(jnp.int32).max), zero]
+  if with_squares:
+    operands, start = [*operands, ones], [*start, zero]
+  largest, total, first, of_target, *of_squares = jax.lax.reduce(
+    operands, start, _add_classes, dimensions=(5,)
   )
   log_sum = largest + jnp.log(total)
+  squares = of_squares[0] / total**2 if with_squares else None
   size = labels.shape[1:]
-  losses = jnp.where(valid, _from_blocks(log_sum - of_target, size), 0)
-  hits = _from_blocks(first == blocks, size) & valid
-  return PixelLosses(losses, hits), (logits, blocks, log_sum)
+  found = PixelLosses(
+    jnp.where(valid, _from_blocks(log_sum - of_target, size), 0),
+    _from_blocks(first == blocks, size) & valid,
+    None if squares is None else _from_blocks(squares, size),
+  )
+  return found, (logits, blocks, log_sum, squares)
 
 
 def _add_classes(a, b):
-  """Merges two tuples (max logit, sum of exp(logit - max), class of the max, target logit)."""
+  """Merges two tuples (max logit, sum of exp(logit - max), class of the max, target logit).
+
+  A fifth element is the sum of exp(2 * (logit - max)).
+  """
   largest = jnp.maximum(a[0], b[0])
-  total = a[1] * jnp.exp(a[0] - largest) + b[1] * jnp.exp(b[0] - largest)
+  scales = [jnp.exp(x[0] - largest) for x in (a, b)]
   candidates = (jnp.where(x[0] == largest, x[2], jnp.iinfo(jnp.int32).max) for x in (a, b))
-  return largest, total, jnp.minimum(*candidates), a[3] + b[3]
+  merged = [
+    largest,
+    a[1] * scales[0] + b[1] * scales[1],
+    jnp.minimum(*candidates),
+    a[3] + b[3],
+  ]
+  if len(a) > 4:
+    merged.append(a[4] * scales[0] ** 2 + b[4] * scales[1] ** 2)
+  return merged
 
 
-def _reduced_backwards(factor, align_corners, ignore_index, residuals, cotangents):
+def _reduced_backwards(factor, align_corners, ignore_index, with_squares, residuals, cotangents):
   del ignore_index
-  logits, blocks, log_sum = residuals
+  logits, blocks, log_sum, squares = residuals
   # Keeps XLA from storing the upsampled logits of the forward pass.
   logits = jax.lax.optimization_barrier(logits)
   weights = _in_blocks(cotangents.losses, logits.shape[1:3], factor, fill=0)
   weights = jnp.where(blocks >= 0, weights, 0)
+  of_pixel = [blocks, weights, log_sum]
+  if with_squares:
+    of_pixel += [_in_blocks(cotangents.squares, logits.shape[1:3], factor, fill=0), squares]
 
   def gradients(column: int, upsampled: jax.Array) -> jax.Array:
-    target, weight, log_of_sum = (
-      x[..., column, None] for x in (blocks, weights, log_sum)
+    target, weight, log_of_sum, *of_squares = (
+      x[..., column, None] for x in of_pixel
     )  # (n, h, factor, w, 1)
     classes = jax.lax.broadcasted_iota(jnp.int32, upsampled.shape, 4)
-    return (jnp.exp(upsampled - log_of_sum) - (classes == target)) * weight
+    probabilities = jnp.exp(upsampled - log_of_sum)
+    gradient = (probabilities - (classes == target)) * weight
+    if of_squares:
+      weight, sum_of_squares = of_squares
+      gradient += 2 * weight * probabilities * (probabilities - sum_of_squares)
+    return gradient
 
   gradient = upsample_transpose_of(gradients, logits, factor, align_corners=align_corners)
   return gradient, None
@@ -250,8 +288,13 @@ def sum_of_losses(
   ignore_index: int = 255,
   class_weights: Sequence[float] | None = None,
   ohem: Ohem | None = None,
+  focal_gamma: float = 0.0,
 ) -> jax.Array:
   """Sums the pixel losses, weighted by class and restricted to hard pixels if asked for.
+
+  With `focal_gamma`, the loss of a pixel is (1 - p)^gamma times its cross-entropy, where p is the
+  probability of its class (Lin et al., Focal Loss for Dense Object Detection, section 3.2, with a
+  softmax over the classes; mmseg's `FocalLoss` has a sigmoid for each class).
 
   Args:
     losses: (n, h, w) floats, see `PixelLosses`.
@@ -259,14 +302,19 @@ def sum_of_losses(
     ignore_index: Label of pixels without a class.
     class_weights: c factors of the pixel losses by label, or None.
     ohem: Selection of hard pixels, which is not differentiated; None to sum over all pixels.
+    focal_gamma: The exponent, at least 0.
 
   Returns:
     Scalar, the dtype of `losses`.
   """
   valid = labels != ignore_index
   weighted = losses
+  if focal_gamma:
+    # Where the loss is 0, as of ignored pixels, a power below 1 has no finite derivative.
+    wrong = -jnp.expm1(-jnp.where(losses > 0, losses, 1))
+    weighted = jnp.where(losses > 0, wrong**focal_gamma, 0) * losses
   if class_weights is not None:
-    weighted = losses * _label_weights(labels, valid, jnp.asarray(class_weights, losses.dtype))
+    weighted = weighted * _label_weights(labels, valid, jnp.asarray(class_weights, losses.dtype))
   if ohem is None:
     return jnp.sum(weighted)
   min_kept = ohem.min_kept * len(labels)
@@ -276,6 +324,28 @@ def sum_of_losses(
     probabilities = jnp.exp(-jax.lax.stop_gradient(losses))
     kept = _improbable(probabilities, valid, thresh=ohem.thresh, min_kept=min_kept)
   return jnp.sum(jnp.where(kept, weighted, 0))
+
+
+def dice_losses(pixels: PixelLosses, labels: jax.Array, *, ignore_index: int = 255) -> jax.Array:
+  """Computes the Dice loss of each image (mmseg `DiceLoss` with a softmax, not naive).
+
+  It is 1 - 2 sum(p t) / (sum(p^2) + sum(t^2)) over the pixels and classes of an image, with the
+  probabilities p and the one-hot labels t (Milletari et al., V-Net, section 3). As in mmseg,
+  ignored pixels have no label, but their probabilities count.
+
+  Args:
+    pixels: Of `pixel_losses` with squares.
+    labels: (n, h, w) integers in [0, c) or `ignore_index`.
+    ignore_index: Label of pixels without a class.
+
+  Returns:
+    (n,) of the dtype of the losses, in [0, 1].
+  """
+  assert pixels.squares is not None
+  valid = labels != ignore_index
+  overlap = jnp.sum(jnp.where(valid, jnp.exp(-pixels.losses), 0), axis=(1, 2))
+  total = jnp.sum(pixels.squares, axis=(1, 2)) + jnp.sum(valid, axis=(1, 2)) + _DICE_EPSILON
+  return 1 - 2 * overlap / total
 
 
 def pixel_accuracy(hits: jax.Array, labels: jax.Array, *, ignore_index: int = 255) -> jax.Array:

@@ -20,6 +20,8 @@ from nonlocal_jax.runtime.compilation import compiler_options
 from nonlocal_jax.runtime.parallel import Platform, over_batch, platform_of_mesh, replicated
 from nonlocal_jax.training.loss import (
   LossConfig,
+  PixelLosses,
+  dice_losses,
   loss_divisor,
   pixel_accuracy,
   pixel_losses,
@@ -160,7 +162,11 @@ def make_train_step(
   loss_config, accumulate, dtype = options.loss, options.accumulate, jnp.dtype(options.dtype)
   ignore_index, class_weights = loss_config.ignore_index, loss_config.class_weights
   total = functools.partial(
-    sum_of_losses, ignore_index=ignore_index, class_weights=class_weights, ohem=loss_config.ohem
+    sum_of_losses,
+    ignore_index=ignore_index,
+    class_weights=class_weights,
+    ohem=loss_config.ohem,
+    focal_gamma=loss_config.focal_gamma,
   )
 
   def gradients(
@@ -178,6 +184,13 @@ def make_train_step(
     )
     labeled, all_labeled = (jnp.sum(x != ignore_index) for x in (labels, whole['label']))
 
+    def loss_of_head(pixels: PixelLosses) -> jax.Array:
+      loss = total(pixels.losses, labels) / divisor
+      if loss_config.dice_weight:
+        dice = jnp.sum(dice_losses(pixels, labels, ignore_index=ignore_index))
+        loss += loss_config.dice_weight * dice / len(whole['label'])
+      return loss
+
     def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[nnx.State, Metrics]]:
       model = nnx.merge(graphdef, params, batch_stats, copy=True)
       pixels, auxiliary_pixels = (
@@ -187,11 +200,11 @@ def make_train_step(
           method=execution.pixel_loss,
           align_corners=config.align_corners,
           ignore_index=ignore_index,
+          with_squares=loss_config.dice_weight > 0,
         )
         for logits in model.training_logits(images, rngs=nnx.Rngs(dropout=dropout_key))
       )
-      loss_decode = total(pixels.losses, labels) / divisor
-      loss_auxiliary = total(auxiliary_pixels.losses, labels) / divisor
+      loss_decode, loss_auxiliary = map(loss_of_head, (pixels, auxiliary_pixels))
       loss = loss_decode + loss_config.auxiliary_weight * loss_auxiliary
       accuracy = pixel_accuracy(pixels.hits, labels, ignore_index=ignore_index)
       metrics = {
