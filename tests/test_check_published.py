@@ -149,6 +149,7 @@ def test_what_cannot_be_had_is_told_and_the_rest_goes_on(runner, tmp_path, monke
   monkeypatch.setenv('NONLOCAL_JAX_HOME', str(tmp_path / 'home'))
   released_path(PRESENT).parent.mkdir(parents=True)
   released_path(PRESENT).write_bytes(b'another file')  # of an earlier download
+  monkeypatch.setattr(Places, 'source_of', lambda self, dataset: None)  # prepared before
   checks = [Check(PRESENT, False, 40.75), Check(ABSENT, False, 42.90)]
   places = Places({ABSENT.sha256_prefix: tmp_path / 'x.pth'})
   runner.reports = {False: report(42.90, 42.90)}
@@ -164,6 +165,30 @@ def test_what_cannot_be_had_is_told_and_the_rest_goes_on(runner, tmp_path, monke
     'failed: nonlocal_r50-d8_512x512_80k_ade20k_20200615_015801-5ae0aa33.pth cannot be'
     in (rows[0]['verdict'])
   )
+
+
+def test_missing_images_are_told_once_before_weights_are_downloaded(
+  runner, tmp_path, monkeypatch, capsys
+):
+  monkeypatch.setenv('NONLOCAL_JAX_HOME', str(tmp_path / 'home'))
+  monkeypatch.setitem(sys.modules, 'cityscapesscripts', None)
+  checks = checks_of('cityscapes_r50,cityscapes_r101', {})
+  places = Places({}, data_dir=str(tmp_path / 'data'), may_download=True)
+  rows = check_all(checks, places, tmp_path / 'out', [], run=runner, command='')
+  for row in rows:
+    assert row['verdict'].startswith('failed: Cityscapes can be downloaded with a login only')
+  said = capsys.readouterr().err
+  assert said.count('Register at') == 1
+  assert 'Downloading' not in said
+  lines = (tmp_path / 'out/published.md').read_text().splitlines()[2:]
+  assert [line[0] + line[-1] for line in lines] == ['||'] * 4  # a line for each row
+
+  found = {model.sha256_prefix: tmp_path for model in RELEASED}
+  here = Places(found, data_dir=str(tmp_path / 'no'))
+  (row,) = check_all(checks[:1], here, tmp_path / 'out', [], run=runner, command='')
+  assert 'was not prepared' in row['verdict']
+  assert row['verdict'].endswith('as source_dir. As a flag: --data=DIR, or --download.')
+  assert runner.calls == []
 
 
 def test_the_plan_tells_sizes_and_time(tmp_path, monkeypatch, capsys):

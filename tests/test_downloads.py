@@ -426,6 +426,13 @@ def test_a_folder_for_prepared_data_is_checked_before(published, server, home, s
   assert not home.exists()
 
 
+def test_certificates_of_cityscapes_that_are_not_there(tmp_path, monkeypatch):
+  monkeypatch.delenv('https_proxy', raising=False)
+  monkeypatch.setenv('REQUESTS_CA_BUNDLE', str(tmp_path / 'none.pem'))
+  with pytest.raises(requests.ConnectionError, match=r'none\.pem'):
+    cityscapes._Session().get('https://127.0.0.1:9/')
+
+
 def test_a_login_is_not_sent_to_a_mirror(site, tmp_path, monkeypatch):
   for mirror in (site.address, 'file:///folder'):
     monkeypatch.setenv(addresses.MIRROR, mirror)

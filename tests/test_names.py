@@ -169,6 +169,7 @@ def test_a_path_goes_before_a_name(model, mirror, peer_checkpoint, tmp_path, mon
     ('RESNET50_V1C', 'the nearest is resnet50_v1c, see nonlocal-jax models.'),
     ('open-mmlab://resnet50_v1d', 'the nearest is open-mmlab:'),
     ('a' * 5000, f'There is no {"a" * 5000}: give a .pth file'),
+    ('', 'The path of the weights is empty: give one, or a released'),
     ('x.pth', "or a released model's name, see nonlocal-jax models."),
     ('folder/ade20k_r50', 'There is no folder/ade20k_r50: give a .pth file, a converted'),
     ('resnet50_v1c', 'resnet50_v1c is a backbone, and not a whole network: it is for config.init_'),
@@ -178,6 +179,16 @@ def test_a_path_goes_before_a_name(model, mirror, peer_checkpoint, tmp_path, mon
 def test_names_that_cannot_be_had(name, message):
   with pytest.raises(UserError, match=re.escape(message)):
     nonlocal_jax.load(name)
+
+
+def test_what_is_written_is_checked_before_a_download(model, mirror, converter, tmp_path):
+  (tmp_path / 'there').mkdir()
+  for where in ([tmp_path / 'there'], ['--to-pth', tmp_path / 'there']):
+    status, said = converter(NAME, *where)
+    assert (status, 'there exists; remove it' in said) == (1, True)
+  status, said = converter(NAME, '')
+  assert (status, 'argument out: the path is empty' in said) == (2, True)
+  assert mirror.requests == []
 
 
 def test_a_wrong_file_is_refused(model, mirror, peer_checkpoint):

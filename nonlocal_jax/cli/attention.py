@@ -15,22 +15,22 @@ from PIL import Image
 
 import nonlocal_jax
 from nonlocal_jax.cli.prediction_files import check_not_replaced, save
-from nonlocal_jax.cli.program import Parser, add_ema, say_weights
+from nonlocal_jax.cli.program import Parser, add_ema, path_option, say_weights
 from nonlocal_jax.errors import UsageError, UserError
 from nonlocal_jax.evaluation.attention_picture import attention_picture
 from nonlocal_jax.inference.images import read_image
 from nonlocal_jax.inference.pretrained import Precision
-from nonlocal_jax.runtime.files import given_path, make_folder
+from nonlocal_jax.runtime.files import make_folder
 
 
 def main(arguments: Sequence[str]) -> None:
   """Runs `nonlocal-jax attention`."""
   parser = Parser('nonlocal-jax attention', __doc__)
-  parser.add_argument('image', metavar='IMAGE', type=given_path, help='an image file')
+  parser.add_argument('image', metavar='IMAGE', type=path_option, help='an image file')
   parser.add_argument(
     '--checkpoint',
     required=True,
-    type=given_path,
+    type=path_option,
     help='a .pth file, a converted directory, the workdir of a training run, or the name of a '
     'released model, which is downloaded: see nonlocal-jax models',
   )
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     metavar='X,Y',
     help='a pixel; may be given several times',
   )
-  parser.add_argument('--out', required=True, type=given_path, help='folder of the pictures')
+  parser.add_argument('--out', required=True, type=path_option, help='folder of the pictures')
   parser.add_argument(
     '--precision',
     choices=get_args(Precision),

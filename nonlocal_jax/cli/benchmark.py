@@ -25,12 +25,12 @@ import jax
 
 from nonlocal_jax.cli.benchmark_plan import planned
 from nonlocal_jax.cli.benchmark_process import Child, run_child
-from nonlocal_jax.cli.program import Parser
+from nonlocal_jax.cli.program import Parser, path_option
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.pretrained import Precision
 from nonlocal_jax.models.config import STAGE_BLOCKS
 from nonlocal_jax.runtime.devices import describe, say_advice_on_cuda
-from nonlocal_jax.runtime.files import given_path, unfinished, write_whole
+from nonlocal_jax.runtime.files import unfinished, write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 
 Record = Mapping[str, Any]
@@ -165,7 +165,7 @@ def make_parser(program: str, description: str | None, *, out: str = 'runs/bench
   """
   parser = Parser(program, description)
   add = parser.add_argument
-  add('--out', type=given_path, default=Path(out), metavar='DIR', help=f'default: {out}')
+  add('--out', type=path_option, default=Path(out), metavar='DIR', help=f'default: {out}')
   add(
     '--only',
     nargs='+',
@@ -229,12 +229,12 @@ def make_parser(program: str, description: str | None, *, out: str = 'runs/bench
     default=_POSITIONS,
     help='for non_local',
   )
-  add('--data', type=given_path, help='folder with images/{train,val}, labels/{train,val}')
+  add('--data', type=path_option, help='folder with images/{train,val}, labels/{train,val}')
   add('--num-classes', type=at_least_one, help='number of classes in --data')
   add('--ignore-label', type=int, nargs='*', default=(), help='in --data, besides 255')
   add('--eval-scale', type=sides, default=(2048, 512), metavar='WxH', help='default: 2048x512')
   add('--limit', type=at_least_one, default=50, help='images of each split; default: 50')
-  add('--checkpoint', type=given_path, help='.pth file to evaluate; default: random weights')
+  add('--checkpoint', type=path_option, help='.pth file to evaluate; default: random weights')
   return parser
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nonlocal_jax.cli.config import read_config
-from nonlocal_jax.cli.program import Parser
+from nonlocal_jax.cli.program import Parser, path_option
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.recipes import base_config, config_names, fields_of
-from nonlocal_jax.runtime.files import given_path, write_whole
+from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     metavar='NAME',
     help=f'one of {", ".join(config_names())}, or a file; default: demo',
   )
-  parser.add_argument('--out', required=True, type=given_path, help='output folder')
+  parser.add_argument('--out', required=True, type=path_option, help='output folder')
   parser.add_argument('--count', type=int, default=16, help='number of samples; default: 16')
   options, rest = parser.parse_with_config(arguments, fields_of(base_config()))
   if options.count < 1:

@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from nonlocal_jax.cli.config import fields_set, read_config
-from nonlocal_jax.cli.program import Parser, child_environment
+from nonlocal_jax.cli.program import Parser, child_environment, path_option
 from nonlocal_jax.cli.published_plan import Check, Places, say_plan
 from nonlocal_jax.cli.published_report import Row, scored, table, write_tables
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import read_report
 from nonlocal_jax.recipes import base_config, fields_of
 from nonlocal_jax.runtime.devices import SAID
-from nonlocal_jax.runtime.files import given_path, parse_object, sealed, unsealed, write_whole
+from nonlocal_jax.runtime.files import parse_object, sealed, unsealed, write_whole
 from nonlocal_jax.runtime.locks import used_alone
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.weights import released
@@ -65,13 +65,13 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--download', action='store_true', help='download weights and val images that are not here'
   )
-  parser.add_argument('--checkpoints', type=given_path, help='folder of .pth files')
-  parser.add_argument('--data', type=given_path, help='folder of the datasets')
+  parser.add_argument('--checkpoints', type=path_option, help='folder of .pth files')
+  parser.add_argument('--data', type=path_option, help='folder of the datasets')
   parser.add_argument(
     '--username', default='', help='login for Cityscapes; the password: $CITYSCAPES_PASSWORD'
   )
   parser.add_argument(
-    '--out', type=given_path, default=Path('published'), help='default: published'
+    '--out', type=path_option, default=Path('published'), help='default: published'
   )
   options, settings = parser.parse_with_config(arguments, fields_of(base_config()))
 
@@ -202,7 +202,7 @@ def check_all(
   rows = []
   with progress_bar(len(checks), 'Checking', unit='number') as bar:
     for check in checks:
-      rows.append(_check(check, places, out / check.name, settings, run))
+      rows.append(_check(check, places, out / check.name, settings, run, before=tuple(rows)))
       write_tables(out, rows, command)
       bar.update()
   return rows
@@ -214,6 +214,8 @@ def _check(
   workdir: Path,
   settings: Sequence[str],
   run: Callable[[list[str]], dict[str, Any]],
+  *,
+  before: Sequence[Row],
 ) -> Row:
   row = {
     'model': check.model.name,
@@ -230,14 +232,17 @@ def _check(
     'verdict': 'missing',
   }
   if not _is_done(workdir, settings):
+    if not places.has(check.model):
+      return row
     try:
-      file = places.weights(check.model)
-      if file is None:
-        return row
+      # Images first: without them, as without a login for Cityscapes, weights are of no use.
       source = places.source_of(check.model.dataset)
+      file = places.weights(check.model)
     except UserError as error:  # the others go on
-      print(f'error: {error}', file=sys.stderr)
-      return {**row, 'verdict': f'failed: {error}'}
+      verdict = f'failed: {error}'
+      if all(verdict != other['verdict'] for other in before):  # said once
+        print(f'error: {error}', file=sys.stderr)
+      return {**row, 'verdict': verdict}
     arguments = _arguments(check, file, source, workdir, settings)
     cost = sealed({**run(arguments), 'arguments': arguments, 'settings': list(settings)})
     write_whole(workdir / COST, json.dumps(cost) + '\n')

@@ -12,6 +12,7 @@ checkpoint, runs/NAME/best for the one with the best mIoU.
 
 import argparse
 import collections
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,11 @@ from typing import Any
 from flax import nnx
 
 from nonlocal_jax.cli.config import Config
-from nonlocal_jax.cli.program import Parser, add_ema, program_name, say_weights
+from nonlocal_jax.cli.program import Parser, add_ema, path_option, program_name, say_weights
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config, get_config
-from nonlocal_jax.runtime.files import given_path
+from nonlocal_jax.runtime.files import check_absent
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.torch_format.writer import write_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import DESCRIPTION, read_description, save_weights
@@ -42,11 +43,11 @@ def main(arguments: Sequence[str]) -> None:
   """Runs `nonlocal-jax convert`."""
   parser = Parser('nonlocal-jax convert', __doc__)
   parser.add_argument(
-    'source', type=given_path, help='a .pth file, a folder of them, or see --to-pth'
+    'source', type=path_option, help='a .pth file, a folder of them, or see --to-pth'
   )
-  parser.add_argument('out', type=given_path, nargs='?', help='output directory; must not exist')
+  parser.add_argument('out', type=path_option, nargs='?', help='output directory; must not exist')
   parser.add_argument(
-    '--to-pth', type=given_path, metavar='OUT.pth', help='write a .pth file instead'
+    '--to-pth', type=path_option, metavar='OUT.pth', help='write a .pth file instead'
   )
   parser.add_argument(
     '--align-corners',
@@ -58,6 +59,8 @@ def main(arguments: Sequence[str]) -> None:
   out, to_pth = options.out, options.to_pth
   if (out is None) == (to_pth is None):
     parser.error('give either OUT or --to-pth OUT.pth')
+  if not os.path.isdir(options.source):  # before a model is downloaded
+    check_absent(to_pth or out)
   source = find_weights(options.source)
   if to_pth:
     say_weights(source)

@@ -22,11 +22,10 @@ from collections.abc import Sequence
 from typing import get_args
 
 import nonlocal_jax
-from nonlocal_jax.cli.program import Parser, add_ema, say_weights
+from nonlocal_jax.cli.program import Parser, add_ema, path_option, say_weights
 from nonlocal_jax.errors import UsageError, explained_by
 from nonlocal_jax.export.files import STEPS, Exported, Format, check_absent
 from nonlocal_jax.protocol import Size
-from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.progress import progress_bar
 
 _FLAGS = {
@@ -42,7 +41,7 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--checkpoint',
     required=True,
-    type=given_path,
+    type=path_option,
     help='a .pth or safetensors file, a converted directory, the workdir of a training run, or the '
     'name of a released model, which is downloaded: see nonlocal-jax models',
   )
@@ -50,7 +49,7 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--out',
     required=True,
-    type=given_path,
+    type=path_option,
     help='the file, for browser the folder; must not exist',
   )
   parser.add_argument(

@@ -40,7 +40,7 @@ from nonlocal_jax.cli.prediction_files import (
   save_probabilities,
   with_palette,
 )
-from nonlocal_jax.cli.program import Parser, add_ema, say_weights
+from nonlocal_jax.cli.program import Parser, add_ema, path_option, say_weights
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, without_suffix
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
@@ -78,11 +78,11 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     '--checkpoint',
     required=True,
-    type=given_path,
+    type=path_option,
     metavar='WEIGHTS',
     help='a .pth file, a converted directory or a workdir',
   )
-  parser.add_argument('--out', required=True, type=given_path, metavar='DIR', help='output folder')
+  parser.add_argument('--out', required=True, type=path_option, metavar='DIR', help='output folder')
   parser.add_argument(
     '--submission',
     action='store_true',

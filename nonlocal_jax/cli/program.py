@@ -15,6 +15,7 @@ from nonlocal_jax.cli.limits import check_limits
 from nonlocal_jax.cli.streams import keep_streams_open, output_error
 from nonlocal_jax.errors import STOPPED_STATUS, RunStopped, UsageError, UserError, nearest
 from nonlocal_jax.runtime.compilation import trim_memory_after_compiling, use_compilation_cache
+from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.runtime.signals import LeaveOnSignals
 from nonlocal_jax.weights.loading import NOTES
@@ -190,6 +191,13 @@ def say_weights(path: Path) -> None:
   """Says on stderr which weights of a workdir are taken."""
   if is_first_process() and (sentence := chosen_weights(path)):
     print(sentence, file=sys.stderr)
+
+
+def path_option(text: str) -> Path:
+  """Converts the path of an option, see `given_path`; '' is none, as of an unset variable."""
+  if not text:
+    raise argparse.ArgumentTypeError('the path is empty')
+  return given_path(text)
 
 
 def add_ema(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nonlocal_jax.cli.doctor import devices_of_subprocess
 from nonlocal_jax.data.datasets import PUBLISHED
-from nonlocal_jax.errors import UserError
+from nonlocal_jax.errors import UserError, explained_by
 from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.download import as_size
 from nonlocal_jax.runtime.files import cache_folder
@@ -104,29 +104,29 @@ class Places:
     """Returns whether a model's weights are here, or may be downloaded."""
     return self.may_download or model.sha256_prefix in self.found or is_downloaded(model)
 
-  def weights(self, model: ReleasedModel) -> Path | None:
-    """Returns the file of a released model; None if it is not here.
+  def weights(self, model: ReleasedModel) -> Path:
+    """Returns the file of a released model that `has` is true of.
 
     Raises:
-      UserError: If it is to be downloaded and cannot be.
+      UserError: If it cannot be downloaded, or is another file.
     """
-    if found := self.found.get(model.sha256_prefix):
-      return found
-    if self.has(model):
-      return download_released(model)  # checks a file that is there
-    return None
+    found = self.found.get(model.sha256_prefix)
+    return found or download_released(model)  # checks a file that is there
 
   def source_of(self, dataset: str) -> Path | None:
     """Returns the folder of a dataset; None to open the copy that was prepared before.
 
     Raises:
-      UserError: If it is to be downloaded and cannot be.
+      UserError: If it is to be downloaded and cannot be, or is not here.
     """
-    if not self.may_download:
-      return self.data
     from nonlocal_jax.data.downloads import fetch_dataset
-    from nonlocal_jax.data.prepared import check_data_dir
+    from nonlocal_jax.data.prepared import check_data_dir, open_prepared
 
+    if not self.may_download:
+      if self.data is None:
+        with explained_by({'source_dir': '--data=DIR, or --download'}):
+          open_prepared(PUBLISHED[dataset], splits=('val',), data_dir=self.data_dir)
+      return self.data
     if self._is_prepared(dataset):
       return None
     check_data_dir(self.data_dir)

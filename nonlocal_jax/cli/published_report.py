@@ -77,7 +77,9 @@ def table(rows: Iterable[Row]) -> str:
     cells += [_number(row['measured'], '.2f'), _number(row['difference'], '+.2f')]
     cells += [row['protocol'], _number(row['seconds'], '.0f')]
     cells += [_number(row['images_per_second'], '.3g'), _number(row['peak_gib'], '.1f')]
-    lines.append(f'| {" | ".join((*cells, row["verdict"]))} |')
+    # An error may have several lines, and a table has one for each row.
+    verdict = ' '.join(row['verdict'].replace('|', '\\|').split())
+    lines.append(f'| {" | ".join((*cells, verdict))} |')
   return '\n'.join(lines)
 
 

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nonlocal_jax.cli.config import Config, config_text, fields_set, read_config
-from nonlocal_jax.cli.program import Parser, add_ema, print_and_exit
+from nonlocal_jax.cli.program import Parser, add_ema, path_option, print_and_exit
 from nonlocal_jax.cli.supervision import connect_to_parent, is_supervised, run_supervised
 from nonlocal_jax.recipes import base_config, config_names, fields_of
-from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import find_place, join_processes
 
 
@@ -36,10 +35,10 @@ def make_parser(command: str, description: str | None) -> Parser:
     action='store_true',
     help='print the resolved config and do nothing else',
   )
-  add('--workdir', type=given_path, metavar='DIR', help='output directory; default: runs/NAME')
+  add('--workdir', type=path_option, metavar='DIR', help='output directory; default: runs/NAME')
   add(
     '--checkpoint',
-    type=given_path,
+    type=path_option,
     metavar='PATH',
     help='a .pth file, a converted directory, a workdir (runs/NAME for its newest checkpoint, '
     'runs/NAME/best for the one with the best mIoU), or the name of a released model, which is '

@@ -17,7 +17,13 @@ from typing import Any
 import requests
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.addresses import MIRROR, OFFLINE, has_mirror, is_offline
+from nonlocal_jax.runtime.addresses import (
+  MIRROR,
+  OFFLINE,
+  address_error,
+  has_mirror,
+  is_offline,
+)
 
 PASSWORD = 'CITYSCAPES_PASSWORD'
 _SITE = 'https://www.cityscapes-dataset.com'
@@ -102,7 +108,12 @@ class _Session(requests.Session):
   def request(self, method: str | bytes, url: Any, *arguments: Any, **options: Any):
     """Sends a request."""
     options.setdefault('timeout', _SECONDS)
-    return super().request(method, url, *arguments, **options)
+    try:
+      return super().request(method, url, *arguments, **options)
+    except requests.RequestException:
+      raise
+    except OSError as error:  # a file of certificates that is not there
+      raise requests.ConnectionError(error) from error
 
 
 def _login(username: str) -> requests.Session:
@@ -133,7 +144,7 @@ def _password(username: str) -> str:
 def _reason(error: requests.RequestException) -> str:
   if error.response is not None:
     return f'status {error.response.status_code}'
-  return 'no connection, or it was cut off'
+  return str(address_error(error))
 
 
 def _steps(names: str, folder: Path, *, is_installed: bool) -> str:

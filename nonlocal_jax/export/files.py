@@ -16,7 +16,7 @@ from nonlocal_jax.export.interface import Interface
 from nonlocal_jax.export.jax_program import export_program, jax_program
 from nonlocal_jax.export.page import NETWORK, check_channels, write_page
 from nonlocal_jax.protocol import Size
-from nonlocal_jax.runtime.files import whole_file, whole_folder
+from nonlocal_jax.runtime.files import check_absent, whole_file, whole_folder
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.safetensors_file import read_safetensors, write_safetensors
 from nonlocal_jax.weights.state_dict import to_state_dict
@@ -88,12 +88,6 @@ def export_network(
   write = _onnx_file if format == 'onnx' else _jax_file
   found = _export_program(description, state, path, interface, write, on_step=on_step)
   return Exported(path, path.stat().st_size, interface, found)
-
-
-def check_absent(path: Path) -> None:
-  """Raises a `UserError` if there is something at `path`."""
-  if path.exists():
-    raise UserError(f'{path} exists; remove it or choose another name.')
 
 
 Outputs = Mapping[str, np.ndarray]

@@ -35,6 +35,7 @@ from nonlocal_jax.runtime.parallel import data_mesh, platform_of, platform_of_me
 from nonlocal_jax.weights.checkpoints import save_weights
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
+from nonlocal_jax.weights.names import find_weights
 
 Precision = Literal['highest', 'high', 'default']
 
@@ -88,7 +89,7 @@ def load(
       devices do not support `attention`.
     ValueError: If `precision` is unknown.
   """
-  description, state = read_weights(Path(path), align_corners=align_corners, ema=ema)
+  description, state = read_weights(find_weights(path), align_corners=align_corners, ema=ema)
   devices = devices or jax.local_devices()[:1]
   execution = execution or Execution.for_platform(platform_of(devices))
   if attention is not None:
@@ -127,7 +128,7 @@ def load_module(
   Raises:
     UserError: If there are no weights of a NonLocalNet, or they cannot be downloaded.
   """
-  description, state = read_weights(Path(path), align_corners=align_corners, ema=ema)
+  description, state = read_weights(find_weights(path), align_corners=align_corners, ema=ema)
   graphdef = nnx.graphdef(NonLocalNet.abstract(description.config, execution))
   return nnx.merge(graphdef, jax.device_put(state, jax.local_devices()[0]))
 

@@ -139,7 +139,7 @@ def open_address(address: str, *, start: int = 0, version: str = '') -> Iterator
       response = session.get(address, headers=headers, stream=True, timeout=_SECONDS)
       stack.enter_context(response)
     except requests.RequestException as error:
-      raise _address_error(error) from error
+      raise address_error(error) from error
     except OSError as error:  # a file of certificates that is not there
       raise AddressError(str(error)) from error
     found = _start_of(response, start, version)
@@ -227,10 +227,10 @@ def _chunks(response: 'requests.Response') -> Iterator[bytes]:
   try:
     yield from response.iter_content(_CHUNK)
   except requests.RequestException as error:
-    raise _address_error(error) from error
+    raise address_error(error) from error
 
 
-def _address_error(error: 'requests.RequestException') -> AddressError:
+def address_error(error: 'requests.RequestException') -> AddressError:
   """Says why there is no answer, in the system's words and without names of Python's classes."""
   import requests
 

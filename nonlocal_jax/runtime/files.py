@@ -45,6 +45,12 @@ def make_folder(path: Path) -> None:
     raise UserError(f'Folder {path} cannot be made: {reason}.') from error
 
 
+def check_absent(path: Path) -> None:
+  """Raises a `UserError` if there is something at `path`."""
+  if os.path.lexists(path):
+    raise UserError(f'{path} exists; remove it or choose another name.')
+
+
 def elsewhere(path: Path) -> str:
   """Says, as the end of a sentence, how to move what is in the cache folder; else ''."""
   is_cached = path.absolute().is_relative_to(cache_folder())

@@ -30,6 +30,8 @@ def find_weights(given: str | os.PathLike[str]) -> Path:
   Raises:
     UserError: If there is neither such a path nor such a name, or the file cannot be downloaded.
   """
+  if not os.fspath(given):
+    raise UserError("The path of the weights is empty: give one, or a released model's name.")
   path = Path(given)
   named = named_release(given)
   if os.path.exists(path):  # unlike `Path.exists`, this is for names of any length
