@@ -24,8 +24,9 @@ from typing import get_args
 import nonlocal_jax
 from nonlocal_jax.cli.program import Parser, add_ema, path_option, say_weights
 from nonlocal_jax.errors import UsageError, explained_by
-from nonlocal_jax.export.files import STEPS, Exported, Format, check_absent
+from nonlocal_jax.export.files import STEPS, Exported, Format
 from nonlocal_jax.protocol import Size
+from nonlocal_jax.runtime.files import check_absent
 from nonlocal_jax.runtime.progress import progress_bar
 
 _FLAGS = {
