@@ -26,6 +26,7 @@ from nonlocal_jax.export.checking import Reference, check_outputs, difference
 from nonlocal_jax.export.interface import Interface
 from nonlocal_jax.export.onnx_network import onnx_model
 from nonlocal_jax.weights.description import ModelDescription
+from nonlocal_jax.weights.safetensors_file import write_safetensors
 from nonlocal_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
 from tests import peer
 from tests.test_docs import ROOT, code_blocks
@@ -235,13 +236,19 @@ def test_safetensors(network, exported, images):
   assert_array_equal(loaded.predict(images[0]), model.predict(images[0]))
 
 
-def test_safetensors_of_other_origin_or_damaged_are_refused(exported, tmp_path):
+def test_safetensors_of_other_origin_or_damaged_are_refused(network, exported, tmp_path):
   whole = exported['safetensors'].path.read_bytes()
   other, damaged, cut = (tmp_path / f'{name}.safetensors' for name in ('other', 'damaged', 'cut'))
   safetensors.numpy.save_file({'x': np.zeros(3)}, other)
   damaged.write_bytes(whole[:-100] + bytes([whole[-100] ^ 1]) + whole[-99:])
   cut.write_bytes(whole[:-1])
+  loaded = nonlocal_jax.load_module(exported['safetensors'].path)
+  config = dataclasses.replace(loaded.config, stage_blocks=(10**9,) * 4)
+  description = dataclasses.replace(network[1].description, config=config)
+  huge = tmp_path / 'huge.safetensors'
+  write_safetensors(huge, nnx.state(loaded), description)
   for path, message in [
+    (huge, r'describes a network with stage_blocks=\(1000000000,'),
     (other, 'other.safetensors does not say which network it is'),
     (damaged, 'damaged.safetensors is damaged'),
     (cut, 'cut.safetensors is no safetensors file that can be read'),
@@ -360,3 +367,16 @@ def test_without_the_extra(network, tmp_path, monkeypatch, format, package):
   with pytest.raises(UserError, match=rf"need the package {package}, .*'\.\[export\]'"):
     network[1].export(tmp_path / 'network', format=format, size=size)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_exported_files_runs():
+  tiny = ['--size=32,40', '--width=4', '--depth=14', '--rounds=1', '--repeats=1']
+  result = subprocess.run(
+    [sys.executable, 'benchmarks/exported.py', *tiny], cwd=ROOT, capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr
+  for format in ('onnx', 'jax'):
+    assert re.search(rf"{format}: \d\.\d MB, .* of the logits' standard deviation", result.stdout)
+  for side in ('this library', 'ONNX Runtime', 'JAX program', 'MMSegmentation'):
+    assert re.search(rf'\| {side} \| \d+\.\d\d s \| \d+\.\d\d \|', result.stdout)

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
     help='the file, for browser the folder; must not exist',
   )
   parser.add_argument(
-    '--size', type=_size, metavar='HEIGHT,WIDTH', help='of the images that go in, in pixels'
+    '--size', type=parse_size, metavar='HEIGHT,WIDTH', help='of the images that go in, in pixels'
   )
   parser.add_argument(
     '--batch', type=_count, metavar='COUNT', help='number of images; default: any number'
@@ -104,7 +104,8 @@ def summary(exported: Exported) -> str:
   return '\n'.join(f'{name:12} {value}' for name, value in facts.items())
 
 
-def _size(text: str) -> Size:
+def parse_size(text: str) -> Size:
+  """Parses HEIGHT,WIDTH, e.g. '512,1024'."""
   match = re.fullmatch(r'\(?\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\)?', text)
   if match is None:
     raise UsageError(f'--size is {text!r}; give height and width in pixels, e.g. --size=512,1024.')

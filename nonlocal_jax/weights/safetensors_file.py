@@ -10,7 +10,7 @@ from nonlocal_jax.errors import UserError, needs_packages
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.weights.arrays import checksum
 from nonlocal_jax.weights.description import ModelDescription
-from nonlocal_jax.weights.state_dict import from_state_dict, to_state_dict
+from nonlocal_jax.weights.state_dict import from_state_dict, infer_config, to_state_dict
 
 _DESCRIPTION = 'nonlocal_jax'  # keys of the metadata, which holds text only
 _CHECKSUM = 'crc32'
@@ -68,6 +68,13 @@ def read_safetensors(path: Path) -> tuple[ModelDescription, nnx.State]:
   description = ModelDescription.from_json(metadata[_DESCRIPTION], source=str(path))
   if metadata.get(_CHECKSUM) != json.dumps(checksum(_sorted(arrays))):
     raise UserError(f'{path} is damaged (the checksum of its weights differs): export it again.')
+  config, found = description.config, infer_config(arrays, source=str(path))
+  for name in ('stage_blocks', 'width', 'num_classes', 'in_channels'):  # what costs time to build
+    if getattr(config, name) != getattr(found, name):
+      raise UserError(
+        f'{path} describes a network with {name}={getattr(config, name)}, and its weights have '
+        f'{getattr(found, name)}: export it again.'
+      )
   return description, from_state_dict(arrays, description.config, source=str(path))
 
 
