@@ -89,6 +89,24 @@ def test_a_program_leaves_at_once_and_leaves_nothing_unfinished(
   assert not runs(child)
 
 
+ENDING = """
+import atexit, time
+from nonlocal_jax.runtime.signals import LeaveOnSignals
+
+atexit.register(lambda: (print('ending', flush=True), time.sleep(60)))
+with LeaveOnSignals(until_exit=True):
+  pass
+"""
+
+
+def test_a_signal_while_the_interpreter_ends_has_the_same_status():
+  command = [sys.executable, '-c', ENDING]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    assert process.stdout.readline() == 'ending\n'
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+
+
 def test_an_ignored_signal_stays_ignored_and_all_is_restored():
   before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.getsignal(signal.SIGTERM)
   wakeup = signal.set_wakeup_fd(-1)

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     SystemExit: If the command fails, see `run_program`.
   """
   given = sys.argv[1:] if arguments is None else list(arguments)
-  with LeaveOnSignals():
+  with LeaveOnSignals(until_exit=arguments is None):
     from nonlocal_jax.cli.program import run_program  # imports JAX, which takes seconds
 
     run_program(lambda: run(given))

@@ -12,7 +12,7 @@ _MODES = ('train', 'eval')
 
 def run() -> None:
   """Runs `main.py`."""
-  with LeaveOnSignals():
+  with LeaveOnSignals(until_exit=True):
     from nonlocal_jax.cli.program import run_program  # imports JAX, which takes seconds
 
     run_program(lambda: main.run(command_of(sys.argv[1:])))

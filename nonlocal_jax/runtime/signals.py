@@ -47,6 +47,15 @@ class LeaveOnSignals:
 
   active: ClassVar[bool] = False
 
+  def __init__(self, *, until_exit: bool = False):
+    """Initializes the context.
+
+    Args:
+      until_exit: Whether to stay after the context ends, until the process does, which takes a
+        while where threads and worker processes are left.
+    """
+    self._until_exit = until_exit
+
   def __enter__(self) -> Self:
     """Installs the handlers and starts the thread."""
     self._is_inner = LeaveOnSignals.active
@@ -63,7 +72,7 @@ class LeaveOnSignals:
 
   def __exit__(self, *unused) -> None:
     """Restores what handled signals before."""
-    if self._is_inner:
+    if self._is_inner or self._until_exit:
       return
     LeaveOnSignals.active = False
     signal.set_wakeup_fd(self._wakeup_before)

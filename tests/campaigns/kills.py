@@ -33,6 +33,7 @@ from tests.processes import members, unused_shared_memory
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMING = ('images_per_second', 'waiting_for_data')
+_OWN = 'KILLS_IN_OWN_NAMESPACE'
 LEFTOVERS = ('*.partial', 'incomplete*', '*orbax-checkpoint-tmp*')
 # What is sent to one process, and the statuses that are right for it alone.
 KINDS = {
@@ -241,6 +242,14 @@ def _without_timing(line: dict) -> dict:
   return {key: value for key, value in line.items() if key not in TIMING}
 
 
+def _use_own_shared_memory() -> None:
+  """Starts this program anew where /dev/shm has nothing of other programs."""
+  if os.environ.get(_OWN) is None:
+    mount = 'mount -t tmpfs none /dev/shm && exec "$@"'
+    command = ['unshare', '-rm', 'sh', '-c', mount, 'sh', *sys.orig_argv]
+    os.execvpe(command[0], command, {**os.environ, _OWN: '1'})
+
+
 def main() -> None:
   """Runs the campaign."""
   parser = argparse.ArgumentParser(
@@ -253,6 +262,7 @@ def main() -> None:
   parser.add_argument('--seed', type=int, default=0)
   options = parser.parse_args()
   signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
+  _use_own_shared_memory()
   started = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
     campaign = Campaign(
