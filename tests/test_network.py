@@ -88,6 +88,7 @@ def test_a_missing_block_is_the_original_without_it(rng, peer_model):
   assert_allclose(*results, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_steps_equal_the_original_in_float64(rng):
   """Ten whole steps in double precision, where rounding cannot hide a difference nor make one.
 

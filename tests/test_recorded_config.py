@@ -91,6 +91,7 @@ def base_config():
   return peer.small_config(NAME, width=8, num_classes=30, shallow=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', VARIANTS)
 def test_each_of_these_settings_changes_the_predictions(name, base_config, tmp_path):
   """Those that change no shape, in mmsegmentation: none could be ignored unnoticed."""
@@ -115,6 +116,7 @@ def write_image(path):
   cv2.imwrite(str(path), cv2.resize(image, (75, 58)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', VARIANTS)
 def test_predictions_are_those_of_the_original(name, base_config, converter, tmp_path):
   """Of the file, of the directory that it becomes, and of the file that this becomes."""

@@ -112,6 +112,7 @@ def test_frozen_batch_norm_uses_and_keeps_the_running_statistics(variables, batc
   assert abs(float(trained[0]['loss'] - metrics['loss'])) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('accumulate', 'devices'), [(4, 1), (2, 4)])
 def test_accumulated_gradients_are_those_of_the_whole_batch(
   variables, batch, frozen, accumulate, devices
@@ -136,6 +137,7 @@ def plain(variables, batch):
   return take_step(variables, batch, dropout=0.5)
 
 
+@pytest.mark.slow
 def test_rematerialised_blocks_give_the_same(variables, batch, plain):
   found = take_step(variables, batch, dropout=0.5, rematerialize=True)
   assert_same(found[1], plain[1])
