@@ -115,6 +115,7 @@ def base_config() -> ConfigDict:
   config.eval.batch_size = config_dict.placeholder(int)
   config.eval.shapes = 4  # maximum number of padded shapes; each is compiled once
   config.eval.more_scores = False  # also reports Dice, F-score, precision and recall
+  config.eval.report = True  # also writes report.html and the results of each image
   config.eval.precision = 'highest'
   config.eval.every = 2_000
   # Evaluations in a row without a better mIoU after which training stops; 0: it never does.

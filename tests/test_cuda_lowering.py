@@ -126,7 +126,9 @@ def evaluation_programs(experiment: Experiment, monkeypatch) -> Programs:
   shape = shapes_for(sizes, protocol, most=1)[sizes[0]]
   assert shape.padded == (len(sizes) > 1)
   views = [np.zeros((*view.size[:2], 3), np.uint8) for view in views_of(protocol, sizes[0])]
-  predictor(state_shapes(experiment.network), shape, [views], [sizes[0]])
+  logits = predictor.logits(state_shapes(experiment.network), shape, [views], [sizes[0]])
+  predictor.labels(logits)
+  predictor.confident_labels(logits)
   return programs
 
 
@@ -225,6 +227,8 @@ def test_evaluation(model, monkeypatch):
   check_attention_is_in_blocks(network, n, sides)
   assert f'-> (tensor<1x{n}x{sides[0]}x{sides[1]}x{classes}xf32>' in network
   assert re.search(r'@main\(.*-> \(tensor<1x\d+x\d+xui8>[^,]*\) \{', programs.texts['predict'])
+  confident = programs.texts['predict_confidence']
+  assert re.search(r'@main\(.*-> \(tensor<1x\d+x\d+xui8> .*, tensor<1x\d+x\d+xf32> ', confident)
 
 
 def test_attention_through_cudnn_reaches_training_and_evaluation(monkeypatch):
@@ -276,7 +280,7 @@ def test_deterministic_training(options, monkeypatch):
   deterministic = {'xla_gpu_deterministic_ops': True, 'xla_gpu_exclude_nondeterministic_ops': True}
   assert [options['compiler_options'] for options in made] == [deterministic]
   programs = evaluation_programs(experiment, monkeypatch)
-  assert [x['compiler_options'] for x in programs.options.values()] == [deterministic] * 2
+  assert [x['compiler_options'] for x in programs.options.values()] == [deterministic] * 4
   scattering = dataclasses.replace(experiment.execution, max_pool='scatter')
   program, _ = training_program(dataclasses.replace(experiment, execution=scattering))
   assert program.count('select_and_scatter') > 0

@@ -67,7 +67,8 @@ def predict(predictor, state, shape, images, batch_size=None):
   protocol = predictor.protocol
   views = [[resize_to(x, view.size) for view in views_of(protocol, x.shape[:2])] for x in images]
   sizes = [x.shape[:2] for x in images]
-  whole = np.asarray(predictor(state, shape, views, sizes, batch_size=batch_size))
+  logits = predictor.logits(state, shape, views, sizes, batch_size=batch_size)
+  whole = np.asarray(predictor.labels(logits))
   return [whole[i, : x.shape[0], : x.shape[1]] for i, x in enumerate(images)]
 
 
@@ -373,7 +374,8 @@ def test_other_strides_dilations_and_channels_of_the_input(rng):
   graphdef, state = nnx.split(NonLocalNet(config, rngs=nnx.Rngs(0)))
   image = rng.integers(256, size=(70, 90, 2), dtype=np.uint8)
   shape = PaddedShape.from_image((70, 90), protocol)
-  found = Predictor(config, protocol)(state, shape, [[image]], [(70, 90)])
+  predictor = Predictor(config, protocol)
+  found = predictor.labels(predictor.logits(state, shape, [[image]], [(70, 90)]))
   images = normalize(jnp.asarray(image[None]), mean=protocol.mean, std=protocol.std)
   logits = jax.jit(lambda s, x: nnx.merge(graphdef, s)(x))(state, images)
   assert agreement(np.asarray(found), np.asarray(logits).argmax(axis=-1)) > 0.999

@@ -48,8 +48,11 @@ def test_a_run_leaves_all_that_is_promised(trained):
     'parameters.txt',
     'log.jsonl',
     'metrics.json',
+    'metrics_per_image.csv',
     'model.json',
     'predictions.png',
+    'report.html',
+    'report_pictures.zip',
   }
   assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'2', '4'}
   assert (workdir / events).stat().st_size > 500

@@ -3,9 +3,9 @@
     nonlocal-jax eval --config=ade20k_r101 --config.data.source_dir=DIR --checkpoint=WEIGHTS
     nonlocal-jax eval --config=custom --config.data.source_dir=DIR --checkpoint=runs/custom
 
-Prints the scores of each class and their means, and writes metrics.json into the workdir. Where the
-weights record how they were tested, a config that says otherwise is an error, unless its fields are
-set on the command line.
+Prints the scores of each class and their means, and writes metrics.json, report.html and the
+results of each image into the workdir. Where the weights record how they were tested, a config that
+says otherwise is an error, unless its fields are set on the command line.
 """
 
 from collections.abc import Sequence

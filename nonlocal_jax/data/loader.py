@@ -193,11 +193,13 @@ class EvalSample(NamedTuple):
 
   Attributes:
     index: Its place in the source.
+    name: Its id there.
     views: The image at each size of the protocol, (h', w', 3) uint8 RGB.
     label: (h, w) uint8, as in its file but for the lookup.
   """
 
   index: int
+  name: str
   views: list[np.ndarray]
   label: np.ndarray
 
@@ -227,9 +229,10 @@ def eval_batches(
     return [load_sample(index) for index in batches[number]]
 
   def load_sample(index: int) -> EvalSample:
-    image, label = _decode(source[index], label_lookup)
+    record = source[index]
+    image, label = _decode(record, label_lookup)
     views = [transforms.resize_to(image, size) for size in view_sizes(image.shape[:2])]
-    return EvalSample(index, views, label)
+    return EvalSample(index, str(record['id']), views, label)
 
   _use_one_thread_in_opencv()
   num_threads = num_threads or num_cores()

@@ -1,5 +1,6 @@
 """Prints and writes the results of an evaluation, and looks up the published score."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,11 @@ from nonlocal_jax.evaluation.evaluator import Evaluation
 from nonlocal_jax.evaluation.metrics import undefined_reasons
 from nonlocal_jax.evaluation.pictures import comparison, write_png
 from nonlocal_jax.evaluation.report import ReportFacts, write_report
+from nonlocal_jax.evaluation.report_page import PAGE, NotReplacedError, report_page, write_page
+from nonlocal_jax.evaluation.saved import details_files, read_evaluation
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.weights.released import ReleasedModel
 
@@ -38,7 +42,8 @@ def write_evaluation(
 ) -> None:
   """Writes `metrics.json` (see `report.write_report`) and `predictions.png`.
 
-  Only the first process writes.
+  With details also the results of each image, pictures of some, and the report as a page. Only the
+  first process writes.
 
   Args:
     workdir: The output directory, created if it does not exist.
@@ -48,8 +53,17 @@ def write_evaluation(
   """
   if not is_first_process():
     return
-  write_report(workdir, evaluation.confusion, dataset, facts, seconds=evaluation.seconds)
+  details = evaluation.details
+  files, more = ({}, {}) if details is None else details_files(details, dataset)
+  write_report(workdir, evaluation.confusion, dataset, facts, seconds=evaluation.seconds, more=more)
+  for name, data in files.items():
+    write_whole(workdir / name, data)
   write_png(workdir / PICTURE, picture_of(evaluation, dataset))
+  if details is not None:
+    try:
+      write_page(workdir / PAGE, report_page(read_evaluation(workdir)))
+    except NotReplacedError as error:
+      print(f'No report was written: {error}', file=sys.stderr)
 
 
 def picture_of(evaluation: Evaluation, dataset: Dataset) -> np.ndarray:

@@ -13,6 +13,7 @@ from flax import nnx
 from nonlocal_jax.data.loader import EvalSample, eval_batches
 from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.data.transforms import IGNORE
+from nonlocal_jax.evaluation.details import Collector, Details, Statistics, image_statistics
 from nonlocal_jax.evaluation.metrics import Scores, scores
 from nonlocal_jax.inference.batches import batches_of, images_at_once
 from nonlocal_jax.inference.buckets import shapes_for
@@ -21,7 +22,13 @@ from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.models.folding import fold_batch_norms
 from nonlocal_jax.ops.confusion import confusion_matrix
 from nonlocal_jax.runtime.compilation import compiler_options
-from nonlocal_jax.runtime.parallel import platform_of_mesh, replicated, shard_batch
+from nonlocal_jax.runtime.parallel import (
+  local_rows,
+  over_batch,
+  platform_of_mesh,
+  replicated,
+  shard_batch,
+)
 from nonlocal_jax.runtime.pipeline import one_behind
 from nonlocal_jax.runtime.progress import progress_bar
 
@@ -38,12 +45,14 @@ class Evaluation:
     examples: Image, label and prediction of a few images, evenly spaced over the split; those that
       this process evaluated.
     seconds: The duration of the evaluation.
+    details: What a report shows beyond the scores; None if it was not asked for.
   """
 
   confusion: np.ndarray
   scores: Scores
   examples: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
   seconds: float
+  details: Details | None = None
 
 
 class _Evaluated(NamedTuple):
@@ -53,13 +62,15 @@ class _Evaluated(NamedTuple):
     indices: The indices of its images in the split, over all processes.
     samples: The samples of this process.
     predictions: (n, h, w) uint8, over all processes; see `Predictor`.
-    confusion: (classes, classes) int32, summed over all processes.
+    confusion: (classes, classes) int32, summed over all processes; None with `statistics`.
+    statistics: Of each image, over all processes; None if they are not asked for.
   """
 
   indices: Sequence[int]
   samples: list[EvalSample]
   predictions: jax.Array
-  confusion: jax.Array
+  confusion: jax.Array | None
+  statistics: Statistics | None
 
 
 class Evaluator:
@@ -78,6 +89,7 @@ class Evaluator:
     label_lookup: np.ndarray,
     images_per_device: int | None = None,
     most_shapes: int,
+    details: bool = False,
   ):
     """Plans the evaluation.
 
@@ -90,6 +102,7 @@ class Evaluator:
       images_per_device: The largest number of images per device and batch; None for what is fast,
         see `batches.images_at_once`.
       most_shapes: The largest number of padded shapes, see `buckets.shapes_for`.
+      details: Whether to collect what a report shows beyond the scores.
     """
     self._predictor = predictor
     options = compiler_options(platform_of_mesh(predictor.mesh))
@@ -104,6 +117,13 @@ class Evaluator:
       out_shardings=replicated(predictor.mesh),
       compiler_options=options,
     )
+    everywhere = replicated(predictor.mesh)
+    self._statistics = jax.jit(
+      functools.partial(image_statistics, num_classes=num_classes),
+      out_shardings=Statistics._make([*[everywhere] * 3, over_batch(predictor.mesh)]),
+      compiler_options=options,
+    )
+    self._details = details
     self._split = split
     self._num_classes = num_classes
     self._label_lookup = label_lookup
@@ -141,13 +161,18 @@ class Evaluator:
     started = time.perf_counter()
     examples = np.linspace(0, len(self._split) - 1, _EXAMPLES, dtype=int).tolist()
     confusion = np.zeros((self._num_classes, self._num_classes), np.int64)
+    collected = Collector(self._split, self._num_classes) if self._details else None
     shown = {}
     with progress_bar(len(self._split), 'Evaluating', unit='img', leave=False) as bar:
-      for indices, samples, predictions, counts in one_behind(self._evaluated(weights)):
-        confusion += np.asarray(counts)
+      for evaluated in one_behind(self._evaluated(weights)):
+        indices, samples, predictions, counts, statistics = evaluated
+        if counts is not None:
+          confusion += np.asarray(counts)
+        if collected is not None and statistics is not None:
+          confusion += collected.add(evaluated.indices, samples, predictions, statistics)
         wanted = [place for place, sample in enumerate(samples) if sample.index in examples]
         if wanted:
-          labels = _local_rows(predictions)
+          labels = local_rows(predictions)
           for place in wanted:
             sample = samples[place]
             height, width = sample.label.shape
@@ -158,7 +183,8 @@ class Evaluator:
         after_batch()
     seconds = time.perf_counter() - started
     in_order = [shown[index] for index in sorted(shown)]
-    return Evaluation(confusion, scores(confusion), in_order, seconds)
+    details = None if collected is None else collected.details()
+    return Evaluation(confusion, scores(confusion), in_order, seconds, details)
 
   def _evaluated(self, weights: nnx.State) -> Iterator[_Evaluated]:
     """Yields the batches; their arrays may still be computing."""
@@ -174,7 +200,7 @@ class Evaluator:
       label_lookup=self._label_lookup,
     )
     for batch, size, samples in zip(self._batches, local_sizes, loaded, strict=True):
-      predictions = self._predictor(
+      logits = self._predictor.logits(
         weights,
         batch.shape,
         [sample.views for sample in samples],
@@ -185,10 +211,11 @@ class Evaluator:
       for padded, sample in zip(labels, samples, strict=False):
         padded[: sample.label.shape[0], : sample.label.shape[1]] = sample.label
       on_devices = shard_batch({'labels': labels}, self._predictor.mesh)['labels']
-      yield _Evaluated(batch.indices, samples, predictions, self._count(predictions, on_devices))
-
-
-def _local_rows(array: jax.Array) -> np.ndarray:
-  """Returns this process's part of an array that is sharded along its first axis."""
-  shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-  return np.concatenate([shard.data for shard in shards])
+      if self._details:
+        predictions, confidence = self._predictor.confident_labels(logits)
+        statistics = self._statistics(predictions, confidence, on_devices)
+        yield _Evaluated(batch.indices, samples, predictions, None, statistics)
+      else:
+        predictions = self._predictor.labels(logits)
+        counts = self._count(predictions, on_devices)
+        yield _Evaluated(batch.indices, samples, predictions, counts, None)

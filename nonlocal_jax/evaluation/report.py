@@ -8,6 +8,8 @@ import math
 import platform
 import re
 import resource
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +65,13 @@ class ReportFacts:
 
 
 def write_report(
-  workdir: Path, confusion: np.ndarray, dataset: Dataset, facts: ReportFacts, *, seconds: float
+  workdir: Path,
+  confusion: np.ndarray,
+  dataset: Dataset,
+  facts: ReportFacts,
+  *,
+  seconds: float,
+  more: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes `metrics.json`: scores in percent, null where undefined, and what they depend on.
 
@@ -75,14 +83,15 @@ def write_report(
     dataset: The dataset that was evaluated.
     facts: What the scores depend on.
     seconds: The duration of the evaluation.
+    more: Fields of the report that others made, see `saved.details_files`.
 
   Raises:
     UserError: If the file cannot be written.
   """
-  more, published = facts.more_scores, facts.published
+  more_scores, published = facts.more_scores, facts.published
   found = scores(confusion)
-  summary = {name: round(value, 4) for name, value in found.summary(more=more).items()}
-  columns = found.by_class(more=more)
+  summary = {name: round(value, 4) for name, value in found.summary(more=more_scores).items()}
+  columns = found.by_class(more=more_scores)
   classes = {
     name: {
       score: round(100 * float(value), 4) for score, value in zip(columns, values, strict=True)
@@ -101,7 +110,10 @@ def write_report(
     'not_comparable': list(facts.not_comparable),
     'protocol': facts.protocol.to_dict(),
     'classes': classes,
-    'undefined': undefined_reasons(confusion, dataset.classes, more=more),
+    'palette': [list(color) for color in dataset.palette],
+    'undefined': undefined_reasons(confusion, dataset.classes, more=more_scores),
+    **(more or {}),
+    'command': _command(),
     'date': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
     'seconds': round(seconds, 3),
     'peak_memory_gib': peak_memory_gib(),
@@ -174,6 +186,15 @@ def _compare(measured: float, published: float, dataset_name: str) -> dict[str, 
     'tolerance': tolerance,
     'agrees': None if tolerance is None else abs(difference) <= tolerance,
   }
+
+
+def _command() -> str:
+  """Returns the command line of this program."""
+  program, *arguments = sys.argv
+  name = Path(program).name
+  if name == '__main__.py':
+    return shlex.join(['python', '-m', Path(program).parent.name, *arguments])
+  return shlex.join(([name] if name == 'nonlocal-jax' else ['python', name]) + arguments)
 
 
 def decoder() -> str:

@@ -73,12 +73,14 @@ class EvalConfig:
     shapes: Maximum number of padded shapes that the images are grouped into.
     precision: Matmul precision of the network, see `jax_default_matmul_precision`.
     more_scores: Whether to also report Dice, Fscore, Precision and Recall.
+    report: Whether to collect what the report shows beyond the scores, and to write it.
   """
 
   batch_size: int | None
   shapes: int
   precision: str
   more_scores: bool
+  report: bool
 
 
 def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dict[str, Any]:
@@ -197,6 +199,7 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
       shapes=evaluation.shapes,
       precision=evaluation.precision,
       more_scores=evaluation.more_scores,
+      report=evaluation.report,
     ),
     'init_backbone': None if _is_random(config) else given_path(config.init_backbone),
     'mesh': mesh,

@@ -240,7 +240,7 @@ class Experiment:
     Args:
       checkpoint: A .pth file, a converted directory, the workdir of a training run, or the name of
         a released model.
-      workdir: Output directory for `metrics.json` and `predictions.png`.
+      workdir: Output directory, see `evaluate.write_evaluation`.
       overrides: Fields of the config, such as 'eval.scale', that may differ from what is recorded
         beside the weights.
       ema: Whether to take the moving average that a .pth file holds beside the weights.
@@ -417,6 +417,7 @@ class Experiment:
       label_lookup=self.dataset.label_lookup,
       images_per_device=self.evaluation.batch_size,
       most_shapes=self.evaluation.shapes,
+      details=self.evaluation.report,
     )
 
   def check_data(self, splits: Sequence[Split]) -> None:

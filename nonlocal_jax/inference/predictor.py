@@ -147,18 +147,6 @@ class Predictor:
     self._predict_confidence = jit(predict_confidence, static_argnames=['windows', 'result'])
     self._predict_rows = jit(predict_rows, static_argnames=['windows', 'rows', 'width'])
 
-  def __call__(
-    self,
-    state: nnx.State,
-    shape: PaddedShape,
-    views: Sequence[Sequence[np.ndarray]],
-    sizes: Sequence[Size],
-    *,
-    batch_size: int | None = None,
-  ) -> jax.Array:
-    """Predicts the labels of images that share a padded shape, see `logits` and `labels`."""
-    return self.labels(self.logits(state, shape, views, sizes, batch_size=batch_size))
-
   def logits(
     self,
     state: nnx.State,

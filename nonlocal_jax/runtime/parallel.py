@@ -115,6 +115,12 @@ def over_batch(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec('data'))
 
 
+def local_rows(array: jax.Array) -> np.ndarray:
+  """Returns this process's part of an array that is sharded along its first axis."""
+  shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+  return np.concatenate([shard.data for shard in shards])
+
+
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """Transfers this process's share of a batch to its devices.
 
