@@ -11,10 +11,11 @@ import pytest
 
 from nonlocal_jax.cli import check_published, published_plan
 from nonlocal_jax.cli.check_published import check_all, checks_of, run_and_time
-from nonlocal_jax.cli.published_plan import Check, Places, as_duration, say_plan
+from nonlocal_jax.cli.published_plan import Check, Places, say_plan
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.deviations import likely_causes
 from nonlocal_jax.runtime.locks import used_alone
+from nonlocal_jax.runtime.progress import as_duration
 from nonlocal_jax.weights.loading import sha256_of
 from nonlocal_jax.weights.names import released_path
 from nonlocal_jax.weights.released import RELEASED, released_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.training import loop
+from nonlocal_jax.training import run
 from nonlocal_jax.training.memory import (
   StepMemory,
   StepOptions,
@@ -157,7 +157,7 @@ def test_a_run_that_does_not_fit_names_flags_with_which_it_does(config, tmp_path
     limits.append(int(0.7 * memory.total))
     check_memory(memory, limits[0], *arguments)
 
-  monkeypatch.setattr(loop, 'check_memory', check_with_limit)
+  monkeypatch.setattr(run, 'check_memory', check_with_limit)
   with pytest.raises(UserError, match='computes 4 images at once on each device') as raised:
     train_and_evaluate(config, tmp_path)
   assert not isinstance(raised.value, StepTooLargeError)
@@ -181,7 +181,7 @@ class Program:
 def test_xla_runs_out_of_memory(config, tmp_path, monkeypatch, where):
   program = Program(jax.jit(lambda x: x).lower(np.zeros(1)).compile())
   lowered = types.SimpleNamespace(compile=lambda: program if where == 'step' else program())
-  monkeypatch.setattr(loop, 'lower_train_step', lambda *_, **__: lowered)
+  monkeypatch.setattr(run, 'lower_train_step', lambda *_, **__: lowered)
   message = (
     r'runs out of memory on cpu; try --config\.train\.rematerialize=True \(a third slower\), or'
   )
@@ -198,7 +198,7 @@ def test_a_run_that_resumes_is_told_what_it_can_change(
   shutil.rmtree(tmp_path / 'workdir/checkpoints/4')
   program = Program(jax.jit(lambda x: x).lower(np.zeros(1)).compile())
   lowered = types.SimpleNamespace(compile=program)
-  monkeypatch.setattr(loop, 'lower_train_step', lambda *_, **__: lowered)
+  monkeypatch.setattr(run, 'lower_train_step', lambda *_, **__: lowered)
   with pytest.raises(UserError, match='; of these, a run that resumes can change only remat'):
     train_and_evaluate(training_config.copy_and_resolve_references(), tmp_path / 'workdir')
   assert (tmp_path / 'workdir/config.json').exists()

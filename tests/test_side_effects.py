@@ -121,12 +121,12 @@ def test_an_error_leaves_the_process_as_it_was(name, converted, tmp_path):
 
 def test_training_that_fails_leaves_the_process_as_it_was(training_config, tmp_path, monkeypatch):
   """After the checkpoints were opened, and before anything is compiled for long."""
-  from nonlocal_jax.training import loop
+  from nonlocal_jax.training import run
 
   def fail(*unused, **options):
     raise UserError('no such step')
 
-  monkeypatch.setattr(loop, 'lower_train_step', fail)
+  monkeypatch.setattr(run, 'lower_train_step', fail)
   experiment = Experiment.from_config(training_config)
   before = state_of_process()
   with pytest.raises(UserError, match='no such step'):

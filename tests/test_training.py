@@ -217,6 +217,23 @@ def test_training_stops_where_nothing_gets_better(training_config, tmp_path, cap
   assert [line['step'] for line in read_log(workdir) if 'loss' in line] == [1, 2, 3]
 
 
+def test_a_dry_run_says_what_a_run_needs_and_keeps_nothing(training_config, tmp_path, capsys):
+  config = training_config.copy_and_resolve_references()
+  config.train.steps, config.eval.every = 100_000, 10_000
+  Experiment.from_config(config).dry_run(tmp_path / 'workdir')
+  said = capsys.readouterr().out
+  assert re.search(r'parameters; a training step needs 0\.\d\d GiB on each device\n', said)
+  found = re.search(
+    r'A step took ([\d.e-]+) s, of which \d+% were spent waiting for images \(10 steps\); 100,000 '
+    r'steps take about (\d+) (min|h)[ \d]*.*, and 10 evaluations of 5 images come on top\.\n',
+    said,
+  )
+  hours = int(found[2]) / {'min': 60, 'h': 1}[found[3]]
+  assert hours == pytest.approx(float(found[1]) * 100_000 / 3600, rel=0.02, abs=1)
+  assert said.endswith('Nothing was trained, and no checkpoint was written.\n')
+  assert not (tmp_path / 'workdir').exists()
+
+
 @pytest.mark.parametrize(
   ('scores', 'patience', 'expected'),
   [

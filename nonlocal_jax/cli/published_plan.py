@@ -14,6 +14,7 @@ from nonlocal_jax.errors import UserError, explained_by
 from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.download import as_size
 from nonlocal_jax.runtime.files import cache_folder
+from nonlocal_jax.runtime.progress import as_duration
 from nonlocal_jax.weights.names import download_released, is_downloaded
 from nonlocal_jax.weights.released import ReleasedModel
 
@@ -224,18 +225,3 @@ def print_rate(precision: str) -> None:
     facts = {'kind': device.device_kind, 'platform': device.platform}
     found.append({**facts, 'products_per_second': rate})
   print(json.dumps(found))
-
-
-def as_duration(seconds: float) -> str:
-  """Formats a duration to its largest units.
-
-  >>> as_duration(40), as_duration(5000), as_duration(400_000)
-  ('1 min', '1 h 23 min', '4 d 15 h')
-  """
-  minutes = max(1, round(seconds / 60))
-  if minutes < 60:
-    return f'{minutes} min'
-  hours, minutes = divmod(minutes, 60)
-  if hours < 48:
-    return f'{hours} h {minutes} min'
-  return f'{hours // 24} d {hours % 24} h'

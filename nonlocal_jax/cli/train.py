@@ -24,17 +24,25 @@ def main(arguments: Sequence[str]) -> None:
     help='initialize the last layer of both heads instead of loading it from --checkpoint, for '
     'other classes',
   )
+  parser.add_argument(
+    '--dry-run',
+    '--dry_run',
+    **FLAG,
+    help='check everything, prepare the data, take a few steps that are not kept, and print the '
+    'memory of a step and an estimate of time',
+  )
   options, config = parse(parser, arguments)
 
   from nonlocal_jax.experiment import Experiment
 
   experiment = Experiment.from_config(config)
   say_advice_on_cuda(platform_of_mesh(experiment.mesh))  # the run prints its devices itself
-  experiment.train(
+  run = experiment.dry_run if options.dry_run else experiment.train
+  run(
     options.workdir,
     checkpoint=options.checkpoint,
     new_classifier=options.new_classifier,
     ema=options.ema,
   )
-  if is_first_process():
+  if is_first_process() and not options.dry_run:
     print(f'Results are in {options.workdir}.')

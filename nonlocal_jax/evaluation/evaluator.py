@@ -136,6 +136,11 @@ class Evaluator:
       num_devices=predictor.mesh.size,
     )
 
+  @property
+  def num_images(self) -> int:
+    """Number of images that are evaluated."""
+    return len(self._split)
+
   def prepared(self, state: nnx.State) -> nnx.State:
     """Folds batch normalization into the convolutions and replicates the result over the devices.
 

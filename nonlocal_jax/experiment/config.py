@@ -27,9 +27,9 @@ from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import BALANCED
 from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh
-from nonlocal_jax.training.loop import ScheduleConfig
 from nonlocal_jax.training.loss import LossConfig, Ohem
 from nonlocal_jax.training.optimizer import OptimizerConfig
+from nonlocal_jax.training.run import ScheduleConfig
 from nonlocal_jax.training.train_step import StepConfig
 
 # Arguments of the data that errors name, and the flags that set them.

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -51,10 +51,12 @@ from nonlocal_jax.runtime.parallel import (
   platform_of_mesh,
   replicated,
 )
-from nonlocal_jax.training.initial_weights import read_initial_weights
-from nonlocal_jax.training.loop import ScheduleConfig, TrainingRun, train_and_evaluate
+from nonlocal_jax.training.dry_run import dry_run
+from nonlocal_jax.training.initial_weights import InitialWeights, read_initial_weights
+from nonlocal_jax.training.loop import train_and_evaluate
 from nonlocal_jax.training.memory import StepTooLargeError
 from nonlocal_jax.training.optimizer import OptimizerConfig
+from nonlocal_jax.training.run import ScheduleConfig, TrainingRun
 from nonlocal_jax.training.run_files import (
   check_same_run,
   set_aside_stopped_run,
@@ -156,10 +158,7 @@ class Experiment:
         step does not fit in memory, the loss is not finite, or checkpoints cannot be written.
       RunStopped: After SIGTERM or SIGINT, once the state is saved.
     """
-    if checkpoint is None and (new_classifier or ema):
-      option = '--new_classifier' if new_classifier else '--ema'
-      raise UserError(f'{option} is for the network of a --checkpoint; give one.')
-    self._check_batch()
+    self._check_training(checkpoint, new_classifier=new_classifier, ema=ema)
     with restored_opencv_threads(), contextlib.ExitStack() as stack:
       if is_first_process():
         busy = f'{workdir} is in use by another run; wait for its end, or choose another workdir.'
@@ -173,17 +172,8 @@ class Experiment:
     values = check_same_run(workdir, self.values, base_config().to_dict())
     initial = None
     if not has_checkpoint(workdir):
-      self.check_data(['train', 'val'])
-      initial = read_initial_weights(
-        self.network,
-        self.protocol,
-        backbone=self.init_backbone,
-        checkpoint=checkpoint,
-        new_classifier=new_classifier,
-        ema=ema,
-      )
+      initial = self._initial_weights(checkpoint, new_classifier=new_classifier, ema=ema)
     splits = self.open_splits(workdir, ['train', 'val'])
-    batches = self.train_batches(splits['train'])
     if is_first_process():
       set_aside_stopped_run(workdir)
       write_run_files(workdir, values, self.description())
@@ -199,7 +189,67 @@ class Experiment:
       write_evaluation(workdir, evaluation, self.dataset, dataclasses.replace(facts, step=step))
       show_evaluation(evaluation, self.dataset, more=facts.more_scores)
 
-    run = TrainingRun(
+    run = self._training_run(splits, report)
+    ignored = None if initial is not None else checkpoint
+    with _too_large_explained(resumes=has_checkpoint(workdir)), explained_by(DATA_FLAGS):
+      return train_and_evaluate(run, workdir, initial=initial, ignored_checkpoint=ignored)
+
+  def dry_run(
+    self,
+    workdir: Path,
+    *,
+    checkpoint: Path | None = None,
+    new_classifier: bool = False,
+    ema: bool = False,
+  ) -> None:
+    """Does all that `train` does before the first step, and prints how long the run would take.
+
+    A few steps are taken, which nothing keeps. Data that is not prepared yet is, and weights that
+    are named are downloaded.
+
+    Args:
+      workdir: The output directory of the run, whose config must not be another run's.
+      checkpoint: See `train`.
+      new_classifier: See `train`.
+      ema: See `train`.
+
+    Raises:
+      UserError: As `train`.
+    """
+    self._check_training(checkpoint, new_classifier=new_classifier, ema=ema)
+    check_same_run(workdir, self.values, base_config().to_dict())
+    with restored_opencv_threads():
+      initial = self._initial_weights(checkpoint, new_classifier=new_classifier, ema=ema)
+      run = self._training_run(self.open_splits(workdir, ['train', 'val']), lambda *_: None)
+      with _too_large_explained(resumes=has_checkpoint(workdir)), explained_by(DATA_FLAGS):
+        dry_run(run, initial=initial)
+
+  def _check_training(self, checkpoint: Path | None, *, new_classifier: bool, ema: bool) -> None:
+    """Checks options of a training run that need no data."""
+    if checkpoint is None and (new_classifier or ema):
+      option = '--new_classifier' if new_classifier else '--ema'
+      raise UserError(f'{option} is for the network of a --checkpoint; give one.')
+    self._check_batch()
+
+  def _initial_weights(
+    self, checkpoint: Path | None, *, new_classifier: bool, ema: bool
+  ) -> InitialWeights:
+    """Reads the weights that a new run starts from, once its data is known to be there."""
+    self.check_data(['train', 'val'])
+    return read_initial_weights(
+      self.network,
+      self.protocol,
+      backbone=self.init_backbone,
+      checkpoint=checkpoint,
+      new_classifier=new_classifier,
+      ema=ema,
+    )
+
+  def _training_run(
+    self, splits: Mapping[Split, PreparedSplit], report: Callable[[Evaluation, int], None]
+  ) -> TrainingRun:
+    """Puts the components of a run together."""
+    return TrainingRun(
       name=self.name,
       network=self.network,
       execution=self.execution,
@@ -209,20 +259,11 @@ class Experiment:
       schedule=self.schedule,
       dataset=self.dataset,
       split=splits['train'],
-      batches=batches,
+      batches=self.train_batches(splits['train']),
       evaluator=self.evaluator(splits['val']),
       report=report,
       mesh=self.mesh,
     )
-    ignored = None if initial is not None else checkpoint
-    try:
-      with explained_by(DATA_FLAGS):
-        return train_and_evaluate(run, workdir, initial=initial, ignored_checkpoint=ignored)
-    except StepTooLargeError as error:
-      message = error.message('--config.train.')
-      if has_checkpoint(workdir) and error.remedies:
-        message = f'{message[:-1]}; of these, a run that resumes can change only rematerialize.'
-      raise UserError(message) from error
 
   def evaluate(
     self,
@@ -486,3 +527,15 @@ class Experiment:
       process_count=jax.process_count(),
       num_workers=self.data.workers,
     )
+
+
+@contextlib.contextmanager
+def _too_large_explained(*, resumes: bool) -> Iterator[None]:
+  """Names the flags that make a training step fit."""
+  try:
+    yield
+  except StepTooLargeError as error:
+    message = error.message('--config.train.')
+    if resumes and error.remedies:
+      message = f'{message[:-1]}; of these, a run that resumes can change only rematerialize.'
+    raise UserError(message) from error

@@ -1,4 +1,4 @@
-"""Progress bars: a live line on a terminal, an occasional line in a log file."""
+"""Progress bars: a live line on a terminal, an occasional line in a log file; durations."""
 
 import sys
 
@@ -39,3 +39,18 @@ def progress_bar(
     mininterval=0.1 if live else 10,
     maxinterval=10 if live else 60,
   )
+
+
+def as_duration(seconds: float) -> str:
+  """Formats a duration to its largest units.
+
+  >>> as_duration(40), as_duration(5000), as_duration(400_000)
+  ('1 min', '1 h 23 min', '4 d 15 h')
+  """
+  minutes = max(1, round(seconds / 60))
+  if minutes < 60:
+    return f'{minutes} min'
+  hours, minutes = divmod(minutes, 60)
+  if hours < 48:
+    return f'{hours} h {minutes} min'
+  return f'{hours // 24} d {hours % 24} h'

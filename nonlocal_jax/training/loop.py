@@ -1,10 +1,9 @@
 """The training loop: restore, train, log, save, evaluate."""
 
 import contextlib
-import dataclasses
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -13,15 +12,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from nonlocal_jax.data.datasets import Dataset
-from nonlocal_jax.data.loader import TrainIterator
 from nonlocal_jax.data.prepared import PreparedSplit
-from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import RunStopped, UserError
 from nonlocal_jax.evaluation.evaluate import picture_of
-from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
-from nonlocal_jax.models import Execution, NonLocalNetConfig
-from nonlocal_jax.runtime.devices import counted, describe_mesh
+from nonlocal_jax.evaluation.evaluator import Evaluation
+from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import is_first_process, replicated, shard_batch
 from nonlocal_jax.runtime.progress import progress_bar
@@ -30,140 +25,13 @@ from nonlocal_jax.training.best_weights import BestWeights
 from nonlocal_jax.training.checkpointing import restore, save, with_weights
 from nonlocal_jax.training.initial_weights import InitialWeights
 from nonlocal_jax.training.log import CURVES, LOG, TrainingLog, summary_table, write_curves
-from nonlocal_jax.training.memory import (
-  StepMemory,
-  StepOptions,
-  check_memory,
-  explained_out_of_memory,
-  memory_limit,
-)
-from nonlocal_jax.training.optimizer import OptimizerConfig
+from nonlocal_jax.training.memory import explained_out_of_memory
 from nonlocal_jax.training.parameter_tables import PARAMETERS, all_parameters, parameters_by_module
-from nonlocal_jax.training.train_step import (
-  BatchShape,
-  Metrics,
-  StepConfig,
-  initial_state,
-  lower_train_step,
-)
+from nonlocal_jax.training.run import TrainingRun
+from nonlocal_jax.training.train_step import Metrics, initial_state
 from nonlocal_jax.weights.run_checkpoints import BEST, RunCheckpoints
 
-_BATCH = ('image', 'label', 'size')
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-  """Length of a run, and when it logs, evaluates and saves.
-
-  Attributes:
-    steps: Number of training steps.
-    batch_size: Global batch size, over all devices.
-    seed: Seed of the initial values, the order of the images, augmentation and dropout.
-    log_every: Steps between log lines.
-    eval_every: Steps between evaluations; the last step is always evaluated.
-    checkpoint_every: Steps between checkpoints; evaluated steps are always saved.
-    keep: Number of most recent checkpoints to keep.
-    patience: Evaluations in a row without a better mIoU after which training stops; 0 for never.
-  """
-
-  steps: int
-  batch_size: int
-  seed: int = 0
-  log_every: int = 50
-  eval_every: int = 2000
-  checkpoint_every: int = 2000
-  keep: int = 3
-  patience: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingRun:
-  """Components of a training run.
-
-  Attributes:
-    name: Name of the run.
-    network: Architecture of the network.
-    execution: How the network is computed.
-    augment: Augmentation of the samples.
-    step: What a training step computes.
-    optimizer: Optimizer and learning rate.
-    schedule: Length of the run, and when it logs, evaluates and saves.
-    dataset: Names and colors of the classes.
-    split: Training split.
-    batches: Iterator over this process's batches, at its start.
-    evaluator: Evaluates the weights, on the same devices.
-    report: Callback for the last evaluation and its step.
-    mesh: Device mesh.
-  """
-
-  name: str
-  network: NonLocalNetConfig
-  execution: Execution
-  augment: AugmentConfig
-  step: StepConfig
-  optimizer: OptimizerConfig
-  schedule: ScheduleConfig
-  dataset: Dataset
-  split: PreparedSplit
-  batches: TrainIterator
-  evaluator: Evaluator
-  report: Callable[[Evaluation, int], None]
-  mesh: Mesh
-
-  @property
-  def step_options(self) -> StepOptions:
-    """What the memory of a training step depends on."""
-    return StepOptions(
-      batch_size=self.schedule.batch_size,
-      devices=self.mesh.size,
-      device_kind=self.mesh.devices.flat[0].device_kind,
-      accumulate=self.step.accumulate,
-      rematerialize=self.execution.rematerialize,
-      has_batch_statistics=self.execution.batch_norm != 'frozen',
-    )
-
-  def start_lines(self, source: str, parameters: int, step_gib: float) -> str:
-    """Formats the summary that is printed at the start of a run.
-
-    Args:
-      source: Origin of the weights.
-      parameters: Number of parameters.
-      step_gib: Memory of a step on each device, in GiB.
-    """
-    schedule, optimizer, augment, step = self.schedule, self.optimizer, self.augment, self.step
-    parts = f', accumulated over {step.accumulate} parts' if step.accumulate > 1 else ''
-    poly = f'poly {optimizer.power} ({optimizer.schedule})'
-    return (
-      f'{self.name}: {source}\n'
-      f'{describe_mesh(self.mesh)}, mesh {dict(self.mesh.shape)}; batch '
-      f'{schedule.batch_size}, {schedule.batch_size // self.mesh.size} on each device{parts}\n'
-      f'{parameters:,} parameters; a training step needs {step_gib:.2f} GiB on each device\n'
-      f'{schedule.steps:,} steps of SGD: learning rate {optimizer.learning_rate} to '
-      f'{optimizer.min_learning_rate}, {poly}, heads x {optimizer.head_multiplier}, momentum '
-      f'{optimizer.momentum}, weight decay {optimizer.weight_decay}'
-      f'{"" if optimizer.decay_norm_and_bias else " (kernels only)"}\n'
-      f'crop {augment.crop} of images scaled into {augment.scale} times {augment.ratio_range}; '
-      f'auxiliary loss x {step.loss.auxiliary_weight}; {self.execution.batch_norm} batch '
-      f'normalization; {step.dtype}; {self._extras()}'
-    )
-
-  def _extras(self) -> str:
-    """Returns the enabled options that are not part of the published recipe."""
-    loss, execution, patience = self.step.loss, self.execution, self.schedule.patience
-    extras = {
-      'mean over labeled pixels': loss.avg_non_ignore,
-      'class weights': loss.class_weights,
-      f'OHEM below {loss.ohem and loss.ohem.thresh}': loss.ohem,
-      f'focal loss with gamma {loss.focal_gamma}': loss.focal_gamma,
-      f'Dice loss x {loss.dice_weight}': loss.dice_weight,
-      f'averaged weights with decay {self.step.ema_decay}': self.step.ema_decay,
-      'rematerialized blocks': execution.rematerialize,
-      'deterministic': execution.deterministic,
-      f'{execution.attention} attention': execution.attention != 'blocks',
-      'no non-local block': not self.network.non_local,
-      f'until {counted(patience, "evaluation")} bring no better mIoU': patience,
-    }
-    return ', '.join(name for name, on in extras.items() if on) or 'no further options'
+BATCH = ('image', 'label', 'size')  # what a training step takes of a loader's batch
 
 
 def train_and_evaluate(
@@ -193,13 +61,6 @@ def train_and_evaluate(
   """
   mesh, batches, split, plan = run.mesh, run.batches, run.split, run.schedule
   learning_rate, tx = run.optimizer.make(plan.steps)
-  batch_shape = BatchShape(plan.batch_size, run.augment.crop)
-
-  def compiled(execution: Execution) -> jax.stages.Compiled:
-    return lower_train_step(
-      run.network, execution, tx, run.step, batch=batch_shape, mesh=mesh
-    ).compile()
-
   if is_first_process():
     print('Compiling the training step', file=sys.stderr)
   stop = StopRequest()
@@ -210,7 +71,7 @@ def train_and_evaluate(
     RunCheckpoints(workdir / BEST, keep=BestWeights.KEEP) as best_checkpoints,
   ):
     # Compiles while this thread makes or reads the weights, which takes seconds as well.
-    compiling = beside.submit(compiled, run.execution)
+    compiling = beside.submit(run.compile_step)
     keep_ema = run.step.ema_decay > 0
     state = initial_state(run.network, tx, seed=plan.seed, keep_ema=keep_ema, mesh=mesh)
     if initial is not None:
@@ -225,18 +86,8 @@ def train_and_evaluate(
     start, steps = int(state.step), plan.steps
     batches.start_prefetch()
 
-    def rematerialized() -> StepMemory | None:
-      if is_first_process():
-        print('It does not fit; compiling it with rematerialization', file=sys.stderr)
-      try:
-        return StepMemory.of(compiled(dataclasses.replace(run.execution, rematerialize=True)))
-      except jax.errors.JaxRuntimeError:
-        return None
-
-    with explained_out_of_memory(run.step_options):
-      train_step = compiling.result()
-    memory = StepMemory.of(train_step)
-    check_memory(memory, memory_limit(mesh), run.step_options, rematerialized)
+    train_step = compiling.result()
+    memory = run.check_memory(train_step)
     if is_first_process():
       size = sum(array.size for array in jax.tree.leaves(state.params))
       print(run.start_lines(source, size, memory.total / 2**30), flush=True)
@@ -294,10 +145,10 @@ def train_and_evaluate(
             save(checkpoints, state, batches)
             checkpoints.wait()
           raise
-        arrays = shard_batch({name: batch[name] for name in _BATCH}, mesh)
+        arrays = shard_batch({name: batch[name] for name in BATCH}, mesh)
         if step == start + 1:  # before, there is nothing to save that is not saved yet
           from_first_step_on.enter_context(stop)
-        stop_flags = _on_each_device(bool(stop.received), mesh)
+        stop_flags = on_each_device(bool(stop.received), mesh)
         with explained_out_of_memory(run.step_options):
           state, metrics = train_step(state, arrays, stop_flags)
           if step == start + 1:
@@ -378,7 +229,7 @@ def _is_due(step: int, every: int, steps: int) -> bool:
   return step > 0 and (step % every == 0 or step == steps)
 
 
-def _on_each_device(flag: bool, mesh: Mesh) -> jax.Array:
-  """Returns (devices,) bool with this process's flag on each of its devices."""
+def on_each_device(flag: bool, mesh: Mesh) -> jax.Array:
+  """Returns the argument `stop` of a training step, with this process's flag on its devices."""
   count = mesh.local_mesh.size
   return shard_batch({'flag': np.full(count, flag)}, mesh)['flag']
