@@ -17,7 +17,7 @@ import onnxruntime
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 import nonlocal_jax
 from nonlocal_jax import UserError
@@ -28,15 +28,12 @@ from nonlocal_jax.export.page import (
   RUNTIME_VERSION,
   check_channels,
 )
+from tests.browsers import SECONDS, chromium, point_at, ready_page, shown_labels
 
 pytestmark = pytest.mark.slow
 
 WEIGHTS = Path(__file__).parent / 'data/converted_of_2026_11'
 SIZE = (97, 161)
-# Chromium runs as root in containers, and asks nobody on the network for anything.
-_FLAGS = ['no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run', 'disable-sync']
-_FLAGS += ['disable-background-networking', 'disable-component-update']
-_SECONDS = 120
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -90,51 +87,20 @@ def folder(mirror, tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def browser():
-  with sync_playwright() as playwright:
-    flags = [f'--{flag}' for flag in _FLAGS]
-    chromium = playwright.chromium.launch(executable_path='/usr/bin/chromium', args=flags)
-    yield chromium
-    chromium.close()
+  with chromium() as browser:
+    yield browser
 
 
 @pytest.fixture
 def page(browser, folder):
-  """The page, ready, 390 pixels wide; nothing may be asked of another server."""
-  with served(folder) as address:
-    context = browser.new_context(viewport={'width': 390, 'height': 800})
-    opened = context.new_page()
-    asked, faults = [], []
-    opened.on('request', lambda request: asked.append(request.url))
-    opened.on('pageerror', lambda error: faults.append(str(error)))
-    opened.on('console', lambda said: faults.append(said.text) if said.type == 'error' else None)
-    opened.goto(address)
-    expect(opened.locator('#status')).to_have_text('Ready.', timeout=1000 * _SECONDS)
-    yield opened
-    context.close()
-    assert faults == []
-    others = [url for url in asked if not url.startswith((address, 'blob:', 'data:'))]
-    assert others == []
+  """The page, 390 pixels wide."""
+  with served(folder) as address, ready_page(browser, address) as page:
+    yield page
 
 
 def segment(page: Page, path: Path) -> None:
   page.set_input_files('#file', path)
-  expect(page.locator('#status')).to_contain_text('Segmented in', timeout=1000 * _SECONDS)
-
-
-def shown_labels(page: Page, network: dict) -> np.ndarray:
-  """The label map that is drawn, from its colors."""
-  height, width, data = page.evaluate(
-    """() => {
-      const canvas = document.querySelector('.viewer-layer');
-      const { data } = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height);
-      return [canvas.height, canvas.width, Array.from(data)];
-    }"""
-  )
-  pixels = np.array(data).reshape(height, width, 4)
-  same = (pixels[:, :, None, :3] == np.array(network['palette'])).all(axis=-1)
-  assert same.any(axis=-1).all()
-  assert (pixels[..., 3] == 255).all()
-  return same.argmax(axis=-1)
+  expect(page.locator('#status')).to_contain_text('Segmented in', timeout=1000 * SECONDS)
 
 
 def of_onnxruntime(folder: Path, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +115,7 @@ def test_label_map_equals_that_of_onnxruntime(page, folder, tmp_path, rng):
   Image.fromarray(image).save(tmp_path / 'image.png')
   segment(page, tmp_path / 'image.png')
   classes, confidence = of_onnxruntime(folder, image)
-  assert_array_equal(shown_labels(page, network), classes)
+  assert_array_equal(shown_labels(page, np.array(network['palette'])), classes)
 
   present, counts = np.unique(classes, return_counts=True)
   order = np.argsort(-counts, kind='stable')
@@ -159,11 +125,7 @@ def test_label_map_equals_that_of_onnxruntime(page, folder, tmp_path, rng):
   assert page.locator('.viewer-legend li').all_text_contents() == expected
 
   x, y = 100, 40
-  box = page.locator('.viewer-stage').bounding_box()
-  assert box is not None
-  page.mouse.move(
-    box['x'] + (x + 0.5) * box['width'] / 161, box['y'] + (y + 0.5) * box['height'] / 97
-  )
+  point_at(page, (x, y), (161, 97))
   name = network['classes'][classes[y, x]]
   expect(page.locator('.viewer-pointed')).to_have_text(
     f'{name}{100 * confidence[y, x]:.1f} %({x}, {y})'
@@ -197,7 +159,7 @@ def test_images_are_fitted_into_the_size(page, folder, tmp_path, rng):
   given = np.array(by_page[2], np.uint8).reshape(*SIZE, 3)
   assert_allclose(given.astype(int), fitted.astype(int), atol=1)  # OpenCV has fewer bits
   classes, _ = of_onnxruntime(folder, given)
-  assert_array_equal(shown_labels(page, network), classes[:97, :54])
+  assert_array_equal(shown_labels(page, np.array(network['palette'])), classes[:97, :54])
 
 
 def test_files_that_are_no_images(page, tmp_path, rng):
@@ -217,7 +179,7 @@ def test_a_network_that_cannot_be_loaded(browser, folder, tmp_path):
     opened = browser.new_page()
     opened.goto(address)
     expected = 'The network cannot be loaded: network.onnx cannot be read (404)'
-    expect(opened.locator('#status')).to_have_text(expected, timeout=1000 * _SECONDS)
+    expect(opened.locator('#status')).to_have_text(expected, timeout=1000 * SECONDS)
     opened.goto(f'file://{tmp_path}/index.html')
     expect(opened.locator('#status')).to_contain_text('Open this page through a web server.')
     opened.close()

@@ -14,7 +14,13 @@ from nonlocal_jax import recipes
 from nonlocal_jax.cli import main
 from nonlocal_jax.cli.config import config_text, read_config
 from nonlocal_jax.cli.main import COMMANDS
-from nonlocal_jax.cli.program import EXPORT_PACKAGES, TRAIN_PACKAGES, Parser, run_program
+from nonlocal_jax.cli.program import (
+  DEMO_PACKAGES,
+  EXPORT_PACKAGES,
+  TRAIN_PACKAGES,
+  Parser,
+  run_program,
+)
 from nonlocal_jax.errors import UserError
 from tests.conftest import run_in_process
 
@@ -34,7 +40,7 @@ def run_elsewhere(folder: Path, *arguments: str, program: str = '') -> subproces
   )
 
 
-_PACKAGES = sorted(TRAIN_PACKAGES | EXPORT_PACKAGES)
+_PACKAGES = sorted(TRAIN_PACKAGES | EXPORT_PACKAGES | DEMO_PACKAGES)
 WITHOUT_EXTRAS = f'import sys; sys.modules.update(dict.fromkeys({_PACKAGES}))'
 
 
@@ -180,6 +186,15 @@ def test_the_core_says_what_training_needs(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_page_names_its_extra(tmp_path):
+  result = run_elsewhere(tmp_path, 'demo', '--checkpoint=any', program=WITHOUT_EXTRAS)
+  assert result.returncode == 1
+  assert result.stderr == (
+    'error: web pages need the package starlette, which the core installation leaves out; in a '
+    "clone, run: pip install '.[demo]'.\n"
+  )
+
+
 def test_the_core_predicts_and_converts(tmp_path, peer_checkpoint, photos):
   converted = run_elsewhere(
     tmp_path, 'convert', str(peer_checkpoint), 'converted', program=WITHOUT_EXTRAS
@@ -201,3 +216,4 @@ def test_packages_of_the_extras_are_known_by_their_imports():
   assert {name.replace('-', '_') for name in names - {'nonlocal-jax'}} == TRAIN_PACKAGES
   exports = {re.match(r'[\w-]+', line)[0] for line in extras['export']}
   assert exports == EXPORT_PACKAGES
+  assert {re.match(r'[\w-]+', line)[0] for line in extras['demo']} == DEMO_PACKAGES

@@ -47,8 +47,8 @@ def all_requirements() -> list[str]:
   """The requirements of the core and of all extras but those for accelerators."""
   *train, plot = EXTRAS['train']
   assert plot == 'nonlocal-jax[plot]'
-  assert EXTRAS['all'] == ['nonlocal-jax[train]', 'nonlocal-jax[export]']
-  return [*PROJECT['dependencies'], *train, *EXTRAS['plot'], *EXTRAS['export']]
+  assert EXTRAS['all'] == [f'nonlocal-jax[{name}]' for name in ('train', 'export', 'demo')]
+  return [*PROJECT['dependencies'], *train, *EXTRAS['plot'], *EXTRAS['export'], *EXTRAS['demo']]
 
 
 def test_requirements_txt_says_the_same():
@@ -89,6 +89,7 @@ def test_the_core_imports_without_the_extras():
   """As with the core dependencies alone: load, predict, draw; what needs an extra names it."""
   extras = ['array_record', 'clu', 'grain', 'matplotlib', 'pyarrow', 'tensorboardX']
   extras += ['tensorflow_datasets', 'tensorflow', 'torch', 'onnx', 'onnxruntime', 'safetensors']
+  extras += ['starlette', 'uvicorn']
   program = f"""
 import sys
 sys.modules.update(dict.fromkeys({extras}))  # None: an import of it fails

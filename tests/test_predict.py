@@ -126,12 +126,14 @@ def test_probabilities_confidence_and_unknown_pixels(
       ['--unknown-below=0.5', '--submission'],
       '--submission needs a class for each pixel: leave out --unknown-below.',
     ),
+    (
+      ['--scale', '0', '9'],
+      '--scale has 0; give width and height in pixels, e.g. --scale 2048 512.',
+    ),
     (['--confidence'], 'Results of two images would both be {out}/a_confidence.png: rename one of'),
   ],
 )
-def test_options_of_probabilities_that_cannot_be(
-  asked, sentence, folder, peer_checkpoint, script, tmp_path
-):
+def test_options_that_cannot_be(asked, sentence, folder, peer_checkpoint, script, tmp_path):
   (folder / 'a_confidence.png').write_bytes((folder / 'a.png').read_bytes())
   out = tmp_path / 'out'
   status, said = script(predict, folder, f'--checkpoint={peer_checkpoint}', f'--out={out}', *asked)

@@ -25,6 +25,7 @@ import numpy as np
 
 import nonlocal_jax
 from nonlocal_jax.cli.program import (
+  DEMO_PACKAGES,
   EXPORT_PACKAGES,
   PLOT_PACKAGES,
   TRAIN_PACKAGES,
@@ -124,6 +125,7 @@ _NEEDED_FOR = {
   'train': 'The commands train, eval, prepare, browse and benchmark',
   'plot': 'Curves, legends and pictures of an evaluation',
   'export': 'ONNX and safetensors files',
+  'demo': 'The pages of the command demo',
 }
 
 
@@ -221,6 +223,7 @@ def missing_packages() -> dict[str, list[str]]:
     'train': TRAIN_PACKAGES - PLOT_PACKAGES,
     'plot': PLOT_PACKAGES,
     'export': EXPORT_PACKAGES,
+    'demo': DEMO_PACKAGES,
   }
   found = {
     extra: sorted(name for name in names if importlib.util.find_spec(name) is None)

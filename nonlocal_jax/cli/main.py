@@ -23,6 +23,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
   'predict': ('predict', 'Segment images: write label maps and overlays.'),
   'attention': ('attention', 'Draw where pixels look, over an image.'),
   'convert': ('convert', 'Convert .pth checkpoints, and weights trained here to .pth files.'),
+  'demo': ('demo', 'Serve a page that segments images and shows where pixels look.'),
   'export': ('export', 'Write a network to files that run elsewhere: ONNX, JAX, a web page.'),
   'prepare': ('prepare', 'Check a dataset and pack it into ArrayRecord files.'),
   'browse': ('browse', 'Draw augmented training samples and count the pixels of each class.'),

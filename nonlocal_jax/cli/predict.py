@@ -40,7 +40,7 @@ from nonlocal_jax.cli.prediction_files import (
   save_probabilities,
   with_palette,
 )
-from nonlocal_jax.cli.program import Parser, add_ema, path_option, say_weights
+from nonlocal_jax.cli.program import Parser, add_ema, add_scale, path_option, say_weights
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, without_suffix
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
@@ -100,13 +100,7 @@ def main(arguments: Sequence[str]) -> None:
     default=None,
     help='average over six scales, each with and without a horizontal flip',
   )
-  parser.add_argument(
-    '--scale',
-    nargs=2,
-    type=int,
-    metavar=('WIDTH', 'HEIGHT'),
-    help='box that images are resized into; default: that of the checkpoint',
-  )
+  add_scale(parser)
   parser.add_argument(
     '--align-corners',
     action=argparse.BooleanOptionalAction,
@@ -206,7 +200,7 @@ def main(arguments: Sequence[str]) -> None:
     devices=devices,
   )
   if options.scale:
-    protocol = dataclasses.replace(model.protocol, scale=tuple(options.scale))
+    protocol = dataclasses.replace(model.protocol, scale=tuple(options.scale), scale_factor=None)
     model = model.with_protocol(protocol)
   values = submission_values(model) if options.submission else None
   make_folder(options.out)

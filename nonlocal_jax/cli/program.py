@@ -28,6 +28,7 @@ TRAIN_PACKAGES = frozenset(
 )
 
 EXPORT_PACKAGES = frozenset(('onnx', 'onnxruntime', 'safetensors'))
+DEMO_PACKAGES = frozenset(('starlette', 'uvicorn'))
 
 
 def run_program(program: Callable[[], object]) -> None:
@@ -208,6 +209,23 @@ def add_ema(parser: argparse.ArgumentParser) -> None:
     help='take the exponential moving average that MMSegmentation 0.x saved beside the weights of '
     'a .pth file (ema_*)',
   )
+
+
+def add_scale(parser: argparse.ArgumentParser) -> None:
+  """Adds the option --scale."""
+  parser.add_argument(
+    '--scale',
+    nargs=2,
+    type=_side,
+    metavar=('WIDTH', 'HEIGHT'),
+    help='box that images are resized into; default: that of the checkpoint',
+  )
+
+
+def _side(text: str) -> int:
+  if not (text.isascii() and text.isdigit() and int(text) > 0):
+    raise UserError(f'--scale has {text}; give width and height in pixels, e.g. --scale 2048 512.')
+  return int(text)
 
 
 def child_environment() -> dict[str, str]:

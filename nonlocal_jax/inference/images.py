@@ -1,5 +1,6 @@
 """Images as they come: files, PIL images and arrays, all as uint8 RGB arrays."""
 
+import io
 import os
 import re
 import struct
@@ -7,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -45,11 +47,11 @@ class ImageTooLargeError(UserError):
     self._facts = name, num_pixels, max_pixels
     super().__init__(self.message('max_pixels'))
 
-  def message(self, option: str) -> str:
-    """Returns the message with the name of the option that sets the limit."""
+  def message(self, option: str | None) -> str:
+    """Returns the message with the name of the option that sets the limit, if there is one."""
     name, num_pixels, max_pixels = self._facts
     remedy = 'shrink it'
-    if num_pixels <= DECODER_MAX_PIXELS:
+    if option and num_pixels <= DECODER_MAX_PIXELS:
       remedy += f', or set {option} if the memory suffices'
     return f'{name} has {num_pixels:,} pixels, more than {max_pixels:,}: {remedy}.'
 
@@ -120,12 +122,39 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     raise UserError(f'File {path} is {error}.') from error
 
 
-def _pixels_in_header(path: Path) -> int:
+def image_from_bytes(data: bytes, *, name: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+  """Decodes the contents of an image file, EXIF orientation applied.
+
+  Args:
+    data: The contents.
+    name: What to call it in errors.
+    max_pixels: See `read_image`.
+
+  Returns:
+    (h, w, 3) uint8 RGB.
+
+  Raises:
+    UserError: If it is no image, or broken.
+    ImageTooLargeError: If it has more pixels than `max_pixels`.
+  """
+  num_pixels, limit = _pixels_in_header(io.BytesIO(data)), min(max_pixels, DECODER_MAX_PIXELS)
+  if num_pixels > limit:
+    raise ImageTooLargeError(name, num_pixels, limit)
+  try:
+    image = decode_image(data)
+  except ValueError as error:
+    raise UserError(f'{name} is {error}.') from error
+  if image.shape[0] * image.shape[1] > limit:  # of a kind whose header Pillow does not read
+    raise ImageTooLargeError(name, image.shape[0] * image.shape[1], limit)
+  return image
+
+
+def _pixels_in_header(source: Path | BinaryIO) -> int:
   """Number of pixels that a file promises; 0 if Pillow does not read its header."""
   try:
     with warnings.catch_warnings():
       warnings.simplefilter('ignore')  # of large images
-      with Image.open(path) as file:
+      with Image.open(source) as file:
         return file.width * file.height
   except Image.DecompressionBombError as error:
     promised = re.search(r'(\d+) pixels', str(error))

@@ -1,6 +1,10 @@
 // Shows an image with its label map over it: legend, opacity, and what is under the pointer.
 
 const MOST_PIXELS_SHOWN = 2 ** 22;
+// Steps of the arrow keys, as shares of the longer side.
+const STEP = 1 / 100;
+const LARGE_STEP = 1 / 10;
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
 export class Viewer {
   /**
@@ -11,19 +15,39 @@ export class Viewer {
    * @param {string[]} options.classes Name of each class.
    * @param {number[][]} options.palette Red, green and blue of each class, in [0, 255].
    * @param {(point: {x: number, y: number}) => void} [options.onPoint] Called with the pixel of the
-   *   image that was clicked.
+   *   image that was clicked, or chosen by the arrow keys and Enter.
    */
   constructor(root, { classes, palette, onPoint }) {
     this.classes = classes;
     this.palette = palette;
     this.result = null;
     this.size = null;
+    this.labels = null;
+    this.at = null; // the pixel that the arrow keys have reached
+    this.pointedAt = null; // the pixel under the pointer
 
     this.image = element('canvas', 'viewer-image');
     this.layer = element('canvas', 'viewer-layer');
     this.marks = element('canvas', 'viewer-layer');
-    this.stage = element('div', 'viewer-stage', this.image, this.layer, this.marks);
+    this.cursor = element('div', 'viewer-cursor');
+    this.cursor.hidden = true;
+    this.stage = element(
+      'div',
+      'viewer-stage',
+      this.image,
+      this.layer,
+      this.marks,
+      this.cursor,
+    );
+    this.stage.tabIndex = 0;
+    this.stage.setAttribute('role', 'application');
+    this.stage.setAttribute('aria-roledescription', 'picture');
+    this.stage.setAttribute(
+      'aria-label',
+      `The image. Arrow keys choose a pixel${onPoint ? ', and Enter takes it' : ''}.`,
+    );
     this.pointed = element('p', 'viewer-pointed');
+    this.pointed.setAttribute('aria-live', 'polite');
     this.opacity = element('input', 'viewer-opacity');
     Object.assign(this.opacity, { type: 'range', min: '0', max: '100', value: '60' });
     this.legend = element('ul', 'viewer-legend');
@@ -45,12 +69,17 @@ export class Viewer {
       this.stage.addEventListener(kind, (event) => this.#point(event));
     }
     this.stage.addEventListener('pointerleave', (event) => {
-      if (event.pointerType === 'mouse') this.#describe(null); // a finger leaves when it is lifted
+      if (event.pointerType !== 'mouse') return; // a finger leaves when it is lifted
+      this.pointedAt = null;
+      this.#describe(null);
     });
+    this.stage.addEventListener('keydown', (event) => this.#press(event, onPoint));
+    this.stage.addEventListener('blur', () => this.#moveTo(null));
     if (onPoint) {
       this.stage.classList.add('viewer-clickable');
       this.stage.addEventListener('click', (event) => {
-        const at = this.#pixel(event, this.size);
+        // Clicks have whole coordinates: the pixel is the one that was described before.
+        const at = this.pointedAt ?? this.#pixel(event, this.size);
         if (at) onPoint(at);
       });
     }
@@ -72,7 +101,8 @@ export class Viewer {
     this.size = { width, height };
     this.stage.style.aspectRatio = `${width} / ${height}`;
     this.stage.style.maxWidth = `calc(75vh * ${width / height})`;
-    this.result = null;
+    this.result = this.labels = this.pointedAt = null;
+    this.#moveTo(null);
     this.legend.replaceChildren();
     clear(this.layer);
     clear(this.marks);
@@ -92,13 +122,16 @@ export class Viewer {
     this.result = result;
     const counts = new Array(this.classes.length).fill(0);
     const { labels, width, height } = result;
-    const pixels = new ImageData(width, height);
+    const table = new Uint32Array(this.palette.length);
+    const bytes = new Uint8Array(table.buffer);
+    this.palette.forEach((color, index) => bytes.set([...color, 255], 4 * index));
+    this.labels = new ImageData(width, height);
+    const colors = new Uint32Array(this.labels.data.buffer);
     for (let i = 0; i < labels.length; i++) {
       counts[labels[i]] += 1;
-      pixels.data.set(this.palette[labels[i]], 4 * i);
-      pixels.data[4 * i + 3] = 255;
+      colors[i] = table[labels[i]];
     }
-    this.showLayer(pixels);
+    this.showLabels();
     const present = counts.map((count, index) => ({ count, index })).filter((of) => of.count > 0);
     present.sort((a, b) => b.count - a.count);
     this.legend.replaceChildren(
@@ -115,6 +148,11 @@ export class Viewer {
     this.#describe(null);
   }
 
+  /** Shows the label map, in the place of what `showLayer` has shown. */
+  showLabels() {
+    this.showLayer(this.labels);
+  }
+
   /**
    * Shows another picture in the place of the label map, at the opacity of the slider.
    *
@@ -124,6 +162,63 @@ export class Viewer {
     this.layer.width = pixels.width;
     this.layer.height = pixels.height;
     this.layer.getContext('2d').putImageData(pixels, 0, 0);
+  }
+
+  /**
+   * Removes the marks, and begins new ones.
+   *
+   * @returns {{context: CanvasRenderingContext2D, scale: number, unit: number}} What draws over the
+   *   picture, how many of its pixels one of the image is wide, and a good width of thin lines.
+   */
+  startMarks() {
+    const { width, height } = this.stage.getBoundingClientRect();
+    this.marks.width = Math.max(Math.round(width * devicePixelRatio), 1);
+    this.marks.height = Math.max(Math.round(height * devicePixelRatio), 1);
+    const scale = this.marks.width / this.size.width;
+    return { context: this.marks.getContext('2d'), scale, unit: 1.5 * devicePixelRatio };
+  }
+
+  /** Removes the marks. */
+  clearMarks() {
+    clear(this.marks);
+  }
+
+  #press(event, onPoint) {
+    if (!this.size || event.ctrlKey || event.metaKey || event.altKey) return;
+    const { width, height } = this.size;
+    if (event.key in ARROWS) {
+      const share = event.shiftKey ? LARGE_STEP : STEP;
+      const step = Math.max(Math.round(share * Math.max(width, height)), 1);
+      const [right, down] = ARROWS[event.key];
+      const from = this.at ?? { x: Math.floor(width / 2), y: Math.floor(height / 2) };
+      this.#moveTo({
+        x: Math.min(Math.max(from.x + step * right, 0), width - 1),
+        y: Math.min(Math.max(from.y + step * down, 0), height - 1),
+      });
+    } else if (event.key === 'Enter' && onPoint && this.at) {
+      onPoint(this.at);
+    } else {
+      return;
+    }
+    event.preventDefault();
+  }
+
+  #moveTo(at) {
+    this.at = at;
+    this.cursor.hidden = at === null;
+    if (at === null) {
+      this.#describe(null);
+      return;
+    }
+    const { width, height } = this.size;
+    this.cursor.style.left = `${(100 * (at.x + 0.5)) / width}%`;
+    this.cursor.style.top = `${(100 * (at.y + 0.5)) / height}%`;
+    if (!this.result) return;
+    const place = {
+      x: Math.floor(((at.x + 0.5) / width) * this.result.width),
+      y: Math.floor(((at.y + 0.5) / height) * this.result.height),
+    };
+    this.#describe(place, at);
   }
 
   #setOpacity() {
@@ -146,7 +241,8 @@ export class Viewer {
 
   #point(event) {
     const at = this.result && this.#pixel(event, this.result);
-    this.#describe(at, this.#pixel(event, this.size));
+    this.pointedAt = this.#pixel(event, this.size);
+    this.#describe(at, this.pointedAt);
   }
 
   #describe(at, inImage = null) {
