@@ -372,6 +372,8 @@ def test_bad_options(script, monkeypatch):
   assert (status, said) == (2, "error: --port is 'http'; give a number, e.g. --port=8000.")
   status, said = script(command, checkpoint, '--host=a..b')
   assert (status, said) == (1, 'error: --host=a..b cannot be found: it is no name.')
+  status, said = script(command, checkpoint, '--host=192.0.2.1')  # of documentation
+  assert (status, said) == (1, 'error: --host=192.0.2.1 is no address of this machine.')
   status, said = script(command, checkpoint, '--port=0', '--scale', '0', '10')
   assert (status, '--scale has 0; give width and height' in said) == (1, True)
   status, said = script(command, '--checkpoint=nothing', '--port=0')

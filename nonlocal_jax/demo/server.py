@@ -1,6 +1,7 @@
 """Serves the page at a port of this machine."""
 
 import contextlib
+import errno
 import ipaddress
 import socket
 from collections.abc import Generator
@@ -39,6 +40,8 @@ def open_socket(host: str, port: int) -> socket.socket:
     listening.listen(_WAITING_CONNECTIONS)
   except OSError as error:
     listening.close()
+    if error.errno == errno.EADDRNOTAVAIL:
+      raise UserError(f'--host={host} is no address of this machine.') from error
     raise UserError(
       f'Port {port} of {host} cannot be used: {error.strerror}; choose another by --port, or 0 for '
       'a free one.'
