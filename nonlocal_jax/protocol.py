@@ -99,6 +99,13 @@ class EvalProtocol:
       raise ValueError(f'pad_multiple is {multiple!r}, expected a positive integer or None')
     if (self.window_crop is None) != (self.window_stride is None):
       raise ValueError('window_crop and window_stride must be given together')
+    if (
+      self.window_crop and self.window_stride and _leaves_gaps(self.window_crop, self.window_stride)
+    ):
+      raise ValueError(
+        f'window_stride is {self.window_stride!r}, which leaves gaps between windows of '
+        f'{self.window_crop!r}'
+      )
     if self.window_crop is not None and (multiple or self.pad_size):
       raise ValueError('pad_multiple and pad_size are for whole images; set window_crop to None')
     if self.version not in ('v0', 'v1'):
@@ -191,3 +198,7 @@ class EvalProtocol:
   def ratios_of_image(self) -> bool:
     """Whether `ratios` multiply the image's own size rather than `scale`."""
     return self.version == 'v1' and (self.flip or self.ratios != (1.0,))
+
+
+def _leaves_gaps(window_crop: Size, window_stride: Size) -> bool:
+  return any(stride > crop for crop, stride in zip(window_crop, window_stride, strict=True))

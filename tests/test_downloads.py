@@ -489,6 +489,8 @@ def test_a_site_of_cityscapes_that_fails(how, sentence, site, tmp_path):
   [
     (['--dataset=custom', '--download'], '--download is for the published datasets'),
     (['--dataset=ade20k'], '--source is required, or --download'),
+    (['--dataset=ade20k', '--source=', '--download'], 'argument --source: the path is empty'),
+    (['--dataset=ade20k', '--source=x', '--data-dir='], 'argument --data-dir: the path is empty'),
     (['--dataset=ade20k', '--source=x', '--username=me'], '--username need --download'),
     (['--dataset=ade20k', '--source=x', '--keep-archives'], '--username need --download'),
     (['--dataset=ade20k', '--download', '--username=me'], '--username is a login for cityscapes'),

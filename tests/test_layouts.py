@@ -144,8 +144,10 @@ def test_description_beside_the_images(tmp_path):
 @pytest.mark.parametrize(
   ('text', 'sentence'),
   [
-    ('{"classes": ', r'dataset\.json is not JSON \('),
-    ('[]', r'dataset\.json holds no JSON object'),
+    ('{"classes": ', r'dataset\.json is no JSON object \('),
+    ('[' * 100_000, r'dataset\.json is no JSON object \(nested too deeply\)'),
+    ('{"ignore_labels": [], "ignore_labels": [2]}', r"\(it has 'ignore_labels' twice\)"),
+    ('[]', r'dataset\.json is no JSON object'),
     (
       '{"names": []}',
       r"has a field 'names', which means nothing: it may have num_classes, classes",

@@ -124,6 +124,10 @@ def test_evaluation_of_a_file_equals_the_original(
       'eval.window_stride is (); it must be given together with config.eval.window_crop',
     ),
     (
+      [DEMO, '--config.eval.window_crop=(9,9)', '--config.eval.window_stride=(9,10)'],
+      'eval.window_stride is (9, 10); it must be at most config.eval.window_crop',
+    ),
+    (
       custom(Path('/nowhere'), **{'data.num_classes': 300}),
       'data.num_classes is 300; it must be from 2 to 255',
     ),

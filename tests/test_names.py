@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -20,7 +21,8 @@ from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import published_config
 from nonlocal_jax.training.initial_weights import read_initial_weights
 from nonlocal_jax.weights import released
-from nonlocal_jax.weights.names import find_weights, named_release, released_path
+from nonlocal_jax.weights.loading import sha256_of
+from nonlocal_jax.weights.names import find_backbone, find_weights, named_release, released_path
 from nonlocal_jax.weights.state_dict import to_state_dict
 from tests import peer
 from tests.file_server import file_server
@@ -130,6 +132,17 @@ def test_convert_by_name(model, converter, tmp_path, capsys):
   assert converter('cityscapes_r50', tmp_path / 'converted') == (None, '')
   assert f'released as  {NAME}' in capsys.readouterr().out
   assert nonlocal_jax.load(tmp_path / 'converted').description.source == model.file
+
+
+@pytest.mark.parametrize('name', ['weights.pth', 'weights.safetensors', 'weights'])
+def test_weights_that_are_no_file_are_never_opened(name, tmp_path):
+  """A pipe to which nobody writes would be waited for without end."""
+  os.mkfifo(tmp_path / name)
+  for path in (tmp_path / name, Path('/dev/zero')):
+    for read in (nonlocal_jax.load, find_weights, find_backbone):
+      with pytest.raises(UserError, match='is a pipe or device, no file'):
+        read(path)
+    assert sha256_of(path) == ''  # files of a folder, before they are read
 
 
 @pytest.mark.parametrize('command', ['predict', 'eval', 'train', 'convert'])

@@ -15,6 +15,7 @@ from PIL import Image
 
 import nonlocal_jax
 from nonlocal_jax.cli import predict
+from nonlocal_jax.cli.prediction_files import save_probabilities
 from nonlocal_jax.data.datasets import PUBLISHED, merge_classes
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import colorize, overlay
@@ -383,8 +384,22 @@ def test_thin_and_giant_images_stop_no_other(
     model.predict(folder / 'a.png', max_pixels=4799)
 
 
+def test_files_of_probabilities_are_results_too(folder, capsys):
+  save_probabilities(np.zeros((2, 2, 1)), ['a'], folder / 'a_probabilities.npz')
+  (folder / 'of_the_user.npz').write_bytes(b'')
+  assert len(predict.find_images([str(folder)])) == len(SIZES)
+  said = capsys.readouterr().err
+  assert said.startswith('1 results of earlier predictions are left out.\n2 files whose names')
+  assert '_probabilities.npz' not in said
+
+
 def test_wrong_inputs_are_a_sentence(folder, peer_checkpoint, script, tmp_path):
   arguments = [f'--checkpoint={peer_checkpoint}', f'--out={tmp_path / "out"}']
+  status, said = script(predict, '', *arguments)
+  assert (status, said) == (
+    1,
+    'error: an INPUT is empty: give an image, a folder, or a pattern.',
+  )
   status, said = script(predict, 'nowhere/*.jpg', *arguments)
   assert status == 1
   assert said.startswith(

@@ -49,6 +49,10 @@ def test_json_holds_every_field():
       'pad_multiple and pad_size are for whole images',
     ),
     ({'window_crop': [8, 8]}, 'window_crop and window_stride must be given together'),
+    (
+      {'window_crop': [8, 8], 'window_stride': [8, 9]},
+      r'window_stride is \(8, 9\), which leaves gaps between windows of \(8, 8\)',
+    ),
     ({'version': 'v2'}, "version is 'v2', expected 'v0' or 'v1'"),
     ({'ratios': []}, r'ratios is \(\), expected one or more positive numbers'),
     ({'channel_order': 'hsv'}, "channel_order is 'hsv', expected 'rgb' or 'bgr'"),

@@ -194,6 +194,10 @@ REFUSED = [
   ),
   ({'model.test_cfg': {'mode': 'tile'}}, "model.test_cfg.mode='tile'"),
   ({'model.test_cfg': {'mode': 'slide', 'crop_size': (9, 9)}}, 'model.test_cfg.stride'),
+  (
+    {'model.test_cfg': {'mode': 'slide', 'crop_size': (9, 9), 'stride': (10, 9)}},
+    r'window_stride is \(10, 9\), which leaves gaps',
+  ),
   ({'model.test_cfg': {'mode': 'whole', 'blend': 1}}, 'model.test_cfg.blend=1'),
   (
     {'resize': resize(scale=(9, 9), interpolation='area')},
@@ -211,7 +215,7 @@ REFUSED = [
 def test_what_is_not_supported_is_refused_by_name(changes, message, base_config):
   with pytest.raises(UserError, match=message) as caught:
     settings_of(changed(base_config, changes).pretty_text)
-  assert str(caught.value).startswith('x.pth records a config with ')
+  assert str(caught.value).startswith('x.pth records a ')
 
 
 @pytest.mark.parametrize(

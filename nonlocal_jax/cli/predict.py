@@ -311,9 +311,13 @@ def find_images(inputs: Sequence[str]) -> dict[str, Path]:
   found: dict[str, Path] = {}
   num_left_out, others = 0, []
   for given in inputs:
+    if not given:  # as of an unset variable
+      raise UserError('an INPUT is empty: give an image, a folder, or a pattern.')
     files = list(_files_of(given))
     named = [(name, path) for name, path in files if name is not None]
-    others += [path for name, path in files if name is None]
+    results = [path for name, path in files if name is None and is_prediction(path)]
+    num_left_out += len(results)
+    others += [path for name, path in files if name is None and path not in results]
     if not named:
       raise UserError(
         f'{given} is neither an image nor a folder of images nor a pattern that matches any.'

@@ -98,6 +98,9 @@ def _check(parser: Parser, options: argparse.Namespace) -> None:
   """Checks that options fit together."""
   if options.download and options.dataset == 'custom':
     parser.error('--download is for the published datasets, not for custom')
+  for option, path in {'--source': options.source, '--data-dir': options.data_dir}.items():
+    if path == '':  # as of an unset variable
+      parser.error(f'argument {option}: the path is empty')
   if not options.download and not options.source:
     parser.error('--source is required, or --download')
   if not options.download and (options.keep_archives or options.username):

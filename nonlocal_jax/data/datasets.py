@@ -13,6 +13,7 @@ from nonlocal_jax.data import classes as tables
 from nonlocal_jax.data import transforms
 from nonlocal_jax.data.paths import as_path
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.files import parse_object
 
 Split = Literal['train', 'val']
 Color = tuple[int, int, int]
@@ -211,11 +212,11 @@ def read_description(source_dir: str | PathLike[str]) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    values = json.loads(path.read_bytes())  # with or without a byte-order mark
+    values = parse_object(path.read_bytes())
   except ValueError as error:
-    raise UserError(f'File {path} is not JSON ({error}): mend it.') from error
-  if not isinstance(values, dict):
-    raise UserError(f'File {path} holds no JSON object: put {{"classes": [...]}} there.')
+    raise UserError(
+      f'File {path} is no JSON object ({error}): mend it, as in {{"classes": [...]}}.'
+    ) from error
   for key, value in values.items():
     if key not in _FIELDS:
       raise UserError(

@@ -18,7 +18,7 @@ import filelock
 
 from nonlocal_jax.data.paths import as_path, is_remote
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.files import sealed, unsealed, write_whole
+from nonlocal_jax.runtime.files import parse_object, sealed, unsealed, write_whole
 
 ORIGINS = 'origins.json'
 DAMAGED = (ValueError, KeyError, TypeError, AttributeError)  # what damaged JSON files lead to
@@ -58,9 +58,9 @@ def read_origins(directory: Path) -> list[Origin]:
   path = directory / ORIGINS
   if not path.exists():  # of an earlier version
     metadata = directory / _METADATA
-    source = json.loads(metadata.read_text())['source']
+    source = parse_object(metadata.read_bytes())['source']
     return [Origin(source, None, (directory / 'dataset_info.json').stat().st_mtime_ns)]
-  saved = unsealed(json.loads(path.read_text()))
+  saved = unsealed(parse_object(path.read_bytes()))
   for name, checksum in saved['files'].items():
     if zlib.crc32((directory / name).read_bytes()) != checksum:
       raise ValueError(f'the checksum of {name} differs')

@@ -1,6 +1,7 @@
 """Checks the names and values of a config, each on its own."""
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,6 +93,8 @@ def check_values(config: ConfigDict) -> None:
     _expect(_are_whole, config, key, 'whole numbers')
   both = all(_value(config, key) for key in windows) or not any(_value(config, k) for k in windows)
   _expect(both, config, 'eval.window_stride', 'given together with config.eval.window_crop')
+  meets = all(map(operator.le, _value(config, 'eval.window_stride'), config.eval.window_crop))
+  _expect(meets, config, 'eval.window_stride', 'at most config.eval.window_crop, without gaps')
   alone = not (config.eval.scale and config.eval.scale_factor)
   _expect(alone, config, 'eval.scale_factor', 'empty, or config.eval.scale')
   for key, values in _CHOICES.items():

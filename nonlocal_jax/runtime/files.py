@@ -1,5 +1,6 @@
 """Whole and intact files: atomic writes, and checksums in JSON files."""
 
+import collections
 import contextlib
 import glob
 import json
@@ -8,7 +9,7 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +161,23 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
   """Parses a JSON object, in UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
 
   Raises:
-    ValueError: If it is none.
+    ValueError: If it is none, or has a name twice in an object.
   """
   try:
-    value = json.loads(data) if data else None
+    value = json.loads(data, object_pairs_hook=_distinct) if data else None
   except RecursionError as error:
     raise ValueError('nested too deeply') from error
   if not isinstance(value, dict):
     raise ValueError('no JSON object' if data else 'empty')
   return value
+
+
+def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+  values = dict(pairs)
+  if len(values) < len(pairs):
+    name, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+    raise ValueError(f'it has {name!r} twice')
+  return values
 
 
 def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models.nonlocal_net import state_shapes
-from nonlocal_jax.runtime.files import sealed, unfinished, unsealed
+from nonlocal_jax.runtime.files import parse_object, sealed, unfinished, unsealed
 from nonlocal_jax.weights.arrays import Arrays, checksum, from_arrays, to_arrays
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.orbax_errors import one_error
@@ -118,7 +118,7 @@ def _check(directory: Path, arrays: Arrays) -> None:
   path = directory / CHECKSUMS
   if not path.exists():
     return
-  if unsealed(json.loads(path.read_bytes()))['weights'] != checksum(arrays):
+  if unsealed(parse_object(path.read_bytes()))['weights'] != checksum(arrays):
     raise UserError(
       f'The weights in {directory} are damaged (their checksum differs): write them again.'
     )

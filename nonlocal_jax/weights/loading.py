@@ -211,6 +211,8 @@ def _swaps_averages(meta: Mapping[str, Any]) -> bool:
 
 def sha256_of(path: Path) -> str:
   """The sha256 of a file in hex digits; '' if it cannot be read, which the reader reports."""
+  if not path.is_file():  # a pipe or a device could be read forever
+    return ''
   try:
     with open(path, 'rb') as file:
       return hashlib.file_digest(file, 'sha256').hexdigest()

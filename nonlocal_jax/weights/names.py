@@ -28,7 +28,8 @@ def find_weights(given: str | os.PathLike[str]) -> Path:
     A path that exists.
 
   Raises:
-    UserError: If there is neither such a path nor such a name, or the file cannot be downloaded.
+    UserError: If there is neither such a path nor such a name, what is there is no file or folder,
+      or the file cannot be downloaded.
   """
   if not os.fspath(given):
     raise UserError("The path of the weights is empty: give one, or a released model's name.")
@@ -37,6 +38,8 @@ def find_weights(given: str | os.PathLike[str]) -> Path:
   if os.path.exists(path):  # unlike `Path.exists`, this is for names of any length
     if named is not None and path.name != named.file and is_first_process():
       print(f'{path} is taken, not the released weights of that name.', file=sys.stderr)
+    if not os.path.isdir(path) and not os.path.isfile(path):
+      raise UserError(f'{path} is a pipe or device, no file: give the file or folder of weights.')
     return path
   if isinstance(named, ReleasedBackbone):
     raise UserError(
