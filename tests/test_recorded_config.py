@@ -14,7 +14,7 @@ import nonlocal_jax
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import NonLocalNetConfig
 from nonlocal_jax.protocol import RATIOS, EvalProtocol
-from nonlocal_jax.weights.mmseg_config import recorded_settings
+from nonlocal_jax.weights.mmseg_config import protocol_entry, recorded_settings
 from nonlocal_jax.weights.mmseg_config_text import config_text
 from tests import peer
 
@@ -364,3 +364,18 @@ def test_a_damaged_entry_of_this_package():
   for entry in ('{', '[]', json.dumps({'protocol': {'scale': 3}, 'assumed': []})):
     with pytest.raises(UserError, match=r'x\.pth has a damaged test protocol'):
       settings_of(text, nonlocal_jax=entry)
+
+
+def test_an_edited_config_of_a_file_of_this_package(base_config):
+  text = changed(base_config, {'resize': resize(scale=(90, 50), keep_ratio=True)}).pretty_text
+  written = settings_of(text).protocol
+  entry = {'nonlocal_jax': protocol_entry(written.with_multi_scale_flip(), ())}
+  assert settings_of(text, **entry).protocol == written.with_multi_scale_flip()
+  for before, after, message in (
+    ('bgr_to_rgb=True', 'bgr_to_rgb=False', 'channel_order=bgr in its config and rgb in meta'),
+    ('123.675', '100.5', 'mean='),
+    ('align_corners=False', 'align_corners=True', 'align_corners=True in its config and False'),
+  ):
+    assert before in text
+    with pytest.raises(UserError, match=f'{message}.* take out that entry'):
+      settings_of(text.replace(before, after), **entry)

@@ -18,6 +18,9 @@ from nonlocal_jax.weights.mmseg_protocol import ProtocolReader
 
 # Key of `meta` in files that this package wrote: JSON of the protocol and what of it was assumed.
 PROTOCOL_KEY = 'nonlocal_jax'
+# Fields of the protocol that a config's text says as well.
+_IN_TEXTS = ('scale', 'scale_factor', 'window_crop', 'window_stride', 'pad_size')
+_IN_TEXTS += ('align_corners', 'channel_order', 'mean', 'std')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +54,8 @@ def recorded_settings(
     in_channels: Number of channels of the network's input.
 
   Raises:
-    UserError: If a setting can change predictions and is not supported, or is not known; the
-      message names it.
+    UserError: If a setting can change predictions and is not supported, or is not known, or differs
+      from what this package recorded beside the config; the message names it.
   """
   texts = {key: meta.get(key) for key in ('cfg', 'config')}
   key = next((key for key, text in texts.items() if type(text) is str and text.strip()), None)
@@ -70,7 +73,7 @@ def recorded_settings(
   model = Section(config['model'], 'model', source)
   test = ProtocolReader(config, meta, model, source=source, in_channels=in_channels, key=key)
   network = NetworkReader(model).read()
-  protocol = test.read(network.get('align_corners'))
+  protocol = read = test.read(network.get('align_corners'))
   model.close()
   ours = meta.get(PROTOCOL_KEY)
   if type(ours) is not str:
@@ -85,6 +88,17 @@ def recorded_settings(
     raise UserError(
       f"{source} has a damaged test protocol (meta['{PROTOCOL_KEY}']); write it again."
     ) from error
+  differing = [
+    name
+    for name in _IN_TEXTS
+    if name not in (*test.assumed, *assumed) and getattr(read, name) != getattr(protocol, name)
+  ]
+  if differing:
+    name = differing[0]
+    raise UserError(
+      f'{source} records {name}={getattr(read, name)} in its config and {getattr(protocol, name)} '
+      f"in meta['{PROTOCOL_KEY}']: if the config was edited, take out that entry."
+    )
   return RecordedSettings(network, protocol, assumed, tuple(test.notes))
 
 
