@@ -19,6 +19,9 @@ from nonlocal_jax.inference.attention import AttentionMap, Window
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.ops.normalization import normalize
 
+# Scores of random weights are some hundreds, and float32 rounds them by up to 1e-3 of a weight. With
+# moderate scores `test_non_local.py` holds rows to 1e-6.
+ROUNDING = 1e-5
 WHOLE = EvalProtocol(scale=(120, 72))
 WINDOWS = EvalProtocol(scale=(120, 72), window_crop=(49, 49), window_stride=(33, 33))
 
@@ -58,7 +61,7 @@ def test_whole_images(model, peer_model, image, point):
   found = model.with_protocol(WHOLE).image_attention(image)(point)
   assert found.weights.dtype == np.float32
   assert found.weights.shape == matrix.shape[:2] == found.window.features
-  assert_allclose(found.weights, matrix[found.position], atol=1e-6)
+  assert_allclose(found.weights, matrix[found.position], atol=ROUNDING)
   assert found.weights.sum() == pytest.approx(1, abs=1e-5)
   np.testing.assert_array_equal(model.with_protocol(WHOLE).attention(image, point), found.weights)
 
@@ -74,7 +77,7 @@ def test_windows(model, peer_model, image):
     matrix = matrix_of(peer_model, resized[top : top + 49, left : left + 49])
     found = look(point)
     assert (found.window.top, found.window.left) == (top, left)
-    assert_allclose(found.weights, matrix[found.position], atol=1e-6)
+    assert_allclose(found.weights, matrix[found.position], atol=ROUNDING)
     over = found.window.over_image(found.weights)
     outside = np.ones((72, 106), bool)
     outside[top : top + 49, left : left + 49] = False
