@@ -19,8 +19,8 @@ from nonlocal_jax.inference.attention import AttentionMap, Window
 from nonlocal_jax.inference.views import views_of
 from nonlocal_jax.ops.normalization import normalize
 
-# Scores of random weights are some hundreds, and float32 rounds them by up to 1e-3 of a weight. With
-# moderate scores `test_non_local.py` holds rows to 1e-6.
+# Scores of random weights are some hundreds, and float32 rounds them by up to 1e-3 of a weight.
+# With moderate scores `test_non_local.py` holds rows to 1e-6.
 ROUNDING = 1e-5
 WHOLE = EvalProtocol(scale=(120, 72))
 WINDOWS = EvalProtocol(scale=(120, 72), window_crop=(49, 49), window_stride=(33, 33))
