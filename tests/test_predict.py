@@ -110,8 +110,20 @@ def test_probabilities_confidence_and_unknown_pixels(
   ]
   # The results are replaced by the next ones, and by nothing else's.
   assert script(predict, *arguments, '--confidence', '--unknown-below=0.6') == (None, '')
-  assert capsys.readouterr().out.splitlines()[1:] == said[1:]
+  printed = capsys.readouterr()
+  assert printed.out.splitlines()[1:] == said[1:]
+  assert not list(out.rglob('*.npz'))  # they would lie beside label maps that they are not of
+  assert (
+    '3 files of an earlier prediction, which do not belong to these label maps, ' in printed.err
+  )
   (out / 'a_probabilities.npz').write_bytes(b'of the user')
+  assert script(predict, *arguments, '--no-overlays') == (None, '')
+  assert sorted(path.name for path in out.rglob('*') if path.is_file()) == [
+    'a.png',
+    'a_probabilities.npz',
+    'b.png',
+    'ü c.png',
+  ]
   status, message = script(predict, *arguments, *asked)
   assert (status, 'a_probabilities.npz exists and is no earlier' in message) == (1, True)
   assert script(predict, folder / 'a.png', *arguments[1:2], f'--out={plain}', *SCALE) == (None, '')

@@ -8,7 +8,8 @@ a released model, which is downloaded: see `nonlocal-jax models`.
 An INPUT is an image, a folder, or a pattern such as 'photos/*.jpg'. For an image a.jpg, writes
 DIR/a.png, the class indices with the classes' colors as palette, and DIR/a_overlay.jpg, the image
 blended with these colors. The images of a folder keep their subfolders. Results of earlier
-predictions among the inputs are left out, and no file but these is ever replaced.
+predictions among the inputs are left out, and no file but these is ever replaced; those of an image
+that is predicted again go, also where the new prediction has none of their kind.
 
 --confidence adds DIR/a_confidence.png, --probabilities DIR/a_probabilities.npz. With
 --unknown-below=T, pixels whose class is less likely than T are unknown, label 255.
@@ -36,6 +37,7 @@ from nonlocal_jax.cli.prediction_files import (
   check_not_replaced,
   concerns_one_file,
   is_prediction,
+  remove_predictions,
   save,
   save_probabilities,
   with_palette,
@@ -206,6 +208,9 @@ def main(arguments: Sequence[str]) -> None:
   make_folder(options.out)
 
   large_overlays: list[Path] = []
+  outdated: list[Path] = []
+  unwanted = [ending for ending, is_wanted in wanted.items() if not is_wanted]
+  unwanted.append(str(Path(_OVERLAY).with_suffix('.png')))  # of an image that was larger
   counts: list[tuple[int, int]] = []  # of unknown pixels and of all, for each image
 
   def write(prediction: AnyPrediction) -> tuple[int, UserError | None]:
@@ -218,6 +223,8 @@ def main(arguments: Sequence[str]) -> None:
     if values is not None:
       label_map = Image.fromarray(values[label])
     try:
+      others = {Path(f'{target}{ending}') for ending in unwanted} - label_maps
+      outdated.extend(remove_predictions(others))
       save(label_map, Path(f'{target}.png'))
       if options.confidence:
         assert confidence is not None
@@ -278,6 +285,12 @@ def main(arguments: Sequence[str]) -> None:
     print(
       f'{unknown / pixels:.2%} of their pixels are unknown (label {UNKNOWN}): their class is less '
       f'likely than {below}.'
+    )
+  if outdated:
+    print(
+      f'{len(outdated)} files of an earlier prediction, which do not belong to these label maps, '
+      f'were removed, such as {outdated[0]}.',
+      file=sys.stderr,
     )
   if large_overlays:
     print(

@@ -6,7 +6,7 @@ They are never taken for images, and replace no file but their like.
 import errno
 import io
 import zipfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,24 @@ def is_prediction(path: Path) -> bool:
       return _MARK in (image.info.get('Software'), _text(image.info.get('comment')))
   except (OSError, SyntaxError, ValueError, zipfile.BadZipFile, Image.DecompressionBombError):
     return False
+
+
+def remove_predictions(paths: Iterable[Path]) -> list[Path]:
+  """Removes those of some files that were written by `save` or `save_probabilities`.
+
+  Returns:
+    What was removed.
+
+  Raises:
+    UserError: If one cannot be removed.
+  """
+  removed = [path for path in paths if path.is_file() and is_prediction(path)]
+  for path in removed:
+    try:
+      path.unlink(missing_ok=True)
+    except OSError as error:
+      raise UserError(f'{path} cannot be removed: {error.strerror}.') from error
+  return removed
 
 
 def _text(comment: object) -> object:
