@@ -107,12 +107,18 @@ def remove_predictions(paths: Iterable[Path]) -> list[Path]:
   Raises:
     UserError: If one cannot be removed.
   """
-  removed = [path for path in paths if path.is_file() and is_prediction(path)]
-  for path in removed:
+  removed = []
+  for path in paths:
+    try:
+      if not path.is_file() or not is_prediction(path):
+        continue
+    except OSError:  # e.g. a name that is too long, which no file has
+      continue
     try:
       path.unlink(missing_ok=True)
     except OSError as error:
       raise UserError(f'{path} cannot be removed: {error.strerror}.') from error
+    removed.append(path)
   return removed
 
 
