@@ -103,6 +103,15 @@ def test_a_run_that_began_before_backbones_had_names_resumes(training_config, tr
     train_and_evaluate(config, workdir)
 
 
+@pytest.fixture
+def heeded_interrupts():
+  """SIGINT is not ignored, as it is in background jobs."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('heeded_interrupts')
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves(training_config, trained, tmp_path, monkeypatch, number):
   """Noted before step 2, seen with its results or, as step 3 is already under way, after that."""

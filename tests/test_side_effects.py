@@ -171,6 +171,7 @@ def test_reads_that_nobody_waits_for_are_quiet(caplog):
     await asyncio.sleep(0)
     await reads[0]
 
+  caplog.set_level(logging.ERROR, logger='asyncio')  # commands that ran in this process silence it
   with (
     pytest.raises(UserError, match=r'^weights cannot be read: DATA_LOSS: a\.$'),
     one_error('weights cannot be read'),

@@ -12,10 +12,11 @@ def calibration_counts(
 ) -> tuple[jax.Array, jax.Array]:
   """Counts the pixels of images in bins of equal width by confidence.
 
-  >>> confidence, correct = jnp.array([[[0.1, 0.9, 0.8]]]), jnp.array([[[True, True, False]]])
+  >>> confidence = jnp.array([[[0.125, 0.875, 0.75]]])
+  >>> correct = jnp.array([[[True, True, False]]])
   >>> counts, sums = calibration_counts(confidence, correct, correct | True, bins=2)
-  >>> counts.tolist(), sums.round(2).tolist()
-  ([[[0, 1], [1, 1]]], [[0.10000000149011612, 1.7000000476837158]])
+  >>> counts.tolist(), sums.tolist()
+  ([[[0, 1], [1, 1]]], [[0.125, 1.625]])
 
   Args:
     confidence: (n, h, w) float32 in [0, 1]; w is at most 2**17.
