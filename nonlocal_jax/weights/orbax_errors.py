@@ -39,11 +39,13 @@ def one_error(what: str) -> Iterator[None]:
     except UserError:
       raise
     except Exception as error:  # damaged files, full disks: Orbax has no narrower type for them
-      reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-      reason = reason.partition(' [tensorstore_spec=')[0]  # a thousand characters of JSON
-      system_error = re.search(r'([^:]*) \[os_error_code', reason)
+      line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+      # TensorStore adds a code and a thousand characters of JSON, in any order.
+      reason = re.split(r' \[(?=\w+=)', line, maxsplit=1)[0]
+      if '[os_error_code=' in line:
+        reason = reason.rpartition(':')[2].strip()
       quiet.wait_for_abandoned(error)
-      raise UserError(f'{what}: {system_error[1].strip() if system_error else reason}.') from error
+      raise UserError(f'{what}: {reason}.') from error
 
 
 class QuietThreads:
