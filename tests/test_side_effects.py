@@ -193,7 +193,7 @@ def test_reads_that_nobody_waits_for_are_quiet(caplog):
 )
 def test_what_tensorstore_adds_to_an_error_is_left_out_in_any_order(added):
   with (
-    pytest.raises(UserError, match='^x cannot be written: File too large.$'),
+    pytest.raises(UserError, match=r'^x cannot be written: File too large\.$'),
     one_error('x cannot be written'),
   ):
     raise ValueError(f'RESOURCE_EXHAUSTED: Error writing "/a/b": write: File too large{added}')
