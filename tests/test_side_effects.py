@@ -189,6 +189,8 @@ def test_reads_that_nobody_waits_for_are_quiet(caplog):
   [
     ' [os_error_code=\'EFBIG\'] [tensorstore_spec=\'{"driver": "zarr"}\']',
     ' [tensorstore_spec=\'{"driver": "zarr"}\'] [os_error_code=\'EFBIG\']',
+    ' [tensorstore_spec=1]',
+    '',
   ],
 )
 def test_what_tensorstore_adds_to_an_error_is_left_out_in_any_order(added):

@@ -1,8 +1,10 @@
 """One sentence for whatever Orbax raises."""
 
 import contextlib
+import errno
 import gc
 import logging as python_logging
+import os
 import re
 import sys
 import threading
@@ -40,10 +42,11 @@ def one_error(what: str) -> Iterator[None]:
       raise
     except Exception as error:  # damaged files, full disks: Orbax has no narrower type for them
       line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-      # TensorStore adds a code and a thousand characters of JSON, in any order.
+      # TensorStore adds a thousand characters of JSON, and before or after it a code or none.
       reason = re.split(r' \[(?=\w+=)', line, maxsplit=1)[0]
-      if '[os_error_code=' in line:
-        reason = reason.rpartition(':')[2].strip()
+      last = reason.rpartition(': ')[2]
+      if '[os_error_code=' in line or last in map(os.strerror, errno.errorcode):
+        reason = last
       quiet.wait_for_abandoned(error)
       raise UserError(f'{what}: {reason}.') from error
 
