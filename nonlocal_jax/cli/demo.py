@@ -10,7 +10,6 @@ another one, forward the port: ssh -L 8000:localhost:8000 HOST. Ctrl-C ends it.
 Needs the extra: pip install '.[demo]'
 """
 
-import argparse
 import dataclasses
 import re
 import socket
@@ -21,7 +20,14 @@ from typing import get_args
 import jax
 
 import nonlocal_jax
-from nonlocal_jax.cli.program import Parser, add_ema, add_scale, path_option, say_weights
+from nonlocal_jax.cli.program import (
+  Parser,
+  add_align_corners,
+  add_ema,
+  add_scale,
+  path_option,
+  say_weights,
+)
 from nonlocal_jax.errors import UsageError, UserError, needs_packages
 from nonlocal_jax.inference.pretrained import Precision
 from nonlocal_jax.runtime.devices import say_devices
@@ -51,11 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     'who can reach this machine (default: 127.0.0.1)',
   )
   add_scale(parser)
-  parser.add_argument(
-    '--align-corners',
-    action=argparse.BooleanOptionalAction,
-    help='corner convention, for files that do not record it',
-  )
+  add_align_corners(parser)
   parser.add_argument(
     '--precision',
     choices=get_args(Precision),

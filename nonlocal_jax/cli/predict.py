@@ -42,7 +42,14 @@ from nonlocal_jax.cli.prediction_files import (
   save_probabilities,
   with_palette,
 )
-from nonlocal_jax.cli.program import Parser, add_ema, add_scale, path_option, say_weights
+from nonlocal_jax.cli.program import (
+  Parser,
+  add_align_corners,
+  add_ema,
+  add_scale,
+  path_option,
+  say_weights,
+)
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, without_suffix
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
@@ -103,11 +110,7 @@ def main(arguments: Sequence[str]) -> None:
     help='average over six scales, each with and without a horizontal flip',
   )
   add_scale(parser)
-  parser.add_argument(
-    '--align-corners',
-    action=argparse.BooleanOptionalAction,
-    help='corner convention, for files that do not record it',
-  )
+  add_align_corners(parser)
   parser.add_argument(
     '--confidence',
     action='store_true',

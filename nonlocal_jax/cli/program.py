@@ -211,6 +211,15 @@ def add_ema(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def add_align_corners(parser: argparse.ArgumentParser) -> None:
+  """Adds the option --align-corners, and --no-align-corners."""
+  parser.add_argument(
+    '--align-corners',
+    action=argparse.BooleanOptionalAction,
+    help='corner convention, for files that do not record it',
+  )
+
+
 def add_scale(parser: argparse.ArgumentParser) -> None:
   """Adds the option --scale."""
   parser.add_argument(

@@ -28,6 +28,7 @@ from nonlocal_jax.evaluation.metrics import Scores, scores
 from nonlocal_jax.evaluation.saved import PER_IMAGE, SavedEvaluation
 from nonlocal_jax.evaluation.showcase import EACH, Panels
 from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.files import write_whole
 
 PAGE = 'report.html'
@@ -84,11 +85,6 @@ def report_page(saved: SavedEvaluation) -> str:
 def percent(share: float | None, digits: int = 2) -> str:
   """Returns a share as a number of percent; a dash where it is undefined."""
   return '-' if share is None or np.isnan(share) else f'{100 * share:.{digits}f}'
-
-
-def counted(number: int, noun: str) -> str:
-  """Returns e.g. '1 image' or '1,200 images'."""
-  return f'{number:,} {noun}{"" if number == 1 else "s"}'
 
 
 def run_facts(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -119,11 +119,11 @@ def describe(kind: str, count: int, processes: int = 1) -> str:
 def counted(count: int, noun: str) -> str:
   """Returns a count with its noun.
 
-  >>> counted(1, 'device'), counted(2, 'process')
-  ('1 device', '2 processes')
+  >>> counted(1, 'device'), counted(2, 'process'), counted(1200, 'image')
+  ('1 device', '2 processes', '1,200 images')
   """
   plural = f'{noun}es' if noun.endswith('s') else f'{noun}s'
-  return f'{count} {noun if count == 1 else plural}'
+  return f'{count:,} {noun if count == 1 else plural}'
 
 
 def describe_mesh(mesh: Mesh) -> str:
