@@ -78,7 +78,7 @@ def write_sample(
   values = np.array(VALUES[layout], np.uint8)
   cells = np.resize(rng.permuted(values), (-(-len(values) // 5), 5))
   label = cv2.resize(cells, (int(w), int(h)), interpolation=cv2.INTER_NEAREST)
-  for path in sample[1:]:
+  for path in sample[1:3]:
     path.parent.mkdir(parents=True, exist_ok=True)
   sample.image.write_bytes(cv2.imencode(sample.image.suffix, image)[1].tobytes())
   sample.label.write_bytes(png_of(label, palette=layout == 'voc12aug'))

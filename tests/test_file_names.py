@@ -23,7 +23,7 @@ def test_suffixes_are_read_in_any_case(layout, tmp_path):
     label = tmp_path / 'benchmark_RELEASE/dataset/cls/2008_000002.mat'
     samples[-1] = samples[-1]._replace(label=label)
   renamed = []
-  for id_, *paths in samples:
+  for id_, *paths, _ in samples:
     others = [path.with_name(f'{path.stem}{path.suffix.swapcase()}') for path in paths]
     for path, other in zip(paths, others, strict=True):
       path.rename(other)
@@ -108,7 +108,7 @@ def test_names_in_lists_are_of_any_form_of_unicode(tmp_path):
     image=sample.image.with_name('e\u0301.jpg'),
     label=sample.label.with_name('\u00e9.png'),
   )
-  for before, after in zip(sample[1:], renamed[1:], strict=True):
+  for before, after in zip(sample[1:3], renamed[1:3], strict=True):
     before.rename(after)
   (tmp_path / 'ImageSets/Segmentation/val.txt').write_text('e\u0301\n')
   listing = layouts.list_samples(LAYOUTS['voc12aug'], tmp_path, 'val')

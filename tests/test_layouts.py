@@ -195,13 +195,13 @@ def test_files_that_are_no_images_are_told_and_lonely_labels_counted(tmp_path):
   (tmp_path / 'images/val/notes.txt').write_bytes(b'')
   (tmp_path / 'labels/val/lonely.png').write_bytes(b'')
   found = layouts.list_samples(CUSTOM, tmp_path, 'val')
-  assert found == (samples['val'], {}, 1, ['notes.txt'])
+  assert found == (samples['val'], {}, 1, ['notes.txt'], '')
 
 
 def test_names_in_any_script(tmp_path):
   (original, *_) = write_tree('custom', tmp_path)['val']
   for name in ('Straße', '道路', 'a b%20c', "o'clock"):
-    for path in original[1:]:
+    for path in original[1:3]:
       path.with_name(f'{name}{path.suffix}').write_bytes(path.read_bytes())
   found = layouts.list_samples(CUSTOM, tmp_path, 'val').samples
   assert {sample.id for sample in found} == {'v', 'w', 'Straße', '道路', 'a b%20c', "o'clock"}
@@ -209,7 +209,7 @@ def test_names_in_any_script(tmp_path):
 
 def test_names_that_are_no_text_are_a_sentence(tmp_path):
   (original, *_) = write_tree('custom', tmp_path)['val']
-  for path in original[1:]:
+  for path in original[1:3]:
     path.rename(path.with_name(f'\udcff{path.suffix}'))
   with pytest.raises(UserError, match=r"udcff\.\w+' is not UTF-8: rename the file"):
     layouts.list_samples(CUSTOM, tmp_path, 'val')

@@ -20,13 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nonlocal_jax.cli.program import Parser, program_name
-from nonlocal_jax.data.datasets import (
-  DESCRIPTION,
-  PUBLISHED,
-  Dataset,
-  custom_dataset,
-  read_description,
-)
+from nonlocal_jax.data.datasets import DESCRIPTION, PUBLISHED, Dataset, custom_dataset
+from nonlocal_jax.data.formats.detection import read_folder
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.paths import as_path, is_remote
 from nonlocal_jax.data.transforms import IGNORE
@@ -64,7 +59,11 @@ def main(arguments: Sequence[str]) -> None:
   from nonlocal_jax.data.preparation import prepare
   from nonlocal_jax.data.prepared import check_data_dir, published_copies, report_split
 
-  description = read_description(options.source) if options.dataset == 'custom' else {}
+  description = {}
+  if options.dataset == 'custom':
+    found = read_folder(options.source)
+    print(f'{options.source} holds {found.sentence}.')
+    description = found.description
   described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
   if options.dataset != 'custom':
     dataset = PUBLISHED[options.dataset]

@@ -203,7 +203,8 @@ def read_description(source_dir: str | PathLike[str]) -> dict[str, Any]:
     source_dir: The folder of the dataset.
 
   Returns:
-    Some of the arguments of `custom_dataset`; none if there is no such file.
+    Some of the arguments of `custom_dataset`, and perhaps 'format', see `formats.detection`; none
+    if there is no such file.
 
   Raises:
     UserError: If the file is not a JSON object, or a value is not of its type.
@@ -252,6 +253,7 @@ _FIELDS = {
   'reduce_zero_label': ('true or false', lambda value: isinstance(value, bool)),
   'ignore_labels': ('a list of numbers from 0 to 255', _are_bytes),
   'label_map': ('a list of numbers from 0 to 255', _are_bytes),
+  'format': ('a name', lambda value: isinstance(value, str)),
 }
 
 

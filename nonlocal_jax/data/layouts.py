@@ -6,47 +6,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nonlocal_jax.data.datasets import Dataset, Split
-from nonlocal_jax.data.paths import (
-  IMAGE_SUFFIXES,
-  as_path,
-  files_below,
-  in_one_form,
-  not_a_file,
-  read_text,
-  without_suffix,
-)
+from nonlocal_jax.data.formats.detection import list_folder
+from nonlocal_jax.data.paths import as_path, files_below, in_one_form, read_text, without_suffix
+from nonlocal_jax.data.samples import Listing, Sample, by_stem, no_files
 from nonlocal_jax.errors import UserError
-
-
-class Sample(NamedTuple):
-  """One image with its label map; `id` is the image's path below its folder, without suffix."""
-
-  id: str
-  image: Path
-  label: Path
-
-
-class Listing(NamedTuple):
-  """The contents of the folders.
-
-  Attributes:
-    samples: Images with a label map; the order depends on the names alone.
-    incomplete: A sentence on each image that is missing, lacks a label map, or where one of the two
-      is no file, by the image's name.
-    unused_labels: Number of label maps without an image.
-    passed_over: Files beside the images that are none by their names.
-  """
-
-  samples: list[Sample]
-  incomplete: dict[str, str]
-  unused_labels: int = 0
-  passed_over: Sequence[str] = ()
 
 
 def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Split) -> Listing:
   """Lists the images of a split with their label maps; the other split need not exist.
 
-  The layouts are MMSegmentation's, and a custom one:
+  The layouts are MMSegmentation's, and for custom datasets any of `formats`:
 
       cityscapes  leftImg8bit/SPLIT/CITY/ID_leftImg8bit.png
                   gtFine/SPLIT/CITY/ID_gtFine_labelTrainIds.png, or else ID_gtFine_labelIds.png
@@ -58,7 +27,7 @@ def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Sp
                   for more training images, SegmentationClassAug/ID.png (those of aug.txt beside
                   train.txt, if it is there), or SBD's cls/ID.mat and {train,val}.txt
       custom      images/SPLIT/**/ID.{jpg,png,...}, see `paths.IMAGE_SUFFIXES`
-                  labels/SPLIT/**/ID.png
+                  labels/SPLIT/**/ID.png, or another format
 
   Suffixes may be in upper case. Names are compared in one form of Unicode, see `paths.in_one_form`.
   SBD is looked for in VOCaug/dataset, VOCaug, benchmark_RELEASE/dataset, SBD/dataset and SBD,
@@ -80,8 +49,11 @@ def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Sp
   try:
     if not source.is_dir():
       raise UserError(f'There is no folder {source}: give the folder that holds {dataset.name}.')
-    lister = _list_voc if dataset.layout == 'voc12aug' else _list_tree
-    listing = lister(dataset, source, split)
+    if dataset.layout == 'custom':
+      listing = list_folder(source, split)
+    else:
+      lister = _list_voc if dataset.layout == 'voc12aug' else _list_tree
+      listing = lister(dataset, source, split)
   except (OSError, ImportError, ValueError) as error:
     raise UserError(f'Folder {source} cannot be read: {error}; see to it.') from error
   if not listing.samples:
@@ -117,13 +89,6 @@ _TREES = {
     image_suffixes=('.jpg',),
     label_suffixes=('.png',),
   ),
-  'custom': _Tree(
-    parents=('.',),
-    images={'train': 'images/train', 'val': 'images/val'},
-    labels={'train': 'labels/train', 'val': 'labels/val'},
-    image_suffixes=IMAGE_SUFFIXES,
-    label_suffixes=('.png',),
-  ),
 }
 
 
@@ -132,8 +97,8 @@ def _list_tree(dataset: Dataset, source: Path, split: Split) -> Listing:
   root = _find_root(dataset, source, tree.parents, tree.images[split])
   image_folder, label_folder = root / tree.images[split], root / tree.labels[split]
   image_files, label_files = files_below(image_folder), files_below(label_folder)
-  images = _by_stem(image_folder, image_files, tree.image_suffixes)
-  labels = [_by_stem(label_folder, label_files, [suffix]) for suffix in tree.label_suffixes]
+  images = by_stem(image_folder, image_files, tree.image_suffixes)
+  labels = [by_stem(label_folder, label_files, [suffix]) for suffix in tree.label_suffixes]
   if not images:
     raise UserError(
       f'Folder {image_folder} holds no images: put the {split} images of {dataset.name} there, '
@@ -151,7 +116,7 @@ def _list_tree(dataset: Dataset, source: Path, split: Split) -> Listing:
       expected = label_folder / f'{stem}{tree.label_suffixes[-1]}'
       found = f', found {other_labels[stem]}' if stem in other_labels else ''
       incomplete[name] = f'Image {image} has no label map: expected {expected}{found}.'
-    elif reason := _no_files(image, label):
+    elif reason := no_files(image, label):
       incomplete[name] = reason
     else:
       samples.append(Sample(stem, image, label))
@@ -159,30 +124,6 @@ def _list_tree(dataset: Dataset, source: Path, split: Split) -> Listing:
   taken = set(images.values())
   others = [path.name for path in image_files if path not in taken]
   return Listing(samples, incomplete, len(stems - images.keys()), others)
-
-
-def _by_stem(folder: Path, files: Sequence[Path], suffixes: Sequence[str]) -> dict[str, Path]:
-  """The files that end with one of the suffixes, by the rest of their relative paths.
-
-  Raises:
-    UserError: If two differ in nothing else.
-  """
-  found: dict[str, Path] = {}
-  for path in files:
-    name = in_one_form(path.relative_to(folder).as_posix())
-    stem = without_suffix(name, suffixes)
-    if stem is not None and found.setdefault(stem, path) != path:
-      raise UserError(
-        f'Files {found[stem]} and {path} cannot be told apart, since neither suffixes nor forms of '
-        'Unicode count: rename or delete one of them.'
-      )
-  return found
-
-
-def _no_files(*paths: Path) -> str | None:
-  """A sentence on the first path that is no file, if there is one."""
-  found = ((path, not_a_file(path)) for path in paths)
-  return next((f'File {path} is {what}: replace it.' for path, what in found if what), None)
 
 
 _SBD_FOLDERS = ('VOCaug/dataset', 'VOCaug', 'benchmark_RELEASE/dataset', 'SBD/dataset', 'SBD')
@@ -209,7 +150,7 @@ def _list_voc(dataset: Dataset, source: Path, split: Split) -> Listing:
       incomplete[id_] = f'There is no image {expected}: add it, or strike it out in {id_file}.'
     elif label is None:
       incomplete[id_] = f'Image {image}, named in {id_file}, has no label map: add it.'
-    elif reason := _no_files(image, label):
+    elif reason := no_files(image, label):
       incomplete[id_] = reason
     else:
       samples.append(Sample(id_, image, label))
@@ -244,7 +185,7 @@ def _augmented(root: Path) -> dict[str, tuple[Path, Path | None]]:
 
 
 def _in_folder(folder: Path, suffix: str) -> dict[str, Path]:
-  return _by_stem(folder, files_below(folder), [suffix])
+  return by_stem(folder, files_below(folder), [suffix])
 
 
 def _read_ids(path: Path) -> list[str]:

@@ -21,11 +21,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 
-from nonlocal_jax.data.datasets import Dataset, Split, read_description
-from nonlocal_jax.data.layouts import Listing, Sample, list_samples
+from nonlocal_jax.data.datasets import Dataset, Split
+from nonlocal_jax.data.formats.detection import read_folder
+from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.origins import absolute, record_origin
 from nonlocal_jax.data.paths import is_remote, is_utf8, version_of
 from nonlocal_jax.data.prepared import NAME, VERSION, PreparedSplit, record_files
+from nonlocal_jax.data.samples import Listing, Sample
 from nonlocal_jax.data.validation import AuditedSample, read_sample
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import unfinished
@@ -49,7 +51,8 @@ def prepare(
 ) -> dict[Split, PreparedSplit]:
   """Prepares the splits that are not prepared yet, with a progress bar, and opens them all.
 
-  The copy keeps the absolute path of its source, and of a custom dataset `dataset.json`.
+  The copy keeps the absolute path of its source, and of a custom dataset its description: what the
+  folder was found to hold, with its `dataset.json`.
 
   Every file is read and decoded once, by all cores. An interrupted preparation leaves nothing that
   could be opened, and the next one clears away what it left. Of several processes one prepares and
@@ -82,8 +85,8 @@ def _prepare_split(
   name = f'{dataset.name}-{split}'
   listing = list_samples(dataset, source_dir, split)
   own = dataset.layout == 'custom'
-  description = read_description(source_dir) if own else {}
-  fingerprint = _fingerprint(listing, salt=_FORMAT if own else '')
+  description = read_folder(source_dir).description if own else {}
+  fingerprint = _fingerprint(listing, salt=f'{_FORMAT}{listing.reading}' if own else '')
   config = tfds.core.BuilderConfig(name=f'{name}-{fingerprint}')
   with _quiet():
     builder = _Builder(
@@ -243,8 +246,10 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
 
 
 def _in_shards(samples: Sequence[Sample]) -> list[range]:
-  sizes = [version_of(path)[0] for sample in samples for path in (sample.image, sample.label)]
-  shard_of_sample = np.cumsum(np.reshape(sizes, (-1, 2)).sum(1)) // _SHARD_BYTES
+  # A file that label maps are drawn from may have those of many samples.
+  files = ([sample.image] if sample.read_label else sample[1:3] for sample in samples)
+  sizes = [sum(version_of(path)[0] for path in paths) for paths in files]
+  shard_of_sample = np.cumsum(sizes) // _SHARD_BYTES
   starts = [0, *(np.flatnonzero(np.diff(shard_of_sample)) + 1).tolist(), len(samples)]
   return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 

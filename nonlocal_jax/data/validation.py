@@ -13,7 +13,7 @@ import scipy.io
 from PIL import Image
 
 from nonlocal_jax.data import transforms
-from nonlocal_jax.data.layouts import Sample
+from nonlocal_jax.data.samples import Sample
 from nonlocal_jax.errors import UserError
 
 # Cityscapes' label ids of the 19 evaluated classes, in order; all others are ignored.
@@ -41,8 +41,8 @@ class AuditedSample(NamedTuple):
 def read_sample(sample: Sample) -> AuditedSample:
   """Reads and decodes both files of a sample.
 
-  Cityscapes label ids (`*_labelIds.png`) are mapped to its 19 classes; SBD labels (`.mat`) are
-  converted to PNG.
+  Cityscapes label ids (`*_labelIds.png`) are mapped to its 19 classes; SBD labels (`.mat`), and
+  what `Sample.read_label` makes of other files, become PNG files.
 
   Args:
     sample: What to read.
@@ -53,17 +53,10 @@ def read_sample(sample: Sample) -> AuditedSample:
   Raises:
     UserError: If a file is missing, broken, cut off or of a wrong kind, or their sizes differ.
   """
-  image_bytes = _read(sample.image)
-  image = _decode(sample.image, image_bytes, _decode_whole)
-  label_bytes = _read(sample.label)
-  if sample.label.suffix.lower() == '.mat':
-    label = _decode(sample.label, label_bytes, _decode_sbd)
-    label_bytes = _as_png(label)
-  else:
-    label = _decode(sample.label, label_bytes, transforms.decode_label)
-    if sample.label.name.lower().endswith('_labelids.png'):
-      label = cv2.LUT(label, _from_cityscapes_ids())
-      label_bytes = _as_png(label)
+  image_bytes = read_file(sample.image)
+  image = decoded(sample.image, image_bytes, _decode_whole)
+  h, w = image.shape[:2]
+  label, label_bytes = read_label(sample, h, w)
   if image.shape[:2] != label.shape:
     (image_h, image_w), (label_h, label_w) = image.shape[:2], label.shape
     turned = _is_turned(image_bytes) and (image_w, image_h) == label.shape
@@ -76,7 +69,40 @@ def read_sample(sample: Sample) -> AuditedSample:
   return AuditedSample(image_bytes, label_bytes, label.shape, pixels)
 
 
-def _read(path: Path) -> bytes:
+def read_label(sample: Sample, h: int, w: int) -> tuple[np.ndarray, bytes]:
+  """Reads the label map of a sample.
+
+  Args:
+    sample: What to read.
+    h: Height of its image.
+    w: Width of its image.
+
+  Returns:
+    The values, (h, w) uint8, perhaps of another size; and a PNG file of them.
+
+  Raises:
+    UserError: If its file is missing, broken, or not what it should be.
+  """
+  if sample.read_label is not None:
+    label = sample.read_label(h, w)
+    return label, _as_png(label)
+  label_bytes = read_file(sample.label)
+  if sample.label.suffix.lower() == '.mat':
+    label = decoded(sample.label, label_bytes, _decode_sbd)
+    return label, _as_png(label)
+  label = decoded(sample.label, label_bytes, transforms.decode_label)
+  if sample.label.name.lower().endswith('_labelids.png'):
+    label = cv2.LUT(label, _from_cityscapes_ids())
+    return label, _as_png(label)
+  return label, label_bytes
+
+
+def read_file(path: Path) -> bytes:
+  """Reads a file.
+
+  Raises:
+    UserError: If it cannot be read.
+  """
   try:
     return path.read_bytes()
   except OSError as error:
@@ -84,7 +110,20 @@ def _read(path: Path) -> bytes:
     raise UserError(f'File {path} cannot be read ({reason}): replace it.') from error
 
 
-def _decode(path: Path, data: bytes, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+def decoded(path: Path, data: bytes, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+  """Decodes the contents of a file; of PNG files the checksums are compared first.
+
+  Args:
+    path: The file, for messages.
+    data: Its contents.
+    decode: Makes an array of them; raises a `ValueError` whose message says what the file is.
+
+  Returns:
+    The array.
+
+  Raises:
+    UserError: If it cannot be decoded.
+  """
   try:
     if data.startswith(_PNG_START):
       _check_png(data)

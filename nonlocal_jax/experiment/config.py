@@ -9,13 +9,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nonlocal_jax.data import synthetic
-from nonlocal_jax.data.datasets import (
-  PUBLISHED,
-  Dataset,
-  custom_dataset,
-  merge_classes,
-  read_description,
-)
+from nonlocal_jax.data.datasets import PUBLISHED, Dataset, custom_dataset, merge_classes
+from nonlocal_jax.data.formats.detection import NothingFound, read_folder
 from nonlocal_jax.data.prepared import prepared_description
 from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import UserError, explained_by
@@ -208,7 +203,7 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
 
 
 def _dataset(config: ConfigDict) -> Dataset:
-  """Returns the dataset of a config; a custom one also reads its `dataset.json`.
+  """Returns the dataset of a config; a custom one is looked up in its folder.
 
   Raises:
     UserError: If the name is unknown, or classes, colors and label map do not fit together.
@@ -250,9 +245,14 @@ def _dataset(config: ConfigDict) -> Dataset:
 
 
 def _description(data: ConfigDict) -> dict[str, Any]:
-  """Returns the `dataset.json` of a custom dataset, from its folder or its prepared copy."""
+  """Returns the description of a custom dataset, from its folder or its prepared copy."""
   if data.source_dir:
-    return read_description(data.source_dir)
+    try:
+      return dict(read_folder(data.source_dir).description)
+    except NothingFound as error:
+      if not error.own and data.num_classes is None:
+        raise
+      return error.own  # a network needs no data; where they are used, the same error is raised
   try:
     return prepared_description(data.dataset, data.data_dir or None)
   except UserError:
@@ -266,7 +266,7 @@ def _frozen(value):
 
 
 def _values(config: ConfigDict, dataset: Dataset) -> dict[str, Any]:
-  """Returns the config as a dict, completed by the `dataset.json` of a custom dataset."""
+  """Returns the config as a dict, completed by the description of a custom dataset."""
   values = config.to_dict()
   if _is_random(config):
     values['init_backbone'] = ''
