@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +163,37 @@ def parse_object(data: str | bytes) -> dict[str, Any]:
   Raises:
     ValueError: If it is none, or has a name twice in an object.
   """
+  value = parse_json(data)
+  if not isinstance(value, dict):
+    raise ValueError('no JSON object')
+  return value
+
+
+def parse_json(
+  data: str | bytes, keep: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> Any:
+  """Parses JSON, in UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
+
+  Args:
+    data: The contents of a file.
+    keep: Replaces each object by what is kept of it, to save memory.
+
+  Returns:
+    The value.
+
+  Raises:
+    ValueError: If it is none, or has a name twice in an object.
+  """
+  if not data:
+    raise ValueError('empty')
+
+  def kept(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    return keep(_distinct(pairs)) if keep else _distinct(pairs)
+
   try:
-    value = json.loads(data, object_pairs_hook=_distinct) if data else None
+    return json.loads(data, object_pairs_hook=kept)
   except RecursionError as error:
     raise ValueError('nested too deeply') from error
-  if not isinstance(value, dict):
-    raise ValueError('no JSON object' if data else 'empty')
-  return value
 
 
 def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nonlocal_jax.data.datasets import DESCRIPTION, Split, read_description
-from nonlocal_jax.data.formats import masks
+from nonlocal_jax.data.formats import coco, cvat, label_studio, labelme, masks, supervisely
 from nonlocal_jax.data.formats.description import merged
 from nonlocal_jax.data.formats.found import Candidate, Found
 from nonlocal_jax.data.formats.splits import divided
@@ -18,6 +18,11 @@ from nonlocal_jax.errors import UserError, nearest
 # By the names that "format" in dataset.json takes.
 FORMATS: dict[str, Callable[[Path, Mapping[str, Any]], Candidate | None]] = {
   'masks': masks.find,
+  'coco': coco.find,
+  'labelme': labelme.find,
+  'cvat': cvat.find,
+  'label_studio': label_studio.find,
+  'supervisely': supervisely.find,
 }
 _FORMAT = 'format'
 

@@ -1,0 +1,301 @@
+"""Files that annotate images with shapes: what they have in common, whichever tool wrote them."""
+
+import collections
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from nonlocal_jax.data.formats.found import Found
+from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, in_one_form, without_suffix
+from nonlocal_jax.data.samples import Listing, Sample, no_files
+from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.files import parse_json
+
+BACKGROUND = 'background'
+_BACKGROUNDS = (BACKGROUND, '_background_')
+_READ_AHEAD = 1 << 16  # bytes of a file that show what it is
+_SPLITS = {
+  **dict.fromkeys(('train', 'training'), 'train'),
+  **dict.fromkeys(('val', 'valid', 'validation'), 'val'),
+  **dict.fromkeys(('test', 'testing'), 'test'),
+}
+
+
+class Entry(NamedTuple):
+  """An image in an annotation file.
+
+  Attributes:
+    names: Paths of the image as the file gives them, the likeliest first.
+    file: The annotation file.
+    draw: Makes the label map, (h, w) uint8, of the height and width of the decoded image; raises a
+      `UserError` that names the file and the shape.
+    shapes: How many shapes of each kind are drawn, by its name in the plural.
+    left_out: How many there are of those that have no area.
+    split: 'train', 'val', 'test', or '' if nothing says it.
+    problem: A sentence on why the image cannot be used; empty if it can.
+  """
+
+  names: Sequence[str]
+  file: Path
+  draw: Callable[[int, int], np.ndarray]
+  shapes: Mapping[str, int]
+  left_out: Mapping[str, int] = {}
+  split: str = ''
+  problem: str = ''
+
+
+def found_annotations(
+  source: Path,
+  entries: Sequence[Entry],
+  *,
+  title: str,
+  classes: Sequence[str],
+  palette: Sequence[Sequence[int]] = (),
+  drawing: str,
+) -> Found:
+  """Finds the images of annotation files and describes them.
+
+  Args:
+    source: The folder.
+    entries: The images of all its annotation files.
+    title: What the files are.
+    classes: Names of the classes, that of the background first.
+    palette: Their colors; empty if the files give none.
+    drawing: How the shapes are drawn, with a number that grows when that changes.
+
+  Returns:
+    What the folder holds.
+
+  Raises:
+    UserError: If it holds no shape with an area.
+  """
+  counts = collections.Counter(entry.split for entry in entries)
+  divided = bool(counts['train'] and counts['val'])
+  if divided and counts['']:
+    file = next(entry.file for entry in entries if not entry.split)
+    raise UserError(
+      f'File {file} is neither of train nor of val, as others are: rename it, or move it away.'
+    )
+  tests = [entry for entry in entries if entry.split == 'test' and len(counts) > 1]
+  used = [entry for entry in entries if entry not in tests]
+  shapes, left_out = collections.Counter[str](), collections.Counter[str]()
+  for entry in used:
+    shapes.update(entry.shapes)
+    left_out.update(entry.left_out)
+  if not shapes.total():
+    only = f' but {_listed(left_out)}' if left_out else ''
+    raise UserError(
+      f'The {title} in {source} have no shapes with an area{only}: draw polygons or masks.'
+    )
+  images = _Images(source)
+  listings = {
+    split: _listing(source, images, [entry for entry in used if split in ('', entry.split)])
+    for split in (('train', 'val') if divided else ('',))
+  }
+  for entry in tests:
+    with contextlib.suppress(ValueError):
+      images.find(entry.names, entry.file)
+  count = sum(len(listing.samples) for listing in listings.values())
+  remarks = [
+    f'{_listed({"images": count})} with {_listed(shapes)} of {len(classes) - 1} classes',
+    f'pixels in none of them are class 0, {classes[0]}',
+  ]
+  others = {
+    'without an area': left_out,
+    'for testing': {'images': len(tests)},
+    'that the annotations do not name': {'images': images.unused()},
+  }
+  others = [f'{_listed(counts)} {what}' for what, counts in others.items() if any(counts.values())]
+  if others:
+    remarks.append(f'left out: {", ".join(others)}')
+  names = list(classes)
+  return Found(
+    sentence=f'{title}: {"; ".join(remarks)}',
+    description={'classes': names, **({'palette': [*map(list, palette)]} if palette else {})},
+    listing=listings.__getitem__ if divided else listings[''],
+    reading=f'{drawing} {names}',
+  )
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+  """Lists counts, as in '2 polygons and 1 box'."""
+  singular = {'boxes': 'box', 'polylines': 'polyline'}
+  words = [
+    f'{count:,} {kind if count != 1 else singular.get(kind, kind.removesuffix("s"))}'
+    for kind, count in counts.items()
+    if count
+  ]
+  return ' and '.join([*([', '.join(words[:-1])] if words[1:] else []), *words[-1:]])
+
+
+def _listing(source: Path, images: '_Images', entries: Sequence[Entry]) -> Listing:
+  samples: dict[str, Sample] = {}
+  incomplete: dict[str, str] = {}
+  taken: dict[Path, Entry] = {}
+  for entry in entries:
+    name = entry.names[0]
+    try:
+      image = images.find(entry.names, entry.file)
+    except ValueError as error:
+      incomplete[f'{entry.file}: {name}'] = f'{error}.'
+      continue
+    id_ = in_one_form(image.relative_to(source).with_suffix('').as_posix())
+    reason = entry.problem or no_files(image)
+    if image in taken:
+      files = ' and '.join(sorted({str(taken[image].file), str(entry.file)}))
+      samples.pop(id_, None)
+      reason = f'Image {image} is annotated twice, in {files}: take one of the two out.'
+    elif id_ in samples:
+      reason = (
+        f'Images {samples[id_].image} and {image} cannot be told apart, since suffixes do not '
+        'count: rename one of them, also in the annotations.'
+      )
+    taken[image] = entry
+    if reason:
+      incomplete[in_one_form(image.relative_to(source).as_posix())] = reason
+    else:
+      samples[id_] = Sample(id_, image, entry.file, entry.draw)
+  return Listing([samples[id_] for id_ in sorted(samples)], incomplete)
+
+
+class _Images:
+  """The image files below a folder, by the names that annotation files give them.
+
+  Annotation files have paths of the machine or the server where they were written. An image is the
+  file whose path agrees with the longest end of that path; of several, the one whose folders the
+  path of the annotation file names, too. So no path leads out of the folder.
+  """
+
+  def __init__(self, source: Path):
+    self._source = source
+    self._by_name: dict[str, list[Path]] = {}
+    for path in files_below(source):
+      if without_suffix(path.name, IMAGE_SUFFIXES) is not None:
+        self._by_name.setdefault(in_one_form(path.name), []).append(path)
+    self._used: set[Path] = set()
+
+  def find(self, names: Sequence[str], file: Path) -> Path:
+    """Returns the image for the first of some names that there is one for.
+
+    Raises:
+      ValueError: If there is none or more than one; the message lacks the full stop.
+    """
+    for name in names:
+      parts = [
+        part for part in re.split(r'[/\\]', in_one_form(name)) if part not in ('', '.', '..')
+      ]
+      candidates = self._by_name.get(parts[-1], []) if parts else []
+      for measure in (
+        lambda path, parts=parts: _common_end(parts, self._parts(path)),
+        lambda path: _named_in(self._parts(path.parent), self._parts(file)),
+      ):
+        best = max(map(measure, candidates), default=0)
+        candidates = [path for path in candidates if measure(path) == best]
+      if len(candidates) > 1:
+        raise ValueError(
+          f'Image {name}, which {file} names, may be {candidates[0]} or {candidates[1]}: move one '
+          'away, or give the folder in the name'
+        )
+      if candidates:
+        self._used.add(candidates[0])
+        return candidates[0]
+    raise ValueError(
+      f'There is no image {names[0]} in {self._source}, which {file} names: add it, or take it out'
+    )
+
+  def unused(self) -> int:
+    """Returns how many images were never found."""
+    return sum(map(len, self._by_name.values())) - len(self._used)
+
+  def _parts(self, path: Path) -> Sequence[str]:
+    return [in_one_form(part) for part in path.relative_to(self._source).parts]
+
+
+def _common_end(first: Sequence[str], second: Sequence[str]) -> int:
+  pairs = zip(reversed(first), reversed(second), strict=False)
+  return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _named_in(folders: Sequence[str], parts: Sequence[str]) -> int:
+  """Counts the folders that are among the parts of a path, or in the name at its end."""
+  return sum(folder in parts or folder in parts[-1] for folder in folders)
+
+
+def split_named(names: Iterable[str]) -> str:
+  """Returns the split that some names of files, folders or subsets speak of.
+
+  >>> split_named(['annotations', 'instances_train2017.json'])
+  'train'
+  >>> split_named(['trainer.json'])
+  ''
+
+  Args:
+    names: Such as the parts of a path.
+
+  Returns:
+    'train', 'val' or 'test'; '' if they speak of none, or of several.
+  """
+  words = (word for name in names for word in re.findall('[a-z]+', name.lower()))
+  found = {_SPLITS[word] for word in words if word in _SPLITS}
+  return found.pop() if len(found) == 1 else ''
+
+
+def with_background(names: Iterable[str]) -> list[str]:
+  """Puts the class of what no shape covers before the others, under the name that it has there."""
+  names = list(names)
+  own = next((name for name in names if name.strip().lower() in _BACKGROUNDS), BACKGROUND)
+  return [own, *(name for name in names if name != own)]
+
+
+def beginning(path: Path) -> bytes:
+  """Reads the beginning of a file, which shows what it is; b'' if it cannot be read."""
+  try:
+    with path.open('rb') as file:
+      return file.read(_READ_AHEAD)
+  except OSError:
+    return b''
+
+
+def read_json(path: Path, keep: Callable[[dict], dict] | None = None) -> Any:
+  """Reads a JSON file.
+
+  Args:
+    path: The file.
+    keep: Replaces each object by what is kept of it, to save memory.
+
+  Raises:
+    UserError: If it cannot be read or is not JSON.
+  """
+  try:
+    return parse_json(path.read_bytes(), keep)
+  except OSError as error:
+    reason = error.strerror or str(error)
+    raise UserError(f'File {path} cannot be read ({reason}): replace it.') from error
+  except ValueError as error:
+    raise UserError(f'File {path} is no JSON file, or broken ({error}): replace it.') from error
+
+
+def check_size(stated: Any, h: int, w: int, image: str, file: Path) -> None:
+  """Compares the size that an annotation file states for an image with that of the image.
+
+  Args:
+    stated: (height, width), None where it states none.
+    h: Height of the decoded image.
+    w: Its width.
+    image: The image's name.
+    file: The annotation file.
+
+  Raises:
+    UserError: If they differ.
+  """
+  height, width = (h if stated[0] is None else stated[0]), (w if stated[1] is None else stated[1])
+  if (height, width) != (h, w):
+    turned = ' (turned, perhaps by its EXIF orientation)' if (height, width) == (w, h) else ''
+    raise UserError(
+      f'File {file} has image {image} with {width}x{height} pixels, but it has {w}x{h}{turned}: '
+      'replace one of them.'
+    )

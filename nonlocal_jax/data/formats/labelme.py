@@ -1,0 +1,215 @@
+"""labelme's format: a JSON file of shapes for each image.
+
+Shapes are drawn as `labelme.utils.shapes_to_label` does, and so as labelme's examples make label
+maps (`labelme2voc.py`): https://github.com/wkentaro/labelme.
+"""
+
+import base64
+import binascii
+import collections
+import functools
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from nonlocal_jax.data.formats import shapes
+from nonlocal_jax.data.formats.annotations import (
+  BACKGROUND,
+  Entry,
+  beginning,
+  check_size,
+  found_annotations,
+  read_json,
+  split_named,
+)
+from nonlocal_jax.data.formats.found import Candidate, Found
+from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, read_text
+from nonlocal_jax.data.transforms import IGNORE
+from nonlocal_jax.errors import UserError
+
+LABELS = 'labels.txt'  # labelme's list of names, one a line
+_IGNORED, _BACKGROUND = '__ignore__', '_background_'
+_DRAWING = 'labelme 1'  # grows when the drawing changes
+_LINE_WIDTH, _POINT_RADIUS = 10, 5  # of labelme.utils.shape_to_mask
+_KINDS = {  # and how many points each has; None for three or more
+  'polygon': ('polygons', None),
+  'rectangle': ('rectangles', 2),
+  'oriented_rectangle': ('oriented rectangles', 4),
+  'circle': ('circles', 2),
+  'line': ('lines', 2),
+  'linestrip': ('linestrips', None),
+  'point': ('points', 1),
+  'mask': ('masks', 2),
+}
+
+
+def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
+  """Finds JSON files with shapes, as labelme writes them."""
+  del own
+  files = [path for path in files_below(source) if path.suffix.lower() == '.json']
+  files = [path for path in files if re.search(rb'"shapes"\s*:\s*\[', beginning(path))]
+  if not files:
+    return None
+  more = f' and {len(files) - 1} more' if len(files) > 1 else ''
+  evidence = f'{files[0].relative_to(source).as_posix()}{more}'
+  return Candidate(evidence, lambda: _read(source, files, evidence))
+
+
+def _read(source: Path, paths: Sequence[Path], evidence: str) -> Found:
+  files = {path: _parse(path) for path in paths}
+  used = {shape['label']: path for path, file in files.items() for shape in file['shapes']}
+  names = _names(source, used)
+  values = {name: value for value, name in enumerate(names)} | {_IGNORED: IGNORE}
+  entries = [
+    Entry(
+      _image_names(path, file),
+      path,
+      functools.partial(_draw, content=file, values=values, file=path),
+      collections.Counter(_kinds(_kind(shape)) for shape in file['shapes']),
+      split=split_named(path.relative_to(source).parts),
+    )
+    for path, file in files.items()
+  ]
+  return found_annotations(
+    source,
+    entries,
+    title=f'labelme annotations ({evidence})',
+    classes=names,
+    drawing=_DRAWING,
+  )
+
+
+def _names(source: Path, used: Mapping[str, Path]) -> list[str]:
+  """Orders the classes as labels.txt does, else by name; that of the background is first.
+
+  Raises:
+    UserError: If labels.txt lacks one, or has it twice.
+  """
+  path = source / LABELS
+  if not path.is_file():
+    first = _BACKGROUND if _BACKGROUND in used else BACKGROUND
+    return [first, *sorted(used.keys() - {_IGNORED, first})]
+  lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+  twice = [name for name, count in collections.Counter(lines).items() if count > 1]
+  if twice:
+    raise UserError(f'File {path} has the name {twice[0]!r} twice: take one out.')
+  missing = [name for name in used if name not in lines and name != _IGNORED]
+  if missing:
+    raise UserError(
+      f'File {used[missing[0]]} has the label {missing[0]!r}, which {path} lacks: add it there.'
+    )
+  first = next((name for name in (_BACKGROUND, BACKGROUND) if name in lines), BACKGROUND)
+  return [first, *(name for name in lines if name not in (first, _IGNORED))]
+
+
+def _parse(path: Path) -> dict:
+  """Reads and checks a file.
+
+  Raises:
+    UserError: If it is not of labelme.
+  """
+  content = read_json(path)
+  if not isinstance(content, dict) or not isinstance(content.get('shapes'), list):
+    raise UserError(f'File {path} is not of labelme: it has no list of shapes; move it away.')
+  if not isinstance(content.get('imagePath'), str):
+    raise UserError(f'File {path} is not of labelme: it has no imagePath; mend it.')
+  for index, shape in enumerate(content['shapes']):
+    if not isinstance(shape, dict) or not isinstance(shape.get('label'), str):
+      raise UserError(f'Shape {index + 1} in {path} has no label: mend it, or take it out.')
+  content.pop('imageData', None)  # a copy of the image
+  return content
+
+
+def _image_names(path: Path, content: Mapping[str, Any]) -> list[str]:
+  """Returns how the image may be called: as the file says, or as the file itself is."""
+  suffixes = [*IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES)]
+  return [content['imagePath'], *(f'{path.stem}{suffix}' for suffix in suffixes)]
+
+
+def _kinds(kind: str) -> str:
+  return _KINDS[kind][0] if kind in _KINDS else f'{kind}s'
+
+
+def _kind(shape: Mapping[str, Any]) -> str:
+  return str(shape.get('shape_type') or 'polygon')  # old files have none
+
+
+def _draw(
+  h: int, w: int, *, content: Mapping[str, Any], values: Mapping[str, int], file: Path
+) -> np.ndarray:
+  """Draws the shapes of a file over each other, in their order there."""
+  stated = (content.get('imageHeight'), content.get('imageWidth'))
+  check_size(stated, h, w, content['imagePath'], file)
+  label = np.zeros((h, w), np.uint8)
+  for index, shape in enumerate(content['shapes']):
+    try:
+      label[_mask(shape, (h, w))] = values[shape['label']]
+    except ValueError as error:
+      raise UserError(
+        f'Shape {index + 1} in {file}, a {_kind(shape)} of {shape["label"]!r}, {error}: mend it, '
+        'or take it out.'
+      ) from error
+  return label
+
+
+def _mask(shape: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
+  """Draws a shape as `labelme.utils.shape_to_mask` does, lines with a width of 10 pixels.
+
+  Args:
+    shape: A shape of a file.
+    size: (height, width) of the image.
+
+  Returns:
+    (h, w) bool.
+
+  Raises:
+    ValueError: If it is broken; the message says what it has.
+  """
+  kind = _kind(shape)
+  if kind not in _KINDS:
+    raise ValueError('is of a kind that labelme does not draw')
+  points = shapes.points_in(shape.get('points'), size)
+  wanted = _KINDS[kind][1]
+  if len(points) != wanted and (wanted or len(points) < (3 if kind == 'polygon' else 2)):
+    raise ValueError(f'has {len(points)} points')
+  if kind == 'mask':
+    return _decoded_mask(shape.get('mask'), points, size)
+  xy = [(x, y) for x, y in points.tolist()]
+  image = Image.new('L', (size[1], size[0]))
+  draw = ImageDraw.Draw(image)
+  if kind == 'rectangle':
+    draw.rectangle([*points.min(0).tolist(), *points.max(0).tolist()], outline=1, fill=1)
+  elif kind in ('circle', 'point'):
+    radius = math.dist(*xy) if kind == 'circle' else _POINT_RADIUS
+    x, y = xy[0]
+    draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=1, fill=1)
+  elif kind in ('line', 'linestrip'):
+    draw.line(xy, fill=1, width=_LINE_WIDTH)
+  else:
+    draw.polygon(xy, outline=1, fill=1)
+  return np.asarray(image) == 1
+
+
+def _decoded_mask(data: Any, corners: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+  """Decodes a mask, a PNG file in base64 that covers the image between two corners."""
+  (left, top), (right, bottom) = corners.astype(np.int64).tolist()
+  expected = (right - left + 1, bottom - top + 1)
+  try:
+    with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:
+      if image.size != expected or image.mode not in ('1', 'L', 'P'):
+        found = f'{image.size[0]}x{image.size[1]} pixels in mode {image.mode}'
+        raise ValueError(
+          f'has a mask of {found}, and not {expected[0]}x{expected[1]} in one channel'
+        )
+      part = np.asarray(image).astype(bool)
+  except (TypeError, binascii.Error, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    raise ValueError('has a mask that is no image in base64, or broken') from error
+  mask = np.zeros(size, np.uint8)
+  shapes.paint_mask(mask, part, left, top, 1)
+  return mask == 1

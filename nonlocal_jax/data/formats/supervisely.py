@@ -1,0 +1,197 @@
+"""Supervisely's format: meta.json, and in folders of images (img) JSON files of shapes (ann).
+
+Described in https://developer.supervisely.com/getting-started/supervisely-annotation-format. Shapes
+are drawn as the package `supervisely` does (`supervisely/geometry`).
+"""
+
+import base64
+import binascii
+import collections
+import functools
+import io
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from nonlocal_jax.data.formats import shapes
+from nonlocal_jax.data.formats.annotations import (
+  Entry,
+  beginning,
+  check_size,
+  found_annotations,
+  read_json,
+  split_named,
+  with_background,
+)
+from nonlocal_jax.data.formats.found import Candidate, Found
+from nonlocal_jax.data.paths import files_below
+from nonlocal_jax.errors import UserError
+
+_META = 'meta.json'
+_DRAWING = 'Supervisely 1'  # grows when the drawing changes
+_KINDS = {'polygon': 'polygons', 'rectangle': 'rectangles', 'bitmap': 'bitmaps'}
+_NO_AREA = {'point': 'points', 'line': 'polylines', 'graph': 'keypoint graphs', 'cuboid': 'cuboids'}
+
+
+def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
+  """Finds meta.json with classes, in the folder or in one below it."""
+  del own
+  below = sorted(source.iterdir()) if source.is_dir() else []
+  for path in (source / _META, *(folder / _META for folder in below)):
+    if re.search(rb'"classes"\s*:\s*\[', beginning(path)):
+      evidence = path.relative_to(source).as_posix()
+      return Candidate(evidence, lambda path=path: _read(source, path))
+  return None
+
+
+def _read(source: Path, meta: Path) -> Found:
+  colors = _classes(meta)
+  classes = with_background(colors)
+  values = {name: value for value, name in enumerate(classes)}
+  annotations = [
+    (path, read_json(path))
+    for path in files_below(meta.parent)
+    if path.suffix.lower() == '.json' and path.parent.name == 'ann'
+  ]
+  for path, content in annotations:
+    objects = content.get('objects') if isinstance(content, dict) else None
+    if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
+      raise UserError(
+        f'File {path} is not of Supervisely: it has no list of objects; move it away.'
+      )
+  entries = [
+    Entry(
+      [path.parent.parent.joinpath('img', path.stem).relative_to(source).as_posix()],
+      path,
+      functools.partial(_draw, content=content, values=values, file=path),
+      *_counts(content['objects']),
+      split_named(path.relative_to(meta.parent).parts[:-2]),
+    )
+    for path, content in annotations
+  ]
+  return found_annotations(
+    source,
+    entries,
+    title=f'Supervisely annotations ({meta.relative_to(source).as_posix()})',
+    classes=classes,
+    palette=[colors.get(name, (0, 0, 0)) for name in classes],
+    drawing=_DRAWING,
+  )
+
+
+def _counts(objects: Sequence[dict]) -> tuple[Mapping[str, int], Mapping[str, int]]:
+  """Counts objects by kind: those that are drawn, and those without an area."""
+  kinds = collections.Counter(str(item.get('geometryType')) for item in objects)
+  drawn = {_KINDS.get(kind, f'{kind}s'): n for kind, n in kinds.items() if kind not in _NO_AREA}
+  return drawn, {_NO_AREA[kind]: n for kind, n in kinds.items() if kind in _NO_AREA}
+
+
+def _classes(path: Path) -> dict[str, tuple[int, ...]]:
+  """Reads the names and colors of the classes.
+
+  Raises:
+    UserError: If they are missing, or two are the same.
+  """
+  content = read_json(path)
+  listed = content.get('classes') if isinstance(content, dict) else None
+  found = {}
+  for item in listed if isinstance(listed, list) else [None]:
+    title = item.get('title') if isinstance(item, dict) else None
+    if not isinstance(title, str) or title in found:
+      raise UserError(f'In {path} a class has no title, or the same as another: mend it.')
+    color = re.fullmatch('#?([0-9a-fA-F]{6})', str(item.get('color')))
+    found[title] = tuple(bytes.fromhex(color[1] if color else '000000'))
+  return found
+
+
+def _draw(
+  h: int, w: int, *, content: Mapping[str, Any], values: Mapping[str, int], file: Path
+) -> np.ndarray:
+  """Draws the objects of an image over each other, in their order in the file."""
+  size = content.get('size')
+  size = size if isinstance(size, dict) else {}
+  check_size((size.get('height'), size.get('width')), h, w, file.stem, file)
+  label = np.zeros((h, w), np.uint8)
+  for index, item in enumerate(content['objects']):
+    kind, title = item.get('geometryType'), item.get('classTitle')
+    if kind in _NO_AREA:
+      continue
+    try:
+      if title not in values:
+        raise ValueError(f'has a class that {_META} lacks')
+      _paint(label, item, values[title])
+    except ValueError as error:
+      raise UserError(
+        f'Object {index + 1} in {file}, a {kind} of {title!r}, {error}: mend it, or take it out.'
+      ) from error
+  return label
+
+
+def _paint(label: np.ndarray, item: Mapping[str, Any], value: int) -> None:
+  """Paints an object; coordinates are rounded down, and both ends belong to it.
+
+  Raises:
+    ValueError: If it is broken; the message says what it has.
+  """
+  kind = item.get('geometryType')
+  if kind == 'bitmap':
+    bitmap = item.get('bitmap')
+    if not isinstance(bitmap, dict):
+      raise ValueError('has no bitmap')
+    left, top = _whole([bitmap.get('origin')], label.shape)[0].tolist()
+    shapes.paint_mask(label, _decoded_bitmap(bitmap.get('data'), label.shape), left, top, value)
+    return
+  points = item.get('points')
+  if kind not in _KINDS or not isinstance(points, dict):
+    raise ValueError('is of a kind that is not read' if kind not in _KINDS else 'has no points')
+  exterior = _whole(points.get('exterior'), label.shape)
+  if kind == 'rectangle':
+    if len(exterior) != 2:
+      raise ValueError(f'has {len(exterior)} corners, and not 2')
+    (left, top), (right, bottom) = exterior.min(0).clip(0), exterior.max(0)
+    label[top : bottom + 1, left : right + 1] = value
+    return
+  interior = points.get('interior') or []
+  if len(exterior) < 3 or not isinstance(interior, list):
+    raise ValueError(f'has {len(exterior)} points')
+  mask = np.zeros(label.shape, np.uint8)
+  cv2.fillPoly(mask, [exterior], 1)
+  for hole in interior:
+    cv2.fillPoly(mask, [_whole(hole, label.shape)], 0)
+  label[mask == 1] = value
+
+
+def _whole(points: Any, size: tuple[int, ...]) -> np.ndarray:
+  return np.floor(shapes.points_in(points, (size[0], size[1]))).astype(np.int32)
+
+
+def _decoded_bitmap(data: Any, size: Sequence[int]) -> np.ndarray:
+  """Decodes a bitmap: a PNG file, packed with zlib, in base64, whose opacity or value counts.
+
+  Raises:
+    ValueError: If it is none, or larger than the image.
+  """
+  try:
+    packed = base64.b64decode(data, validate=True)
+    unpacker = zlib.decompressobj()
+    limit = 4096 + 8 * size[0] * size[1]  # bytes, more than a PNG file of the image can have
+    unpacked = unpacker.decompress(packed, limit)
+    with Image.open(io.BytesIO(unpacked)) as image:
+      if image.width > size[1] or image.height > size[0]:
+        raise ValueError(
+          f'has a bitmap of {image.width}x{image.height} pixels, more than the image'
+        )
+      pixels = np.asarray(image)
+      if pixels.ndim == 3 and pixels.shape[2] not in (2, 4):
+        raise ValueError(f'has a bitmap in mode {image.mode}')
+  except (TypeError, binascii.Error, zlib.error, OSError, SyntaxError) as error:
+    raise ValueError('has a bitmap that is no PNG file, packed and in base64, or broken') from error
+  except Image.DecompressionBombError as error:
+    raise ValueError('has a bitmap of more pixels than Pillow reads') from error
+  return (pixels[..., -1] if pixels.ndim == 3 else pixels).astype(bool)

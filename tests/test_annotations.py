@@ -1,0 +1,240 @@
+"""Polygons and run lengths in the files of tools for annotation, and broken ones."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from nonlocal_jax.data import transforms
+from nonlocal_jax.data.formats import detection, label_studio, shapes
+from nonlocal_jax.data.samples import Listing
+from nonlocal_jax.data.validation import read_sample
+from nonlocal_jax.errors import UserError
+from tests import annotation_trees as trees
+
+LABELME = Path(__file__).parent / 'data/labelme'  # drawn by labelme 6.3.1
+
+
+def listings_of(root):
+  found = detection.read_folder(root)
+  if isinstance(found.listing, Listing):
+    return [found.listing]
+  return [found.listing('train'), found.listing('val')]
+
+
+def labels_of(root):
+  """The label maps of a folder by the names of the images; fails where one is incomplete."""
+  listings = listings_of(root)
+  assert not any(listing.incomplete for listing in listings)
+  samples = [sample for listing in listings for sample in listing.samples]
+  return {
+    sample.image.stem: transforms.decode_label(read_sample(sample).label) for sample in samples
+  }
+
+
+def complaints_of(root):
+  """What is said of a folder: at once, or of its images."""
+  try:
+    listings = listings_of(root)
+  except UserError as error:
+    return [str(error)]
+  found = [reason for listing in listings for reason in listing.incomplete.values()]
+  for listing in listings:
+    for sample in listing.samples:
+      try:
+        read_sample(sample)
+      except UserError as error:
+        found.append(str(error))
+  return found
+
+
+@pytest.mark.parametrize('name', trees.EXPORTS)
+def test_label_maps_are_what_the_shapes_mean(name, tmp_path):
+  write, ends = trees.EXPORTS[name]
+  write(tmp_path)
+  found = detection.read_folder(tmp_path)
+  background, *names = found.description['classes']
+  assert background in ('background', '_background_')
+  assert names == (sorted(trees.NAMES) if name == 'label_studio' else trees.NAMES)
+  labels = labels_of(tmp_path)
+  assert len(labels) == (5 if name == 'roboflow' else 6)  # one is for testing
+  for stem, label in labels.items():
+    index = int(stem.split()[-1])
+    expected = trees.expected_label(index, ends=ends, names=['background', *names])
+    np.testing.assert_array_equal(label, expected)
+
+
+@pytest.mark.parametrize(
+  ('name', 'splits'),
+  [('coco', {'train': '0123', 'val': '45'}), ('roboflow', {'train': '012', 'val': '34'})],
+)
+def test_splits_are_those_of_the_export(name, splits, tmp_path):
+  trees.EXPORTS[name][0](tmp_path)
+  listing = detection.read_folder(tmp_path).listing
+  assert not isinstance(listing, Listing)
+  for split, stems in splits.items():
+    assert [sample.image.stem for sample in listing(split).samples] == list(stems)
+
+
+@pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning')  # pycocotools'
+def test_polygons_are_drawn_as_pycocotools_does(tmp_path):
+  rng = np.random.default_rng(0)
+  content = trees.coco_content([0, 1, 2])
+  content['annotations'] = []
+  for index in (0, 1, 2):
+    h, w = trees.SIZES[index]
+    for _ in range(30):
+      parts = rng.uniform(-0.3, 1.3, size=(rng.integers(1, 4), rng.integers(3, 9), 2)) * [w, h]
+      parts[:, 0] = [w / 2, h / 2]  # none is beside the image
+      if rng.random() < 0.3:
+        parts = parts.round()
+      content['annotations'].append(
+        {
+          'id': len(content['annotations']),
+          'image_id': index,
+          'category_id': int(rng.integers(1, 3)),
+          'segmentation': parts.reshape(len(parts), -1).tolist(),
+        }
+      )
+  path = tmp_path / 'polygons.json'
+  trees.write_json(path, content)
+  for index in (0, 1, 2):
+    trees.write_image(tmp_path / f'{index}.jpg', index)
+  reference = COCO(path)
+  for stem, label in labels_of(tmp_path).items():
+    expected = np.zeros_like(label)
+    for annotation in reference.imgToAnns[int(stem)]:
+      expected[reference.annToMask(annotation) == 1] = annotation['category_id']
+    np.testing.assert_array_equal(label, expected)
+
+
+def test_run_lengths_are_those_of_pycocotools():
+  rng = np.random.default_rng(0)
+  for _ in range(100):
+    h, w = rng.integers(1, 70, size=2)
+    mask = np.asfortranarray(rng.random((h, w)) < rng.random(), np.uint8)
+    label = shapes.empty_label((h, w))
+    shapes.paint_counts(label, shapes.counts_in(coco_mask.encode(mask)['counts']), 1)
+    np.testing.assert_array_equal(label, mask)
+
+
+def test_long_runs_are_those_of_pycocotools():
+  mask = np.zeros((2000, 1500), np.uint8, order='F')
+  mask[10:1900, 20:1400] = 1
+  mask[:, 700] = 1
+  label = shapes.empty_label(mask.shape)
+  shapes.paint_counts(label, shapes.counts_in(coco_mask.encode(mask)['counts']), 1)
+  np.testing.assert_array_equal(label, mask)
+
+
+def test_labelme_s_shapes_of_every_kind_are_drawn_as_labelme_does(tmp_path):
+  (tmp_path / 'shapes.json').write_bytes((LABELME / 'shapes.json').read_bytes())
+  Image.new('RGB', (160, 120)).save(tmp_path / 'photo.png')
+  (tmp_path / 'labels.txt').write_text('__ignore__\n_background_\nroad\ncar\ntree\n')
+  expected = np.asarray(Image.open(LABELME / 'label.png'))
+  assert set(np.unique(expected)) == {0, 1, 2, 3, 255}
+  np.testing.assert_array_equal(labels_of(tmp_path)['photo'], expected)
+  (tmp_path / 'labels.txt').unlink()  # then in the order of the names
+  renamed = np.array([0, 2, 1, 3, *range(4, 256)], np.uint8)[expected]
+  np.testing.assert_array_equal(labels_of(tmp_path)['photo'], renamed)
+
+
+def test_brushes_are_read_as_label_studio_s_own_package_does():
+  # label_studio_sdk.converter.brush.mask2rle of the mask below
+  data = [0, 0, 0, 252, 57, 27, 254, 83, 0, 194, 127, 247, 192, 48, 159, 253, 240, 12, 39, 255, 137]
+  data += [192, 35, 255, 195, 224, 0]
+  mask = np.zeros((7, 9), bool)
+  mask[2:5, 3:8] = mask[6, 0] = True
+  np.testing.assert_array_equal(label_studio.alpha_in(data, 63).reshape(7, 9), mask)
+  for length in range(len(data) - 1):
+    with pytest.raises(ValueError, match='breaks off'):
+      label_studio.alpha_in(data[:length], 63)
+
+
+def test_cvat_s_turned_boxes_and_ellipses(tmp_path):
+  trees.write_cvat(tmp_path)
+  turned = (
+    '<image id="0" name="0.jpg" width="48" height="40">'
+    '<box label="road" xtl="8" ytl="14" xbr="28" ybr="20" rotation="90"></box>'
+    '<ellipse label="car" cx="38" cy="12" rx="6" ry="9" rotation="0"></ellipse>'
+    '<polyline label="car" points="1,1;30,30"></polyline></image>'
+  )
+  text = (tmp_path / 'annotations.xml').read_text()
+  start, end = text.index('<image id="0"'), text.index('<image id="1"')
+  (tmp_path / 'annotations.xml').write_text(text[:start] + turned + text[end:])
+  label = labels_of(tmp_path)['0']
+  expected = np.zeros_like(label)
+  expected[7:27, 15:21] = 1  # about (18, 17), the sides exchanged
+  np.testing.assert_array_equal(label == 1, expected == 1)
+  y, x = np.mgrid[:40, :48]
+  inside = ((x - 38) / 6) ** 2 + ((y - 12) / 9) ** 2
+  assert (label[inside < 0.9] == 2).all()
+  assert not (label[inside > 1.2] == 2).any()
+  assert '1 polyline' in detection.read_folder(tmp_path).sentence
+
+
+def test_supervisely_s_polygons_have_holes(tmp_path):
+  trees.write_supervisely(tmp_path)
+  path = tmp_path / 'day/ann/0.jpg.json'
+  content = json.loads(path.read_text())
+  holed = {
+    'exterior': trees.corners_of((5, 5, 20, 25)),
+    'interior': [trees.corners_of((8, 9, 12, 15))],
+  }
+  rectangle = {'exterior': [[30.7, 12.2], [25.1, 8.9]], 'interior': []}
+  content['objects'] = [
+    {'classTitle': 'road', 'geometryType': 'polygon', 'points': holed},
+    {'classTitle': 'car', 'geometryType': 'rectangle', 'points': rectangle},
+  ]
+  trees.write_json(path, content)
+  expected = np.zeros(trees.SIZES[0], np.uint8)
+  expected[5:26, 5:21] = 1
+  expected[9:16, 8:13] = 0
+  expected[8:13, 25:31] = 2
+  np.testing.assert_array_equal(labels_of(tmp_path)['0'], expected)
+
+
+def test_a_category_that_groups_others_counts_once_it_is_used(tmp_path):
+  trees.write_roboflow(tmp_path)
+  path = tmp_path / 'train/_annotations.coco.json'
+  content = json.loads(path.read_text())
+  content['annotations'][0]['category_id'] = 0
+  trees.write_json(path, content)
+  assert detection.read_folder(tmp_path).description['classes'] == [
+    'background',
+    'street',
+    *trees.NAMES,
+  ]
+
+
+def test_a_class_called_background_is_class_0(tmp_path):
+  trees.write_cvat_coco(tmp_path)
+  path = tmp_path / 'annotations/instances_default.json'
+  content = json.loads(path.read_text())
+  content['categories'][1]['name'] = 'Background'
+  trees.write_json(path, content)
+  assert detection.read_folder(tmp_path).description['classes'] == ['Background', 'road']
+  for stem, label in labels_of(tmp_path).items():
+    expected = trees.expected_label(int(stem), ends=0)
+    np.testing.assert_array_equal(label, expected == 1)
+
+
+def test_json_min_of_label_studio(tmp_path):
+  tasks = []
+  for index in range(6):
+    trees.write_image(tmp_path / f'{index}.jpg', index)
+    regions = [
+      {**result['value'], 'original_width': w, 'original_height': h}
+      for result in trees.label_studio_results(index)
+      for h, w in [trees.SIZES[index]]
+    ]
+    tasks.append({'image': f's3://bucket/{index}.jpg', 'id': index, 'label': regions})
+  trees.write_json(tmp_path / 'tasks.json', tasks)
+  names = detection.read_folder(tmp_path).description['classes']
+  for stem, label in labels_of(tmp_path).items():
+    expected = trees.expected_label(int(stem), ends=0, names=names)
+    np.testing.assert_array_equal(label, expected)
