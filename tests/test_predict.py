@@ -281,8 +281,8 @@ def test_what_is_no_file_is_listed_and_never_opened(
   printed = capsys.readouterr()
   assert printed.out.startswith('3 of 6 images were predicted')
   assert (
-    f'1 files whose names do not end as those of images are left out, such as {folder}/notes'
-    in (printed.err)
+    '1 files whose names do not end as those of images or videos are left out, such as '
+    f'{folder}/notes' in printed.err
   )
   status, said = script(predict, folder / 'pipe.png', *arguments)
   assert said == f'error: 1 images failed:\n  File {folder}/pipe.png is a pipe or device, no file.'
@@ -399,7 +399,7 @@ def test_thin_and_giant_images_stop_no_other(
 def test_files_of_probabilities_are_results_too(folder, capsys):
   save_probabilities(np.zeros((2, 2, 1)), ['a'], folder / 'a_probabilities.npz')
   (folder / 'of_the_user.npz').write_bytes(b'')
-  assert len(predict.find_images([str(folder)])) == len(SIZES)
+  assert len(predict.find_inputs([str(folder)]).images) == len(SIZES)
   said = capsys.readouterr().err
   assert said.startswith('1 results of earlier predictions are left out.\n2 files whose names')
   assert '_probabilities.npz' not in said
@@ -410,12 +410,12 @@ def test_wrong_inputs_are_a_sentence(folder, peer_checkpoint, script, tmp_path):
   status, said = script(predict, '', *arguments)
   assert (status, said) == (
     1,
-    'error: an INPUT is empty: give an image, a folder, or a pattern.',
+    'error: an INPUT is empty: give an image, a video, a folder, or a pattern.',
   )
   status, said = script(predict, 'nowhere/*.jpg', *arguments)
   assert status == 1
   assert said.startswith(
-    'error: nowhere/*.jpg is neither an image nor a folder of images nor a pattern'
+    'error: nowhere/*.jpg is neither an image or video nor a folder of them nor a'
   )
   (folder / 'a.jpg').write_bytes((folder / 'a.png').read_bytes())
   status, said = script(predict, folder, *arguments)

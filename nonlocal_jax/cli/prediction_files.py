@@ -5,6 +5,7 @@ They are never taken for images, and replace no file but their like.
 
 import errno
 import io
+import struct
 import zipfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,11 @@ from nonlocal_jax.runtime.files import whole_file, write_whole
 JPEG_MAX_SIDE = 65_500  # of libjpeg, in pixels
 
 _MARK = 'nonlocal-jax predict'  # in PNG files as Software, in JPEG files as the comment
+# What videos end in, which players skip: a free box of MP4, a void element of Matroska.
+VIDEO_MARKS = {
+  '.mp4': struct.pack('>I', 8 + len(_MARK)) + b'free' + _MARK.encode(),
+  '.mkv': bytes([0xEC, 0x80 | len(_MARK)]) + _MARK.encode(),
+}
 # Errors of one name. After others, such as a full disk, no further file can be written.
 _ERRORS_OF_A_NAME = (
   *(errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL),
@@ -85,10 +91,12 @@ def concerns_one_file(error: UserError) -> bool:
 
 
 def is_prediction(path: Path) -> bool:
-  """Whether a file was written by `save` or `save_probabilities`."""
+  """Whether a file was written by `save`, `save_probabilities` or `video_file`."""
   try:
     if not_a_file(path):
       return False
+    if path.suffix in VIDEO_MARKS:
+      return _ends_with(path, VIDEO_MARKS[path.suffix])
     if path.suffix == '.npz':
       with zipfile.ZipFile(path) as archive:
         return archive.comment == _MARK.encode()
@@ -99,7 +107,7 @@ def is_prediction(path: Path) -> bool:
 
 
 def remove_predictions(paths: Iterable[Path]) -> list[Path]:
-  """Removes those of some files that were written by `save` or `save_probabilities`.
+  """Removes those of some files that are predictions, see `is_prediction`.
 
   Returns:
     What was removed.
@@ -120,6 +128,12 @@ def remove_predictions(paths: Iterable[Path]) -> list[Path]:
       raise UserError(f'{path} cannot be removed: {error.strerror}.') from error
     removed.append(path)
   return removed
+
+
+def _ends_with(path: Path, mark: bytes) -> bool:
+  with path.open('rb') as file:
+    file.seek(max(path.stat().st_size - len(mark), 0))
+    return file.read() == mark
 
 
 def _text(comment: object) -> object:

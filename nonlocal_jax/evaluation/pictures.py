@@ -123,29 +123,100 @@ def overlay(
     frequent first, and 'unknown' among them.
   """
   height, width = label.shape
-  text = max(12, min(height, width) // 40)  # pixels
-  rows_at_once = max(_PIXELS_AT_ONCE // width, 1)
-  blocks = [slice(top, top + rows_at_once) for top in range(0, height, rows_at_once)]
-  names = {**dict(enumerate(classes)), IGNORE: 'unknown'}
-  shades = {**dict(enumerate(palette)), IGNORE: (0, 0, 0)}
+  blocks = _blocks(label.shape)
+  present = _present(label, blocks)
+  text = _text_size(label.shape)
+  least_height = max(height, (2 * len(present) + 1) * text)
+  legend = _list_of_classes(present, text, least_height, classes, palette)
+  sheet = np.full((legend.shape[0], width + legend.shape[1], 3), 255, np.uint8)
+  sheet[:, width:] = legend
+  _blend(image, label, palette, blocks, into=sheet[:height, :width])
+  return sheet
+
+
+def frame_overlay(
+  image: np.ndarray,
+  label: np.ndarray,
+  *,
+  classes: Sequence[str],
+  palette: Sequence[tuple[int, int, int]],
+) -> np.ndarray:
+  """Blends the colors of the classes into a frame of a video, with a legend on its upper left.
+
+  Args:
+    image: See `overlay`.
+    label: See `overlay`.
+    classes: See `overlay`.
+    palette: See `overlay`.
+
+  Returns:
+    (h, w, 3) uint8 RGB. The legend lists the most frequent classes, as many as there is room for,
+    in the order of the classes: they do not change places from frame to frame.
+  """
+  height, width = label.shape
+  blocks = _blocks(label.shape)
+  text = _text_size(label.shape)
+  present = sorted(_present(label, blocks)[: max((height // text - 1) // 2, 0)])
+  sheet = np.empty((height, width, 3), np.uint8)
+  _blend(image, label, palette, blocks, into=sheet)
+  if present:
+    legend = _list_of_classes(present, text, (2 * len(present) + 1) * text, classes, palette)
+    legend = legend[:, : width // 2]
+    sheet[: legend.shape[0], : legend.shape[1]] = legend
+  return sheet
+
+
+def _blocks(size: tuple[int, ...]) -> list[slice]:
+  """Blocks of rows of an overlay."""
+  rows_at_once = max(_PIXELS_AT_ONCE // size[1], 1)
+  return [slice(top, top + rows_at_once) for top in range(0, size[0], rows_at_once)]
+
+
+def _present(label: np.ndarray, blocks: Sequence[slice]) -> list[int]:
+  """The classes that occur, the most frequent first."""
   counts = np.zeros(256, np.int64)
   for rows in blocks:
     counts += np.bincount(label[rows].ravel(), minlength=256)
-  present = [index for index in np.argsort(-counts, kind='stable').tolist() if counts[index]]
+  return [index for index in np.argsort(-counts, kind='stable').tolist() if counts[index]]
+
+
+def _text_size(size: tuple[int, ...]) -> int:
+  """Height of a legend's text in pixels."""
+  return max(12, min(size) // 40)
+
+
+def _list_of_classes(
+  present: Sequence[int],
+  text: int,
+  height: int,
+  classes: Sequence[str],
+  palette: Sequence[tuple[int, int, int]],
+) -> np.ndarray:
+  """Draws colors and names of classes, and of unknown pixels, below one another."""
+  names = {**dict(enumerate(classes)), IGNORE: 'unknown'}
+  shades = {**dict(enumerate(palette)), IGNORE: (0, 0, 0)}
   font = ImageFont.load_default(text)
-  legend_width = 3 * text + max(int(font.getlength(names[index])) for index in present)
-  legend = Image.new('RGB', (legend_width, max(height, (2 * len(present) + 1) * text)), 'white')
+  width = 3 * text + max(int(font.getlength(names[index])) for index in present)
+  legend = Image.new('RGB', (width, height), 'white')
   draw = ImageDraw.Draw(legend)
   for row, index in enumerate(present):
     left, top = text // 2, (2 * row + 1) * text
     draw.rectangle((left, top, left + text, top + text), fill=tuple(shades[index]))
     draw.text((left + 3 * text // 2, top - text // 8), names[index], fill='black', font=font)
-  sheet = np.full((legend.height, width + legend_width, 3), 255, np.uint8)
-  sheet[:, width:] = legend
+  return np.asarray(legend)
+
+
+def _blend(
+  image: np.ndarray,
+  label: np.ndarray,
+  palette: Sequence[tuple[int, int, int]],
+  blocks: Sequence[slice],
+  *,
+  into: np.ndarray,
+) -> None:
+  """Writes the mean of an image and the colors of its classes."""
   for rows in blocks:
-    colors = colorize(label[rows], palette)
-    sheet[:height, :width][rows] = cv2.addWeighted(image[rows], 0.5, colors, 0.5, 0)
-  return sheet
+    into[rows] = cv2.addWeighted(image[rows], 0.5, colorize(label[rows], palette), 0.5, 0)
 
 
 def _legend(

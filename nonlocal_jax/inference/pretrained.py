@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast, get_args, overload
 
@@ -24,6 +24,7 @@ from nonlocal_jax.inference.stream import (
   Result,
   prediction_of,
   predictions,
+  predictions_of_frames,
 )
 from nonlocal_jax.models import Execution, NonLocalNet, NonLocalNetConfig
 from nonlocal_jax.models.config import chosen_attention
@@ -401,6 +402,40 @@ class PretrainedModel:
       result=_result(confidence=return_confidence, probabilities=return_probabilities),
       max_pixels=max_pixels,
       on_error=on_error,
+    )
+
+  def predict_frames(
+    self,
+    frames: Iterable[np.ndarray],
+    *,
+    multi_scale_flip: bool | None = None,
+    return_confidence: bool = False,
+  ) -> Iterator[AnyPrediction]:
+    """Predicts frames of one size, in their order and as they come; holds a few at a time.
+
+    Each as `predict` does an image. On GPUs and TPUs several go through the network together.
+
+    >>> model = load('tests/data/converted_of_2026_11')
+    >>> frames = (np.full((64, 96, 3), shade, np.uint8) for shade in range(3))
+    >>> [(index, labels.shape) for index, _, labels in model.predict_frames(frames)]
+    [(0, (64, 96)), (1, (64, 96)), (2, (64, 96))]
+
+    Args:
+      frames: Each (h, w, 3) uint8 RGB, or with the network's number of channels.
+      multi_scale_flip: See `predict`.
+      return_confidence: See `predict_many`.
+
+    Yields:
+      The predictions.
+
+    Raises:
+      ValueError: If a frame has another shape or dtype.
+    """
+    yield from predictions_of_frames(
+      frames,
+      self._predictor_of(multi_scale_flip),
+      self._prediction_state,
+      result=_result(confidence=return_confidence, probabilities=False),
     )
 
   def attention(

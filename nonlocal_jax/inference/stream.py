@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, Self
 
 import jax
@@ -178,6 +178,83 @@ def predictions(
     yield from computed.of_images(read, predictor)
 
 
+def predictions_of_frames(
+  frames: Iterable[np.ndarray],
+  predictor: Predictor,
+  state: nnx.State,
+  *,
+  result: Result = 'labels',
+) -> Iterator[AnyPrediction]:
+  """Predicts frames of one size in their order, of which it holds a few batches at a time.
+
+  Args:
+    frames: Each (h, w, channels) uint8, read as they are needed.
+    predictor: Predicts on the devices of its mesh.
+    state: The network's weights, on the mesh.
+    result: See `predictions`.
+
+  Yields:
+    A prediction of each frame.
+
+  Raises:
+    ValueError: If a frame has another shape or dtype than it needs.
+  """
+  for read, computed in one_behind(_computing_frames(frames, predictor, state, result)):
+    yield from computed.of_images(read, predictor)
+
+
+def _computing_frames(
+  frames: Iterable[np.ndarray], predictor: Predictor, state: nnx.State, result: Result
+) -> Iterator[tuple[list[_Read], _Computed]]:
+  """Yields batches and their results."""
+  protocol, mesh = predictor.protocol, predictor.mesh
+  first_size: Size | None = None
+  batch_size, shape = 0, None
+
+  def read(numbered: tuple[int, np.ndarray]) -> _Read:
+    index, frame = numbered
+    image = as_array(frame, channels=len(protocol.mean))
+    return _Read(index, image, _views(image, protocol))
+
+  loaded = in_threads(
+    read,
+    enumerate(frames),
+    size=lambda numbered: math.prod(numbered[1].shape[:2]),
+    most=PIXELS_AHEAD,
+  )
+  together: list[_Read] = []
+  for found in loaded:
+    if shape is None:
+      first_size = found.size
+      shape = shapes_with_room([found.size], protocol, platform=platform_of_mesh(mesh))[found.size]
+      at_once = 1 if result == 'probabilities' else images_at_once(shape, protocol, mesh)
+      batch_size = at_once * mesh.size
+    if found.size != first_size:
+      raise ValueError(f'frame {found.index} has the size {found.size}, expected {first_size}')
+    together.append(found)
+    if len(together) == batch_size:
+      yield _dispatched(predictor, state, shape, together, batch_size, result)
+      together = []
+  if together and shape is not None:
+    yield _dispatched(predictor, state, shape, together, batch_size, result)
+
+
+def _dispatched(
+  predictor: Predictor,
+  state: nnx.State,
+  shape: PaddedShape,
+  together: list[_Read],
+  batch_size: int,
+  result: Result,
+) -> tuple[list[_Read], _Computed]:
+  """Starts to predict a batch; its resized images are no longer needed."""
+  views = [found.views for found in together]
+  sizes = [found.size for found in together]
+  logits = predictor.logits(state, shape, views, sizes, batch_size=batch_size)
+  computed = _Computed.from_logits(predictor, logits, result)
+  return [found._replace(views=[]) for found in together], computed
+
+
 def _computing(
   images: Sequence[ImageLike],
   predictor: Predictor,
@@ -199,15 +276,6 @@ def _computing(
     except UserError as error:
       return error
     return _Read(index, image, _views(image, protocol))
-
-  def dispatch(
-    shape: PaddedShape, together: list[_Read], batch_size: int
-  ) -> tuple[list[_Read], _Computed]:
-    views = [found.views for found in together]
-    sizes = [found.size for found in together]
-    logits = predictor.logits(state, shape, views, sizes, batch_size=batch_size)
-    computed = _Computed.from_logits(predictor, logits, result)
-    return [found._replace(views=[]) for found in together], computed
 
   sizes = [size or _UNKNOWN for size in sizes_of(images, max_pixels=max_pixels)]
   shape_of = shapes_for_sizes(sizes)
@@ -235,9 +303,9 @@ def _computing(
         together.append(found)
       else:
         shape = shapes_for_sizes([found.size])[found.size]
-        yield dispatch(shape, [found], mesh.size)
+        yield _dispatched(predictor, state, shape, [found], mesh.size, result)
     if together:
-      yield dispatch(batch.shape, together, batch.size)
+      yield _dispatched(predictor, state, batch.shape, together, batch.size, result)
 
 
 def _views(image: np.ndarray, protocol: EvalProtocol) -> list[np.ndarray]:

@@ -96,7 +96,7 @@ def unfinished_patterns() -> list[str]:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, *, ending: str = '') -> Iterator[Path]:
   """Yields a temporary path that is renamed to `path` at the end, or deleted after an error.
 
   Write through Python's own file objects, which raise an error if the disk is full. Libraries that
@@ -104,12 +104,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
   Args:
     path: Path of the file. Missing parent folders are created; an existing file is replaced.
+    ending: What the temporary name ends in, for libraries that tell the format by it.
 
   Raises:
     UserError: If the file cannot be written.
   """
   # Shorter than some names are, which may be as long as the file system allows.
-  partial = path.with_name(f'.{path.name[:20]}.{secrets.token_hex(4)}.partial')
+  partial = path.with_name(f'.{path.name[:20]}.{secrets.token_hex(4)}.partial{ending}')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with unfinished(partial.parent, glob.escape(partial.name)):

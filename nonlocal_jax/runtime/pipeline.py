@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ def in_threads(
   most: float,
   eager: bool = False,
   num_threads: int | None = None,
-) -> Iterator[R]:
+) -> Generator[R, None, None]:
   """Applies a function to items in threads; yields the results in order.
 
   >>> list(in_threads(lambda x: x * x, range(5), size=lambda _: 1, most=2))

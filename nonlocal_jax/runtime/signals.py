@@ -104,8 +104,13 @@ class StopRequest:
 
   current: ClassVar['StopRequest | None'] = None
 
-  def __init__(self):
-    """Initializes the request without a received signal."""
+  def __init__(self, *, then: str = 'saving after this step'):
+    """Initializes the request without a received signal.
+
+    Args:
+      then: What is said to happen after the first signal.
+    """
+    self._then = then
     self.received = ''
     self.seen = False
     self._seen_at = 0.0  # `time.monotonic()`
@@ -137,7 +142,7 @@ class StopRequest:
       return
     self.is_repeated()
     self.received = signal.Signals(number).name
-    _say(f'{self.received}: saving after this step; once more to leave at once')
+    _say(f'{self.received}: {self._then}; once more to leave at once')
 
 
 def _install(handler) -> dict[int, object]:
