@@ -1,17 +1,25 @@
-"""The examples of the documentation run, one after the other, on tiny data."""
+"""The documentation: its examples run on tiny data, and the names in it exist."""
 
+import json
+import os
 import re
 import shutil
 from pathlib import Path
 
+import nbclient
+import nbformat
 import numpy as np
 import pytest
 from PIL import Image
 
 import nonlocal_jax
+from nonlocal_jax.cli.main import COMMANDS
+from nonlocal_jax.recipes import base_config, fields_of
+from nonlocal_jax.weights.released import RELEASED, best_release
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = ROOT / 'tests/data/converted_of_2026_11'
+README = (ROOT / 'README.md').read_text()
 
 
 @pytest.fixture
@@ -60,3 +68,69 @@ def test_the_examples_of_the_python_api_run(folder):
   assert tuned.classes == ('sky', 'sea', 'ship')
   expected = names['tuned'].predict('photos/images/1.jpg')
   np.testing.assert_array_equal(tuned.predict('photos/images/1.jpg'), expected)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+  monkeypatch.setenv('PYTHONPATH', f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}')
+  monkeypatch.chdir(tmp_path)  # where its kernel starts
+  notebook = nbformat.read(ROOT / 'docs/own_data.ipynb', as_version=4)
+  nbclient.NotebookClient(notebook, timeout=600).execute()
+  text = ''.join(
+    output.text
+    for cell in notebook.cells
+    for output in cell.get('outputs', ())
+    if output.output_type == 'stream' and output.name == 'stdout'
+  )
+  assert 'weights sum to 1.000' in text
+  times = re.search(r'gets ([\d.]+) times the weight', text)
+  assert times
+  assert float(times[1]) > 2  # pixels of a shape look at the disc that decides its class
+  metrics = json.loads((tmp_path / 'runs/shapes/metrics.json').read_text())
+  assert metrics['mIoU'] > 60  # without the non-local block about 33
+  assert (tmp_path / 'runs/shapes/report.html').stat().st_size > 100_000
+
+
+def pages() -> list[Path]:
+  return [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+
+
+def test_the_readme_lists_the_published_scores():
+  rows = re.findall(
+    r'^\| `(\w+:\w+)` \| (\d+)x(\d+), ([\d,]+) \| ([\d.]+) \| ([\d.]*) ?\| not yet', README, re.MULTILINE
+  )
+  expected = [
+    (
+      model.recipe,
+      *map(str, model.crop),
+      f'{model.steps:,}',
+      f'{model.miou:.2f}',
+      f'{model.miou_ms_flip:.2f}' if model.miou_ms_flip else '',
+    )
+    for model in RELEASED
+    if not model.replaced
+  ]
+  assert len(rows) == 16
+  assert sorted(rows) == sorted(expected)
+  first = {}  # the row that a name without a variant stands for
+  for recipe, *_ in rows:
+    first.setdefault(recipe.partition(':')[0], recipe)
+  assert all(best_release(*_parts(name)).recipe == recipe for name, recipe in first.items())
+
+
+def _parts(name: str) -> tuple[str, int]:
+  dataset, _, depth = name.rpartition('_r')
+  return dataset, int(depth)
+
+
+def test_the_readme_lists_the_commands():
+  listed = re.findall(r'^\| `nonlocal-jax ([\w-]+)` \| `python', README, re.MULTILINE)
+  assert sorted(listed) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize('page', pages(), ids=lambda page: page.name)
+def test_fields_of_the_config_exist(page):
+  known = set(fields_of(base_config()))
+  sections = '|'.join(sorted({field.partition('.')[0] for field in known if '.' in field}))
+  named = re.findall(rf'(?:--config\.|`)((?:{sections})\.[a-z_]+)', page.read_text())
+  assert set(named) <= known

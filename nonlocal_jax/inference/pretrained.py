@@ -384,9 +384,10 @@ class PretrainedModel:
       max_pixels: See `predict`.
       on_error: Called with the index of a file that cannot be read and the error, in place of its
         prediction; None to raise the error.
-      return_confidence: Whether to yield `ConfidentPrediction`s, with the probability of each
-        pixel's class.
-      return_probabilities: Whether to yield `ProbablePrediction`s, with those of all classes.
+      return_confidence: Whether to yield each as a `ConfidentPrediction`, with the probability of
+        each pixel's class.
+      return_probabilities: Whether to yield each as a `ProbablePrediction`, with the probabilities
+        of all classes.
 
     Yields:
       The predictions, images of similar size one after another.
