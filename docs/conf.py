@@ -1,10 +1,8 @@
 """The documentation site: `sphinx-build -W docs OUT`."""
 
-import importlib.metadata
-
 project = 'nonlocal_jax'
 author = 'The nonlocal_jax authors'
-copyright = author  # noqa: A001: Sphinx asks for this name
+copyright = author
 extensions = ['sphinx.ext.autodoc', 'sphinx.ext.napoleon', 'sphinx_copybutton', 'myst_nb']
 templates_path: list[str] = []
 exclude_patterns = ['_build']

@@ -97,7 +97,9 @@ def pages() -> list[Path]:
 
 def test_the_readme_lists_the_published_scores():
   rows = re.findall(
-    r'^\| `(\w+:\w+)` \| (\d+)x(\d+), ([\d,]+) \| ([\d.]+) \| ([\d.]*) ?\| not yet', README, re.MULTILINE
+    r'^\| `(\w+:\w+)` \| (\d+)x(\d+), ([\d,]+) \| ([\d.]+) \| ([\d.]*) ?\| not yet',
+    README,
+    re.MULTILINE,
   )
   expected = [
     (
@@ -131,6 +133,9 @@ def test_the_readme_lists_the_commands():
 @pytest.mark.parametrize('page', pages(), ids=lambda page: page.name)
 def test_fields_of_the_config_exist(page):
   known = set(fields_of(base_config()))
-  sections = '|'.join(sorted({field.partition('.')[0] for field in known if '.' in field}))
-  named = re.findall(rf'(?:--config\.|`)((?:{sections})\.[a-z_]+)', page.read_text())
-  assert set(named) <= known
+  text = page.read_text()
+  named = set(re.findall(r'--config\.([a-z_]+\.[a-z_]+)', text))
+  if page.name == 'mmsegmentation.md':  # whose second table leaves out '--config.'
+    options = text[text.index('## Options of a config') : text.index('## What differs')]
+    named |= set(re.findall(r'`((?:train|eval|data|optimizer|checkpoint)\.[a-z_]+)', options))
+  assert named - {'a.b'} <= known
