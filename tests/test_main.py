@@ -73,6 +73,11 @@ def test_evaluation_of_a_file_equals_the_original(
     (['--mode=eval'], 'eval needs --checkpoint'),
     (['--checkpoint=x.pth'], 'There is no x.pth: give a .pth file'),
     (['--new_classifier'], '--new_classifier is for the network of a --checkpoint; give one'),
+    (['--match-classes'], '--match_classes is for the network of a --checkpoint; give one'),
+    (
+      ['--match_classes', '--new_classifier', '--checkpoint=x.pth'],
+      '--match_classes those of new ones only: give one of the two.',
+    ),
     (
       [DEMO, '--config.train.dtype=float16'],
       'dtype is float16; it must be float32 or bfloat16',

@@ -1,6 +1,7 @@
 """Training: devices, resumption, what a run leaves behind."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -16,6 +17,7 @@ from flax import nnx
 from numpy.testing import assert_allclose
 
 import nonlocal_jax
+from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.experiment import Experiment
 from nonlocal_jax.models.config import NonLocalNetConfig
@@ -25,7 +27,7 @@ from nonlocal_jax.training.log import summary_table
 from nonlocal_jax.training.loop import has_stalled
 from nonlocal_jax.training.run_files import write_run_files
 from nonlocal_jax.weights.arrays import to_arrays
-from nonlocal_jax.weights.checkpoints import read_description
+from nonlocal_jax.weights.checkpoints import read_description, save_weights
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.state_dict import to_state_dict
 from tests.conftest import run_two_processes, train_and_evaluate
@@ -327,7 +329,23 @@ def test_fine_tuning_with_other_classes_needs_a_word(training_config, trained, t
     else:
       np.testing.assert_array_equal(found[name], array, err_msg=name)
 
-  config.data.num_classes = 8
+  description, state = read_weights(trained[0])
+  names = tuple(PUBLISHED['cityscapes'].classes[:8])
+  save_weights(tmp_path / 'named', state, dataclasses.replace(description, classes=names))
+  config.data.classes = ('crack', 'puddle', *names[:0:-1])
+  options = {'checkpoint': tmp_path / 'named', 'match_classes': True}
+  train_and_evaluate(config, tmp_path / 'matched', **options)
+  found = to_arrays(nnx.split_state(read_weights(tmp_path / 'matched')[1], nnx.Param, ...)[0])
+  for name, array in given.items():
+    kept = found[name][..., 2:] if 'conv_seg' in name else found[name]
+    np.testing.assert_array_equal(kept, array[..., :0:-1] if 'conv_seg' in name else array)
+  capsys.readouterr()
+  config.eval.every = 1
+  train_and_evaluate(config, tmp_path / 'matched', **options)  # the run is over
+  said = capsys.readouterr().out
+  assert f'resumes at step 1 of {tmp_path}/matched; {tmp_path}/named is not read again' in said
+
+  config.data.num_classes, config.data.classes = 8, ()
   train_and_evaluate(config, tmp_path / 'same', checkpoint=trained[0])
   found = to_arrays(nnx.split_state(read_weights(tmp_path / 'same')[1], nnx.Param, ...)[0])
   for name, array in given.items():

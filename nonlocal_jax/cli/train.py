@@ -25,6 +25,13 @@ def main(arguments: Sequence[str]) -> None:
     'other classes',
   )
   parser.add_argument(
+    '--match_classes',
+    '--match-classes',
+    **FLAG,
+    help='load the last layer of both heads for the classes whose name --checkpoint has, and '
+    'initialize it for the others; names may differ in case and in spaces, hyphens and underscores',
+  )
+  parser.add_argument(
     '--dry-run',
     '--dry_run',
     **FLAG,
@@ -42,6 +49,7 @@ def main(arguments: Sequence[str]) -> None:
     options.workdir,
     checkpoint=options.checkpoint,
     new_classifier=options.new_classifier,
+    match_classes=options.match_classes,
     ema=options.ema,
   )
   if is_first_process() and not options.dry_run:

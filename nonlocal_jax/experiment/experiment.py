@@ -133,6 +133,7 @@ class Experiment:
     *,
     checkpoint: Path | None = None,
     new_classifier: bool = False,
+    match_classes: bool = False,
     ema: bool = False,
   ) -> Evaluation:
     """Trains, and evaluates at intervals and at the end.
@@ -148,6 +149,8 @@ class Experiment:
         name of a released model.
       new_classifier: Whether to initialize the classifiers of both heads at random instead of
         loading them from `checkpoint`.
+      match_classes: Whether to initialize at random only what these have for classes whose name
+        `checkpoint` does not have, see `class_matching.matched_classes`.
       ema: Whether to take the moving average that the .pth file `checkpoint` holds.
 
     Returns:
@@ -158,21 +161,22 @@ class Experiment:
         step does not fit in memory, the loss is not finite, or checkpoints cannot be written.
       RunStopped: After SIGTERM or SIGINT, once the state is saved.
     """
-    self._check_training(checkpoint, new_classifier=new_classifier, ema=ema)
+    options = {'new_classifier': new_classifier, 'match_classes': match_classes, 'ema': ema}
+    self._check_training(checkpoint, options)
     with restored_opencv_threads(), contextlib.ExitStack() as stack:
       if is_first_process():
         busy = f'{workdir} is in use by another run; wait for its end, or choose another workdir.'
         stack.enter_context(used_alone(workdir, busy))
-      return self._train_alone(workdir, checkpoint, new_classifier=new_classifier, ema=ema)
+      return self._train_alone(workdir, checkpoint, options)
 
   def _train_alone(
-    self, workdir: Path, checkpoint: Path | None, *, new_classifier: bool, ema: bool
+    self, workdir: Path, checkpoint: Path | None, options: Mapping[str, bool]
   ) -> Evaluation:
     """Trains while no other run uses `workdir`."""
     values = check_same_run(workdir, self.values, base_config().to_dict())
     initial = None
     if not has_checkpoint(workdir):
-      initial = self._initial_weights(checkpoint, new_classifier=new_classifier, ema=ema)
+      initial = self._initial_weights(checkpoint, **options)
     splits = self.open_splits(workdir, ['train', 'val'])
     if is_first_process():
       set_aside_stopped_run(workdir)
@@ -200,6 +204,7 @@ class Experiment:
     *,
     checkpoint: Path | None = None,
     new_classifier: bool = False,
+    match_classes: bool = False,
     ema: bool = False,
   ) -> None:
     """Does all that `train` does before the first step, and prints how long the run would take.
@@ -211,28 +216,35 @@ class Experiment:
       workdir: The output directory of the run, whose config must not be another run's.
       checkpoint: See `train`.
       new_classifier: See `train`.
+      match_classes: See `train`.
       ema: See `train`.
 
     Raises:
       UserError: As `train`.
     """
-    self._check_training(checkpoint, new_classifier=new_classifier, ema=ema)
+    options = {'new_classifier': new_classifier, 'match_classes': match_classes, 'ema': ema}
+    self._check_training(checkpoint, options)
     check_same_run(workdir, self.values, base_config().to_dict())
     with restored_opencv_threads():
-      initial = self._initial_weights(checkpoint, new_classifier=new_classifier, ema=ema)
+      initial = self._initial_weights(checkpoint, **options)
       run = self._training_run(self.open_splits(workdir, ['train', 'val']), lambda *_: None)
       with _too_large_explained(resumes=has_checkpoint(workdir)), explained_by(DATA_FLAGS):
         dry_run(run, initial=initial)
 
-  def _check_training(self, checkpoint: Path | None, *, new_classifier: bool, ema: bool) -> None:
+  def _check_training(self, checkpoint: Path | None, options: Mapping[str, bool]) -> None:
     """Checks options of a training run that need no data."""
-    if checkpoint is None and (new_classifier or ema):
-      option = '--new_classifier' if new_classifier else '--ema'
-      raise UserError(f'{option} is for the network of a --checkpoint; give one.')
+    if checkpoint is None and any(options.values()):
+      option = next(name for name, is_set in options.items() if is_set)
+      raise UserError(f'--{option} is for the network of a --checkpoint; give one.')
+    if options['new_classifier'] and options['match_classes']:
+      raise UserError(
+        '--new_classifier initializes the classifiers of all classes, --match_classes those of new '
+        'ones only: give one of the two.'
+      )
     self._check_batch()
 
   def _initial_weights(
-    self, checkpoint: Path | None, *, new_classifier: bool, ema: bool
+    self, checkpoint: Path | None, *, new_classifier: bool, match_classes: bool, ema: bool
   ) -> InitialWeights:
     """Reads the weights that a new run starts from, once its data is known to be there."""
     self.check_data(['train', 'val'])
@@ -242,6 +254,7 @@ class Experiment:
       backbone=self.init_backbone,
       checkpoint=checkpoint,
       new_classifier=new_classifier,
+      match_classes=self.dataset.classes if match_classes else None,
       ema=ema,
     )
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nonlocal_jax.data.loader import TrainIterator
+from nonlocal_jax.training.initial_weights import InitialWeights
 from nonlocal_jax.training.train_step import TrainState
 from nonlocal_jax.weights.arrays import from_arrays, to_arrays
 from nonlocal_jax.weights.run_checkpoints import RunCheckpoints
@@ -24,6 +25,12 @@ def with_weights(state: TrainState, weights: nnx.State) -> TrainState:
     # A copy: a training step is given its arrays to overwrite, each of them once.
     ema=None if state.ema is None else jax.tree.map(jnp.copy, params),
   )
+
+
+def started_from(state: TrainState, initial: InitialWeights) -> TrainState:
+  """Returns a random state with the initial weights of a run, which may be on the host."""
+  weights = initial.fitted_to(state.params)
+  return state if weights is None else with_weights(state, weights)
 
 
 def save(checkpoints: RunCheckpoints, state: TrainState, batches: TrainIterator) -> None:

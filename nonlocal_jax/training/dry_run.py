@@ -8,7 +8,7 @@ import jax
 from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.parallel import is_first_process, replicated, shard_batch
 from nonlocal_jax.runtime.progress import as_duration
-from nonlocal_jax.training.checkpointing import with_weights
+from nonlocal_jax.training.checkpointing import started_from
 from nonlocal_jax.training.initial_weights import InitialWeights
 from nonlocal_jax.training.loop import BATCH, on_each_device
 from nonlocal_jax.training.memory import explained_out_of_memory
@@ -35,8 +35,7 @@ def dry_run(run: TrainingRun, *, initial: InitialWeights) -> None:
   _, tx = run.optimizer.make(run.schedule.steps)
   keep_ema = run.step.ema_decay > 0
   state = initial_state(run.network, tx, seed=run.schedule.seed, keep_ema=keep_ema, mesh=run.mesh)
-  if initial.state is not None:
-    state = jax.device_put(with_weights(state, initial.state), replicated(run.mesh))
+  state = jax.device_put(started_from(state, initial), replicated(run.mesh))
   train_step = run.compile_step()
   memory = run.check_memory(train_step)
   run.batches.start_prefetch()

@@ -1,14 +1,17 @@
 """Initial weights of a new run: a checkpoint, a backbone, or none."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from flax import nnx
 
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import NonLocalNetConfig
 from nonlocal_jax.protocol import EvalProtocol
+from nonlocal_jax.training.class_matching import describe_matches, matched_classes
 from nonlocal_jax.weights.loading import read_backbone, read_weights
 from nonlocal_jax.weights.names import find_backbone, find_weights, named_release
 from nonlocal_jax.weights.released import ReleasedBackbone
@@ -22,10 +25,31 @@ class InitialWeights(NamedTuple):
   Attributes:
     state: Parameters and running statistics as host arrays; None if everything is random.
     source: Description of their origin, for the log.
+    matched: Where the classifiers in `state` are those of other classes: the index of each class
+      that keeps its part of them, and its index there. None where they fit or are left out.
   """
 
   state: nnx.State | None
   source: str
+  matched: Mapping[int, int] | None = None
+
+  def fitted_to(self, random: nnx.State) -> nnx.State | None:
+    """Returns `state` with the classifiers of the network's classes.
+
+    Args:
+      random: Random parameters of the network, which classes have that are not in `matched`.
+    """
+    if self.state is None or self.matched is None:
+      return self.state
+    here, there = list(self.matched), list(self.matched.values())
+    initial, fitted = dict(nnx.to_flat_state(random)), []
+    for path, variable in nnx.to_flat_state(self.state):
+      if _CLASSIFIER in path:  # kernel (1, 1, channels, classes) and bias (classes,)
+        array = np.array(initial[path][...])
+        array[..., here] = np.asarray(variable[...])[..., there]
+        variable = variable.replace(array)
+      fitted.append((path, variable))
+    return nnx.from_flat_state(fitted)
 
 
 def read_initial_weights(
@@ -35,6 +59,7 @@ def read_initial_weights(
   backbone: Path | None = None,
   checkpoint: Path | None = None,
   new_classifier: bool = False,
+  match_classes: Sequence[str] | None = None,
   ema: bool = False,
 ) -> InitialWeights:
   """Reads the initial weights of a new run; `checkpoint` takes precedence over `backbone`.
@@ -46,6 +71,8 @@ def read_initial_weights(
     checkpoint: Weights of a whole network: a .pth file, a converted directory, a workdir, or the
       name of a released model, see `names.find_weights`.
     new_classifier: Whether to leave out the last layer of both heads of the checkpoint.
+    match_classes: Names of the network's classes: those that the checkpoint has keep their part of
+      the last layers, see `matched_classes`; None to take these layers as they are.
     ema: Whether to take the moving average that the .pth file of a checkpoint holds.
 
   Returns:
@@ -63,9 +90,11 @@ def read_initial_weights(
   description, state = read_weights(checkpoint, align_corners=network.align_corners, ema=ema)
   found, tested = description.config, description.protocol
   with_their_classes = dataclasses.replace(network, num_classes=found.num_classes)
-  if not found.predicts_like(with_their_classes if new_classifier else network):
+  of_other_classes = new_classifier or match_classes is not None
+  if not found.predicts_like(with_their_classes if of_other_classes else network):
     hint = (
-      '; to fine-tune it on other classes, set new_classifier'
+      '; to fine-tune it on other classes, set match_classes, which keeps what it knows of classes '
+      'with the same names, or new_classifier'
       if found.predicts_like(with_their_classes)
       else '; use its own config, or set the model to match'
     )
@@ -83,6 +112,10 @@ def read_initial_weights(
   source = str(checkpoint)
   if not found.auxiliary_head:
     source += ' but for a new auxiliary head'
+  if match_classes is not None:
+    matched = matched_classes(match_classes, description.classes, source=str(checkpoint))
+    described = describe_matches(matched, match_classes, description.classes)
+    return InitialWeights(state, f'{source}; {described}', matched)
   if not new_classifier:
     return InitialWeights(state, source)
   kept = nnx.from_flat_state(

@@ -22,7 +22,7 @@ from nonlocal_jax.runtime.parallel import is_first_process, replicated, shard_ba
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.runtime.signals import StopRequest
 from nonlocal_jax.training.best_weights import BestWeights
-from nonlocal_jax.training.checkpointing import restore, save, with_weights
+from nonlocal_jax.training.checkpointing import restore, save, started_from
 from nonlocal_jax.training.initial_weights import InitialWeights
 from nonlocal_jax.training.log import CURVES, LOG, TrainingLog, summary_table, write_curves
 from nonlocal_jax.training.memory import explained_out_of_memory
@@ -76,8 +76,7 @@ def train_and_evaluate(
     state = initial_state(run.network, tx, seed=plan.seed, keep_ema=keep_ema, mesh=mesh)
     if initial is not None:
       source = f'from {initial.source}'
-      if initial.state is not None:
-        state = jax.device_put(with_weights(state, initial.state), replicated(mesh))
+      state = jax.device_put(started_from(state, initial), replicated(mesh))
     else:
       state = restore(checkpoints, state, batches)
       source = f'resumes at step {int(state.step):,} of {workdir}'
