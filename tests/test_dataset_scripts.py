@@ -144,7 +144,6 @@ def test_after_skip_bad_the_printed_command_trains(described, script, program, t
 @pytest.mark.parametrize(
   ('values', 'count', 'warnings'),
   [
-    ((0, 255), 2, ['have the values 0 and 255 only, and 255 (']),
     ((0, 7, 128), 129, ['The label values are 0, 7, 128: classes are 0, 1, ... without a gap']),
     ((0, 1, 2), 3, []),
   ],

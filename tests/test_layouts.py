@@ -276,7 +276,7 @@ def move(path):
     (
       'custom',
       lambda root: move(root / 'images/train'),
-      'There is no folder images/train in {root}: give the folder of custom that holds it.',
+      'There is no folder images/train in {root}: add the train images.',
     ),
     (
       'ade20k',

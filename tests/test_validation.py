@@ -269,7 +269,7 @@ def test_what_is_usual_is_no_mistake():
       CUSTOM,
       [
         'The label files of x have the values 0 and 255 only, and 255 (25.00 % of the pixels) is '
-        'ignored: if it is a class, write the files anew with 1 in its place.',
+        'ignored: if it is a class, give names to two classes, and no other values.',
         'No pixel of x is class 1, class 2, class 3.',
       ],
     ),

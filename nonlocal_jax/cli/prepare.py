@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.data.datasets import DESCRIPTION, PUBLISHED, Dataset, custom_dataset
-from nonlocal_jax.data.formats.detection import read_folder
+from nonlocal_jax.data.formats.detection import full_sentence, read_folder
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.paths import as_path, is_remote
 from nonlocal_jax.data.transforms import IGNORE
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
   description = {}
   if options.dataset == 'custom':
     found = read_folder(options.source)
-    print(f'{options.source} holds {found.sentence}.')
+    print(full_sentence(options.source, found))
     description = found.description
   described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
   if options.dataset != 'custom':

@@ -129,7 +129,7 @@ def usual_mistakes(values: Mapping[int, LabelValue], dataset: Dataset, *, split:
   if own and set(values) == {0, IGNORE}:
     found.append(
       f'The label files of {split} have the values 0 and 255 only, and 255 ({share[IGNORE]} of '
-      'the pixels) is ignored: if it is a class, write the files anew with 1 in its place.'
+      'the pixels) is ignored: if it is a class, give names to two classes, and no other values.'
     )
   for index, name in enumerate(dataset.classes):
     if name.strip().lower() in _NAMES_OF_NONE and shares.pixels[index]:

@@ -5,7 +5,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -20,6 +20,7 @@ from nonlocal_jax.errors import UserError
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
 _PNG_START = b'\x89PNG\r\n\x1a\n'
+T = TypeVar('T')
 
 
 class AuditedSample(NamedTuple):
@@ -110,16 +111,16 @@ def read_file(path: Path) -> bytes:
     raise UserError(f'File {path} cannot be read ({reason}): replace it.') from error
 
 
-def decoded(path: Path, data: bytes, decode: Callable[[bytes], np.ndarray]) -> np.ndarray:
+def decoded(path: Path, data: bytes, decode: Callable[[bytes], T]) -> T:
   """Decodes the contents of a file; of PNG files the checksums are compared first.
 
   Args:
     path: The file, for messages.
     data: Its contents.
-    decode: Makes an array of them; raises a `ValueError` whose message says what the file is.
+    decode: What reads them; raises a `ValueError` whose message says what the file is.
 
   Returns:
-    The array.
+    What it reads.
 
   Raises:
     UserError: If it cannot be decoded.

@@ -39,10 +39,12 @@ def merged(found: Found, own: Mapping[str, Any], path: Path) -> dict[str, Any]:
       'out, or write "label_map" with 255 for what has no class.'
     )
   if label_map:
-    raw = custom_dataset(classes=names, palette=found.description.get('palette', ()))
-    of_parts = merge_classes(raw, label_map)
-    joined = {'classes': of_parts.classes, 'palette': of_parts.palette}
-    return {**description, **{key: _lists(value) for key, value in joined.items()}, **own}
+    palette = found.description.get('palette', ())
+    joined = merge_classes(custom_dataset(classes=names, palette=palette), label_map)
+    for key, values in (('classes', joined.classes), ('palette', joined.palette)):
+      if len(own.get(key, ())) != joined.num_classes:  # else they are those of the joined ones
+        description[key] = [list(v) if isinstance(v, tuple) else v for v in values]
+    return description
   if not wanted or wanted == names:
     return description
   if sorted(wanted) == sorted(names):
@@ -58,7 +60,3 @@ def merged(found: Found, own: Mapping[str, Any], path: Path) -> dict[str, Any]:
       'these in the order that you want, or lead them to yours by "label_map".'
     )
   return description  # other names for the same classes
-
-
-def _lists(values):
-  return [list(value) if isinstance(value, tuple) else value for value in values]

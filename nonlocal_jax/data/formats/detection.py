@@ -99,6 +99,22 @@ def _nothing(source: Path, wanted: str | None) -> str:
   )
 
 
+def full_sentence(source_dir: str | os.PathLike[str], found: Found) -> str:
+  """Says what a folder holds and how its images are divided; divides them, if need be.
+
+  Args:
+    source_dir: A folder or bucket.
+    found: What it was found to hold.
+
+  Raises:
+    UserError: See `splits.divided`.
+  """
+  sentence = f'{source_dir} holds {found.sentence}.'
+  if isinstance(found.listing, Listing):
+    return f'{sentence} {divided(as_path(source_dir), found.listing).sentence}.'
+  return sentence
+
+
 def list_folder(source_dir: str | os.PathLike[str], split: Split) -> Listing:
   """Lists the samples of a split of a folder in any format.
 

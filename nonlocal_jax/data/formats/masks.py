@@ -1,55 +1,267 @@
-"""Label maps that are image files of their own."""
+"""Label maps that are image files of their own: indices, colors, or black and white."""
 
-from collections.abc import Mapping
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nonlocal_jax.data.datasets import Split
+import numpy as np
+
+from nonlocal_jax.data.datasets import DESCRIPTION, Color, Split
+from nonlocal_jax.data.formats.class_tables import ClassTable, find_table
 from nonlocal_jax.data.formats.found import Candidate, Found
-from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, in_one_form
-from nonlocal_jax.data.samples import Listing, Sample, by_stem, no_files
+from nonlocal_jax.data.formats.mask_folders import (
+  Files,
+  Pair,
+  Places,
+  list_pair,
+  locate,
+  lonely_labels,
+)
+from nonlocal_jax.data.formats.mask_pixels import (
+  MOST_COLORS,
+  describe_colors,
+  read_binary,
+  read_colors,
+  read_gray,
+)
+from nonlocal_jax.data.formats.mask_scan import Scan, all_colors, scan
+from nonlocal_jax.data.paths import files_below
+from nonlocal_jax.data.samples import Listing, Sample
+from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
+
+_BLACK, _WHITE = 'background', 'foreground'
+
+
+class _Reading(NamedTuple):
+  """How label files are read.
+
+  Attributes:
+    what: In words.
+    names: Name of each class, if known.
+    colors: Color of each class, if label files have them.
+    read: Makes the label map of a file; None to take files as they are.
+    key: What decides the pixels beyond the files, see `Found.reading`.
+  """
+
+  what: str
+  names: Sequence[str] = ()
+  colors: Sequence[Color] = ()
+  read: Callable[[Path], np.ndarray] | None = None
+  key: str = ''
 
 
 def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
-  """Finds images/{train,val} and labels/{train,val}."""
-  del own
-  if not any((source / 'images' / split).is_dir() for split in ('train', 'val')):
-    return None
-  if not any((source / 'labels' / split).is_dir() for split in ('train', 'val')):
-    return None
-  found = Found('PNG files of class indices', {}, lambda split: _list(source, split))
-  return Candidate('labels', lambda: found)
+  """Finds folders of images and label maps; see `formats`.
+
+  Args:
+    source: The folder or bucket.
+    own: What its `dataset.json` says.
+
+  Returns:
+    The candidate, if there are images with label maps.
+  """
+  files = functools.cache(files_below)
+  places = locate(source, files)
+  if places is None:
+    labels = lonely_labels(source, files)
+    if labels is None:
+      return None
+    return Candidate(labels.name, functools.partial(_refuse_lonely, labels))
+  return Candidate(
+    _relative(source, [pair for pairs in places.pairs.values() for pair in pairs], 'labels'),
+    lambda: _read(source, own, places, files),
+  )
 
 
-def _list(source: Path, split: Split) -> Listing:
-  image_folder, label_folder = source / 'images' / split, source / 'labels' / split
-  if not image_folder.is_dir():
-    raise UserError(
-      f'There is no folder images/{split} in {source}: give the folder of custom that holds it.'
+def _refuse_lonely(labels: Path) -> Found:
+  raise UserError(
+    f'Folder {labels} has label maps, but there are no images beside it: put them into a folder '
+    'images there, or export the dataset with its images.'
+  )
+
+
+def _read(source: Path, own: Mapping[str, Any], places: Places, files: Files) -> Found:
+  listings: dict[Split | None, Listing] = {}
+  wrong: dict[Split | None, UserError] = {}  # told when the split is used
+  for split, of_split in places.pairs.items():
+    try:
+      listings[split] = _joined([list_pair(pair, files) for pair in of_split])
+    except UserError as error:
+      wrong[split] = error
+  samples = [sample for listing in listings.values() for sample in listing.samples]
+  pairs = [pair for pairs in places.pairs.values() for pair in pairs]
+  parents = dict.fromkeys(folder for pair in pairs for folder in (pair.labels, pair.labels.parent))
+  table = _own_table(own, source) or find_table([source, *(f for f in parents if f != source)])
+  reading = _reading([sample.label for sample in samples], table, own, source)
+  description: dict[str, Any] = {}
+  if reading.names:
+    description['classes'] = list(reading.names)
+  if reading.colors:
+    description['palette'] = [list(color) for color in reading.colors]
+
+  def listed(split: Split | None) -> Listing:
+    if split in wrong:
+      raise wrong[split]
+    if split not in listings:
+      raise UserError(_no_split(source, places, split))
+    listing = listings[split]
+    if reading.read is None:
+      return listing
+    samples = [_with_reader(sample, reading.read) for sample in listing.samples]
+    return listing._replace(samples=samples)
+
+  return Found(
+    sentence=_sentence(source, pairs, places, reading, table),
+    description=description,
+    listing=listed(None) if None in places.pairs else listed,
+    reading=reading.key,
+  )
+
+
+def _joined(listings: Sequence[Listing]) -> Listing:
+  if len(listings) == 1:
+    return listings[0]
+  return Listing(
+    [sample for listing in listings for sample in listing.samples],
+    {name: reason for listing in listings for name, reason in listing.incomplete.items()},
+    sum(listing.unused_labels for listing in listings),
+    [name for listing in listings for name in listing.passed_over],
+  )
+
+
+def _with_reader(sample: Sample, read: Callable[[Path], np.ndarray]) -> Sample:
+  path = sample.label
+  return sample._replace(read_label=lambda h, w: read(path))
+
+
+def _no_split(source: Path, places: Places, split: Split | None) -> str:
+  pair = next(iter(places.pairs.values()))[0]
+  there = pair.images.relative_to(source).parts
+  (other,) = places.pairs
+  name = next(part for part in there if part.lower().startswith(str(other)[:3]))
+  missing = '/'.join(str(split) if part == name else part for part in there)
+  more = f', beside {places.unused[0]},' if places.unused else ''
+  return f'There is no folder {missing} in {source}{more}: add the {split} images.'
+
+
+def _relative(source: Path, pairs: Sequence[Pair], which: str) -> str:
+  folders = [getattr(pair, which).relative_to(source).as_posix() for pair in pairs]
+  names = list(dict.fromkeys(folders))
+  return ', '.join(names[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+
+
+def _sentence(
+  source: Path, pairs: Sequence[Pair], places: Places, reading: _Reading, table: ClassTable | None
+) -> str:
+  labels, images = (_relative(source, pairs, which) for which in ('labels', 'images'))
+  where = f'beside their images in {images}' if labels == images else f'in {labels}'
+  parts = [f'{reading.what} {where}', '' if labels == images else f'images in {images}']
+  if table and reading.names:
+    parts.append(f'{len(reading.names)} classes of {os.path.relpath(table.file, source)}')
+  if places.unused:
+    parts.append(f'{" and ".join(places.unused)} is not used')
+  return '; '.join(part for part in parts if part)
+
+
+def _own_table(own: Mapping[str, Any], source: Path) -> ClassTable | None:
+  """The table of `dataset.json`, if it has colors."""
+  palette = own.get('palette', ())
+  if not palette:
+    return None
+  colors = tuple((r, g, b) for r, g, b in palette)
+  twice = next((list(color) for color in colors if colors.count(color) > 1), None)
+  names = own.get('classes', ())
+  if len(names) != len(colors):
+    names = [f'color {index}' for index in range(len(colors))]
+  return ClassTable(tuple(names), () if twice else colors, str(source / DESCRIPTION))
+
+
+def _reading(
+  paths: Sequence[Path], table: ClassTable | None, own: Mapping[str, Any], source: Path
+) -> _Reading:
+  """Decides how label files are read.
+
+  Raises:
+    UserError: If they are in colors and there is no table of them.
+  """
+  found = scan(paths)
+  names = table.names if table else ()
+  if table and _is_by_color(found, table):
+    _check_distinct(table)
+    key = f'colors {json.dumps(table.colors)}'
+    read = functools.partial(read_colors, palette=table.colors, where=table.file)
+    return _Reading('label maps in colors', names, table.colors, read, key)
+  if found.kind == 'colors':
+    raise UserError(_palette_to_paste(paths, source))
+  # The palette of `dataset.json` is for pictures then, and its classes are joined later.
+  is_own = table is not None and table.file == str(source / DESCRIPTION)
+  colors = table.colors if table and not is_own else ()
+  names = () if is_own else names
+  if found.kind == 'binary' and _may_be_binary(own, names):
+    names = (_BLACK, _WHITE)[: 2 - len(names)] + tuple(names) if len(names) < 2 else names
+    what = f'black-and-white label maps (0 is {names[0]}, 255 is {names[1]})'
+    return _Reading(what, names, colors if len(colors) == 2 else (), read_binary, 'binary')
+  if found.is_colored or found.kind == 'gray':
+    what = 'label maps of class indices in three equal channels or 16 bits'
+    return _Reading(what, names, colors, read_gray, 'gray')
+  return _Reading('label maps of class indices', names, colors)
+
+
+def _is_by_color(found: Scan, table: ClassTable) -> bool:
+  """Whether label files show classes by the colors of a table."""
+  if found.kind == 'colors':
+    return bool(table.colors)
+  if found.is_colored:  # gray ones, such as (1, 1, 1)
+    seen = {(value, value, value) for value in found.values}
+    return bool(seen) and seen <= set(table.colors)
+  if table.file.endswith(DESCRIPTION):
+    return False  # for pictures
+  seen = found.palette or [(value, value, value) for value in found.values]
+  is_index = all(
+    table.colors[value : value + 1] == (color,)
+    for value, color in zip(found.values, seen, strict=True)
+  )
+  return set(seen) <= set(table.colors) and not is_index
+
+
+def _may_be_binary(own: Mapping[str, Any], names: Sequence[str]) -> bool:
+  """Whether 255 is not known to have no class, and there may be two classes."""
+  wanted = own.get('classes', names)
+  counts = {len(wanted) or 2, own.get('num_classes') or 2}
+  return (
+    counts <= {1, 2}
+    and IGNORE not in own.get('ignore_labels', ())
+    and not own.get('reduce_zero_label')
+    and not own.get('label_map')
+  )
+
+
+def _check_distinct(table: ClassTable) -> None:
+  twice = next((list(color) for color in table.colors if table.colors.count(color) > 1), None)
+  if twice:
+    raise UserError(f'Two classes have the color {twice} in {table.file}: give each its own.')
+
+
+def _palette_to_paste(paths: Sequence[Path], source: Path) -> str:
+  counts = all_colors(paths)
+  folder = paths[0].parent
+  if len(counts) > MOST_COLORS:
+    return (
+      f'The label maps in {folder} have more than {MOST_COLORS} colors, such as '
+      f'{describe_colors(dict(counts.most_common(3)))}: they are no label maps, or smoothed '
+      'or compressed; export them as PNG files of class indices or of one color for each class.'
     )
-  image_files, label_files = files_below(image_folder), files_below(label_folder)
-  images = by_stem(image_folder, image_files, IMAGE_SUFFIXES)
-  labels = by_stem(label_folder, label_files, ['.png'])
-  if not images:
-    raise UserError(f'Folder {image_folder} holds no images: put the {split} images there.')
-  other_labels = {  # e.g. TIFF files
-    in_one_form(path.relative_to(label_folder).with_suffix('').as_posix()): path
-    for path in label_files
+  colors = [color for color, _ in counts.most_common()]
+  description = {
+    'classes': [f'color {index}' for index in range(len(colors))],
+    'palette': [list(color) for color in colors],
   }
-  samples, incomplete = [], {}
-  for stem, image in images.items():
-    name = in_one_form(image.relative_to(image_folder).as_posix())
-    label = labels.get(stem)
-    if not label:
-      found = f', found {other_labels[stem]}' if stem in other_labels else ''
-      incomplete[name] = (
-        f'Image {image} has no label map: expected {label_folder / f"{stem}.png"}{found}.'
-      )
-    elif reason := no_files(image, label):
-      incomplete[name] = reason
-    else:
-      samples.append(Sample(stem, image, label))
-  taken = set(images.values())
-  others = [path.name for path in image_files if path not in taken]
-  return Listing(samples, incomplete, len(labels.keys() - images.keys()), others)
+  return (
+    f'The label maps in {folder} are in colors, and no file beside them says which class each is: '
+    f'name the classes, in the order that you want, in {source / DESCRIPTION}, as in\n  '
+    f'{json.dumps(description)}\nThere are {describe_colors(dict(counts.most_common()))}.'
+  )

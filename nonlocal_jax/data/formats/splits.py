@@ -1,12 +1,41 @@
-"""Divides images into those for training and those for validation."""
+"""Divides images into those for training and those for validation, by lists or by itself."""
 
-from collections.abc import Mapping
+import hashlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from PIL import Image
+
 from nonlocal_jax.data.datasets import Split
-from nonlocal_jax.data.samples import Listing
+from nonlocal_jax.data.paths import (
+  IMAGE_SUFFIXES,
+  in_one_form,
+  is_remote,
+  read_text,
+  without_suffix,
+)
+from nonlocal_jax.data.samples import Listing, Sample
+from nonlocal_jax.data.transforms import IGNORE, decode_image
+from nonlocal_jax.data.validation import decoded, read_file, read_label
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.files import write_whole
+from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.runtime.progress import progress_bar
+
+SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
+  'train': ('train', 'training'),
+  'val': ('val', 'valid', 'validation'),
+}
+_LIST_FOLDERS = ('', 'ImageSets/Segmentation', 'ImageSets')
+_SEED = 0
+_VAL_SHARE = 0.2
+_ATTEMPTS = 20
+_READERS = 32  # threads that read from a bucket, where latency dominates
 
 
 class Division(NamedTuple):
@@ -24,14 +53,288 @@ class Division(NamedTuple):
 def divided(source: Path, listing: Listing) -> Division:
   """Divides the images of a folder into splits.
 
+  The lists train.txt and val.txt in the folder, in ImageSets/Segmentation or in ImageSets have an
+  image in each line: its path or the end of it, with or without suffix. With one of the lists, the
+  other split has all other images. Without lists, the images are divided by `choose_val`, and
+  train.txt and val.txt are written into the folder, where later runs and other programs find them.
+
   Args:
     source: The folder or bucket.
-    listing: All images.
+    listing: All images. Those without a label map are divided as well.
 
   Returns:
     The images of each split.
 
   Raises:
-    UserError: If lists name no images.
+    UserError: If lists name no images, or contradict each other; or there are none and none can be
+      written.
   """
-  raise UserError(f'The images of {source} are not divided into train and val.')
+  lists = _find_lists(source)
+  names = [sample.id for sample in listing.samples]
+  names += [_stem(name) for name in listing.incomplete]
+  if not lists:
+    parts = _divide(source, listing, names)
+    sentence = (
+      f'No list divides the images: {len(parts["train"]):,} were chosen for training and '
+      f'{len(parts["val"]):,} for validation, see train.txt and val.txt there'
+    )
+    return Division({split: _part(listing, set(ids), {}) for split, ids in parts.items()}, sentence)
+  known = _Names(names)
+  found: dict[Split, set[str]] = {}
+  missing: dict[Split, dict[str, str]] = {'train': {}, 'val': {}}
+  for split, path in lists.items():
+    found[split] = set()
+    for number, line in _lines(path):
+      name = known.find(line)
+      if name is None:
+        missing[split][line] = (
+          f'There is no image {line!r} in {source}, which {path} names in line {number}: add it, '
+          'or strike it out there.'
+        )
+      else:
+        found[split].add(name)
+  if len(found) == 2:
+    if both := sorted(found['train'] & found['val']):
+      more = f' and {len(both) - 1} more' if len(both) > 1 else ''
+      raise UserError(
+        f'Image {both[0]!r}{more} stands both in {lists["train"]} and in {lists["val"]}: strike it '
+        'out in one of them.'
+      )
+    neither = len(set(names) - found['train'] - found['val'])
+    sentence = f'{_listed(source, lists.values())} divide the images'
+    if neither:
+      sentence += f'; {neither:,} are in neither list and left out'
+  else:
+    ((split, path),) = lists.items()
+    other: Split = 'val' if split == 'train' else 'train'
+    found[other] = set(names) - found[split]
+    sentence = (
+      f'{_listed(source, [path])} lists the {split} images; the other {len(found[other]):,} are '
+      f'{other} images'
+    )
+    if not found[other]:
+      raise UserError(
+        f'{path} names all images of {source}, so that none is left for {other}: strike some out.'
+      )
+  listings = {split: _part(listing, found[split], missing[split]) for split in found}
+  return Division(listings, sentence)
+
+
+def _part(listing: Listing, names: set[str], missing: Mapping[str, str]) -> Listing:
+  incomplete = {name: reason for name, reason in listing.incomplete.items() if _stem(name) in names}
+  return listing._replace(
+    samples=[sample for sample in listing.samples if sample.id in names],
+    incomplete={**incomplete, **missing},
+  )
+
+
+def _stem(name: str) -> str:
+  return without_suffix(name, IMAGE_SUFFIXES) or name
+
+
+def _listed(source: Path, paths) -> str:
+  return ' and '.join(path.relative_to(source).as_posix() for path in paths)
+
+
+def _find_lists(source: Path) -> dict[Split, Path]:
+  """The list of each split, from the one folder that has some.
+
+  Raises:
+    UserError: If several folders have lists, or a folder has two of a split.
+  """
+  found: dict[Split, Path] = {}
+  for folder in _LIST_FOLDERS:
+    place = source / folder if folder else source
+    here: dict[Split, Path] = {}
+    for path in sorted(place.iterdir()) if place.is_dir() else []:
+      for split, stems in SPLIT_NAMES.items():
+        if path.name.lower() in [f'{stem}.txt' for stem in stems] and path.is_file():
+          if split in here:
+            raise UserError(f'{here[split]} and {path} both list {split} images: delete one.')
+          here[split] = path
+    if here and found:
+      one, other = (next(iter(lists.values())) for lists in (found, here))
+      raise UserError(f'{one} and {other} both divide the images: delete the lists of one folder.')
+    found = found or here
+  return {split: found[split] for split in SPLIT_NAMES if split in found}
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+  """The lines of a list with their numbers, without empty ones.
+
+  Raises:
+    UserError: If there are none.
+  """
+  lines = [line.strip() for line in read_text(path).splitlines()]
+  numbered = [(number, line) for number, line in enumerate(lines, 1) if line]
+  if not numbered:
+    raise UserError(f'There are no image names in {path}: add them, or delete the list.')
+  return numbered
+
+
+class _Names:
+  """Finds images by what stands in lists."""
+
+  def __init__(self, names: Sequence[str]):
+    self._names = set(names)
+    self._by_last: dict[str, list[str]] = {}
+    for name in names:
+      self._by_last.setdefault(name.rpartition('/')[2], []).append(name)
+
+  def find(self, line: str) -> str | None:
+    """Finds a whole line or its first word, with or without leading folders and suffix."""
+    for text in (line, line.split()[0], line.split(',')[0]):
+      path = in_one_form(text).replace('\\', '/').strip('/')
+      for name in dict.fromkeys((path, without_suffix(path, IMAGE_SUFFIXES) or path)):
+        while name not in self._names and '/' in name:
+          name = name.partition('/')[2]
+        if name in self._names:
+          return name
+        if len(same := self._by_last.get(name, [])) == 1:
+          return same[0]
+    return None
+
+
+def _divide(source: Path, listing: Listing, names: Sequence[str]) -> dict[Split, list[str]]:
+  """Chooses the val images and writes the lists.
+
+  Raises:
+    UserError: If there is one image only, or the lists cannot be written.
+  """
+  if len(names) < 2:
+    raise UserError(
+      f'Folder {source} has {len(names)} image, which cannot be divided into train and val: add '
+      'more.'
+    )
+  present = np.zeros((len(names), IGNORE), bool)
+  present[: len(listing.samples)] = _present_classes(listing.samples)
+  is_val = choose_val(names, present)
+  parts: dict[Split, list[str]] = {
+    split: [name for name, val in zip(names, is_val, strict=True) if val == (split == 'val')]
+    for split in SPLIT_NAMES
+  }
+  for split, ids in parts.items():
+    _write_list(source / f'{split}.txt', ids)
+  if is_first_process():
+    print(
+      f'The images of {source} were divided into {len(parts["train"]):,} for training and '
+      f'{len(parts["val"]):,} for validation, as train.txt and val.txt there say.',
+      file=sys.stderr,
+    )
+  return parts
+
+
+def _write_list(path: Path, names: Sequence[str]) -> None:
+  text = ''.join(f'{name}\n' for name in names)
+  try:
+    if path.exists():
+      if read_text(path) != text:  # another process writes the same
+        raise UserError(f'{path} was written by somebody else in the meantime: start again.')
+    elif is_remote(path):
+      path.write_text(text, encoding='utf-8')
+    else:
+      write_whole(path, text)
+  except Exception as error:  # clients of buckets raise many types
+    cause = error.__cause__ or error
+    reason = getattr(cause, 'strerror', None) or str(error).rstrip('.') or type(error).__name__
+    raise UserError(
+      f'The images of {path.parent} are not divided into train and val, and the list {path.name} '
+      f'cannot be written there ({reason}): put images and labels into folders train and val, or '
+      'add train.txt and val.txt with an image name in each line.'
+    ) from error
+
+
+def _present_classes(samples: Sequence[Sample]) -> np.ndarray:
+  """Which values but 255 each label map has, (samples, 255) bool; none for broken ones."""
+  present = np.zeros((len(samples), IGNORE), bool)
+  remote = bool(samples) and is_remote(samples[0].label)
+  pool = ThreadPoolExecutor(_READERS if remote else os.cpu_count())
+  try:
+    with progress_bar(len(samples), 'Reading label maps', unit='img', leave=False) as bar:
+      for index, values in enumerate(pool.map(_values, samples)):
+        present[index] = values
+        bar.update()
+  finally:
+    pool.shutdown(cancel_futures=True)
+  return present
+
+
+def _values(sample: Sample) -> np.ndarray:
+  try:
+    h, w = _size(sample.image) if sample.read_label else (0, 0)
+    label, _ = read_label(sample, h, w)
+  except UserError:  # told when the sample is prepared
+    return np.zeros(IGNORE, bool)
+  return np.bincount(label.ravel(), minlength=IGNORE + 1)[:IGNORE] > 0
+
+
+def _size(path: Path) -> tuple[int, int]:
+  """The height and width of an image once it is turned as its EXIF orientation says."""
+  try:
+    with path.open('rb') as file, Image.open(file) as image:
+      (w, h), orientation = image.size, image.getexif().get(0x0112, 1)
+  except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
+    image = decoded(path, read_file(path), decode_image)
+    return image.shape[:2]
+  return (w, h) if orientation > 4 else (h, w)
+
+
+def choose_val(names: Sequence[str], present: np.ndarray, *, seed: int = _SEED) -> np.ndarray:
+  """Chooses a fifth of the images, so that both parts have every class where that is possible.
+
+  Depends on the names, the labels and the seed alone, not on the order of the images. A class of
+  one image stays in training. More than a fifth are chosen where fewer do not have all classes, but
+  at most half.
+
+  Args:
+    names: Their names.
+    present: Which classes each has, (images, classes) bool.
+    seed: Seed of the order in which images are considered.
+
+  Returns:
+    Which images are for validation, (images,) bool; at least one is, and not all.
+  """
+  repeated = present.sum(0) > 1
+  best, most = np.zeros(len(names), bool), -1
+  for attempt in range(_ATTEMPTS):
+    is_val = _choose(names, present, f'{seed} {attempt}', greedy=attempt == 0)
+    in_both = int((present[is_val].any(0) & present[~is_val].any(0)).sum())
+    if in_both > most:
+      best, most = is_val, in_both
+    if most == repeated.sum():
+      break
+  return best
+
+
+def _choose(names: Sequence[str], present: np.ndarray, salt: str, *, greedy: bool) -> np.ndarray:
+  """Chooses in an order that the salt decides; if greedy, first what has most classes."""
+  digests = [hashlib.sha256(f'{salt} {name}'.encode()).digest() for name in names]
+  order = np.array(sorted(range(len(names)), key=digests.__getitem__))
+  present = present[order]
+  is_val = np.zeros(len(names), bool)
+  in_train = present.sum(0)
+  total = in_train.copy()
+
+  def take(index: int) -> None:
+    is_val[index] = True
+    in_train[present[index]] -= 1
+
+  while is_val.sum() < len(names) // 2:
+    covered = present[is_val].any(0)
+    wanted = np.flatnonzero((total > 1) & ~covered)
+    free = ~is_val & ~present[:, in_train == 1].any(1)
+    wanted = [c for c in wanted[np.argsort(total[wanted], kind='stable')] if present[free, c].any()]
+    if not wanted:
+      break
+    candidates = np.flatnonzero(free & present[:, wanted[0]])
+    gain = present[candidates][:, wanted].sum(1) * greedy
+    take(candidates[np.argmax(gain)])
+  count = max(1, round(_VAL_SHARE * len(names)))
+  for index in range(len(names)):
+    if is_val.sum() < count and not is_val[index] and (in_train[present[index]] > 1).all():
+      take(index)
+  if not is_val.any():
+    take(int(np.argmin(present[:, in_train == 1].sum(1))))
+  chosen = np.zeros(len(names), bool)
+  chosen[order] = is_val
+  return chosen

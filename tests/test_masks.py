@@ -1,0 +1,376 @@
+"""Label maps in files of their own: indices, colors, black and white, and where they lie."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nonlocal_jax.data import datasets, layouts, preparation, prepared, transforms
+from nonlocal_jax.data.formats import detection, mask_scan
+from nonlocal_jax.errors import UserError
+from tests.scenes import COLORS, NAMES, in_colors, make_scenes, write
+
+SCENES = make_scenes()
+TABLES = {  # by the file, its contents
+  'labelmap.txt': '# label:color_rgb:parts:actions\nbackground:0,0,0::\nroad:128,64,128::\n'
+  'tree:20,160,40:leaf,trunk:grow\n',
+  'class_dict.csv': 'name,r,g,b\nbackground,0,0,0\nroad, 128, 64, 128\ntree,20,160,40\n',
+  'classes.txt': 'background 0 0 0\r\nroad 128 64 128\r\ntree 20 160 40\r\n',
+  'class_names.txt': 'background,0,0,0\nroad,128,64,128\ntree,20,160,40\n',
+  'label_colors.txt': '0 0 0\tbackground\n128 64 128\t\troad\n20 160 40\ttree\n',
+  'obj_class_to_machine_color.json': '{"road": [128, 64, 128], "tree": [20, 160, 40]}',
+  'dataset.json': json.dumps({'classes': NAMES, 'palette': COLORS}),
+}
+
+
+def prepared_labels(source: Path, tmp_path: Path) -> dict[str, np.ndarray]:
+  """The class indices of each image as training sees them."""
+  description = detection.read_folder(source).description
+  known = {} if 'classes' in description else {'num_classes': 3}
+  dataset = datasets.custom_dataset(**known, **description)
+  opened = preparation.prepare(dataset, source, data_dir=tmp_path / 'tfds')
+  for split in opened.values():
+    prepared.check_split(split, dataset)
+  return {
+    record['id'].rpartition('/')[2]: dataset.label_lookup[transforms.decode_label(record['label'])]
+    for split in opened.values()
+    for record in split
+  }
+
+
+def write_scenes(source, scenes=SCENES, *, encode=in_colors, mode=None, labels='labels'):
+  """Writes all but two scenes for training and those for validation."""
+  for index, scene in enumerate(scenes):
+    split = 'val' if index < 2 else 'train'
+    write(source / f'images/{split}/{scene.name}.jpg', scene.image)
+    write(source / f'{labels}/{split}/{scene.name}.png', encode(scene.label), mode)
+
+
+def check(found, scenes=SCENES):
+  assert found.keys() == {scene.name for scene in scenes}
+  for scene in scenes:
+    np.testing.assert_array_equal(found[scene.name], scene.label)
+
+
+@pytest.mark.parametrize('table', TABLES)
+def test_colors_are_classes_by_each_table(table, tmp_path):
+  write_scenes(tmp_path / 'source')
+  (tmp_path / 'source' / table).write_text(TABLES[table])
+  description = detection.read_folder(tmp_path / 'source').description
+  assert description == {'classes': list(NAMES), 'palette': [list(color) for color in COLORS]}
+  check(prepared_labels(tmp_path / 'source', tmp_path))
+
+
+def test_colors_in_four_channels(tmp_path):
+  write_scenes(tmp_path / 'source', mode='RGBA')
+  (tmp_path / 'source/labelmap.txt').write_text(TABLES['labelmap.txt'])
+  check(prepared_labels(tmp_path / 'source', tmp_path))
+
+
+def test_colors_in_a_palette_with_one_of_them_twice(tmp_path):
+  def encode(label):
+    image = Image.fromarray(np.where(label == 2, 7, label + 3).astype(np.uint8))
+    colors = np.zeros((256, 3), np.uint8)
+    colors[[4, 7, 9]] = COLORS[1], COLORS[2], COLORS[1]
+    pixels = np.asarray(image).copy()
+    pixels[::2][pixels[::2] == 4] = 9
+    image = Image.fromarray(pixels)
+    image.putpalette(colors.ravel().tolist())
+    return image
+
+  for index, scene in enumerate(SCENES):
+    split = 'val' if index < 2 else 'train'
+    write(tmp_path / f'source/images/{split}/{scene.name}.jpg', scene.image)
+    path = tmp_path / f'source/labels/{split}/{scene.name}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encode(scene.label).save(path)
+  (tmp_path / 'source/labelmap.txt').write_text(TABLES['labelmap.txt'])
+  check(prepared_labels(tmp_path / 'source', tmp_path))
+
+
+@pytest.mark.parametrize('table', ['dataset.json', 'classes.txt'])
+def test_indices_of_a_palette_count_where_its_colors_are_those_of_no_table(table, tmp_path):
+  """As always for the palette of `dataset.json`, which pictures are drawn with."""
+  write_scenes(tmp_path / 'source', encode=lambda label: label, mode='P')
+  (tmp_path / 'source' / table).write_text(TABLES[table])
+  found = detection.read_folder(tmp_path / 'source')
+  assert (found.reading, found.description['classes']) == ('', list(NAMES))
+  check(prepared_labels(tmp_path / 'source', tmp_path))
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'LA', 'I;16'])
+def test_indices_in_one_channel_in_equal_ones_and_in_sixteen_bits(mode, tmp_path):
+  deep = mode == 'I;16'
+  write_scenes(
+    tmp_path / 'source',
+    encode=lambda label: label.astype(np.uint16) if deep else label,
+    mode=None if deep else mode,
+  )
+  (tmp_path / 'source/classes.txt').write_text('\n'.join(NAMES))
+  found = detection.read_folder(tmp_path / 'source')
+  assert found.description == {'classes': list(NAMES)}
+  check(prepared_labels(tmp_path / 'source', tmp_path))
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'P'])
+def test_black_and_white_is_background_and_foreground(mode, tmp_path):
+  scenes = make_scenes(12, classes=2)
+  write_scenes(tmp_path / 'source', scenes, encode=lambda label: label * np.uint8(255), mode=mode)
+  found = detection.read_folder(tmp_path / 'source')
+  assert found.description == {'classes': ['background', 'foreground']}
+  assert '(0 is background, 255 is foreground)' in found.sentence
+  check(prepared_labels(tmp_path / 'source', tmp_path), scenes)
+
+
+@pytest.mark.parametrize(
+  ('own', 'classes'),
+  [
+    ({'classes': ['fine', 'crack']}, ['fine', 'crack']),
+    ({'classes': ['foreground', 'background']}, ['foreground', 'background']),
+    ({'num_classes': 2}, ['background', 'foreground']),
+  ],
+)
+def test_black_and_white_with_names(own, classes, tmp_path):
+  scenes = make_scenes(classes=2)
+  write_scenes(tmp_path / 'source', scenes, encode=lambda label: label * np.uint8(255))
+  (tmp_path / 'source/dataset.json').write_text(json.dumps(own))
+  assert detection.read_folder(tmp_path / 'source').description['classes'] == classes
+  found = prepared_labels(tmp_path / 'source', tmp_path)
+  if classes[0] == 'foreground':
+    found = {name: 1 - label for name, label in found.items()}
+  check(found, scenes)
+
+
+def test_one_name_in_classes_txt_is_that_of_white(tmp_path):
+  scenes = make_scenes(classes=2)
+  write_scenes(tmp_path / 'source', scenes, encode=lambda label: label * np.uint8(255))
+  (tmp_path / 'source/classes.txt').write_text('crack\n')
+  assert detection.read_folder(tmp_path / 'source').description['classes'] == [
+    'background',
+    'crack',
+  ]
+
+
+@pytest.mark.parametrize(
+  'own', [{'ignore_labels': [255]}, {'num_classes': 3}, {'label_map': [0, 1]}, {'classes': NAMES}]
+)
+def test_where_255_may_mean_no_class_it_is_not_guessed(own, tmp_path):
+  scenes = make_scenes(classes=2)
+  write_scenes(tmp_path / 'source', scenes, encode=lambda label: label * np.uint8(255))
+  (tmp_path / 'source/dataset.json').write_text(json.dumps(own))
+  found = detection.read_folder(tmp_path / 'source')
+  assert (found.reading, found.description) == (
+    '',
+    {**own, **{k: list(v) for k, v in own.items() if k == 'classes'}},
+  )
+
+
+def test_one_other_value_in_one_file_makes_255_no_class(tmp_path, monkeypatch):
+  monkeypatch.setattr(mask_scan, '_FIRST', 2)
+  scenes = make_scenes(20, classes=2)
+  write_scenes(tmp_path / 'source', scenes, encode=lambda label: label * np.uint8(255))
+  assert detection.read_folder(tmp_path / 'source').reading == 'binary'
+  path = tmp_path / f'source/labels/train/{scenes[-1].name}.png'
+  write(path, scenes[-1].label)
+  assert detection.read_folder(tmp_path / 'source').reading == ''
+
+
+def test_many_files_are_read_once_to_find_black_and_white(tmp_path, monkeypatch):
+  monkeypatch.setattr(mask_scan, 'cache_folder', lambda: tmp_path / 'cache')
+  scenes = make_scenes(20, classes=2)
+  write_scenes(tmp_path / 'source', scenes, encode=lambda label: label * np.uint8(255))
+  contents, read = mask_scan.contents, []
+
+  def counted(path):
+    read.append(path)
+    return contents(path)
+
+  monkeypatch.setattr(mask_scan, 'contents', counted)
+  assert detection.read_folder(tmp_path / 'source').reading == 'binary'
+  assert len(set(read)) == 20
+  read.clear()
+  assert detection.read_folder(tmp_path / 'source').reading == 'binary'
+  assert len(read) == mask_scan._FIRST
+  (kept,) = (tmp_path / 'cache/label_kinds').iterdir()
+  kept.write_text(kept.read_text().replace('binary', 'index'))  # damaged
+  assert detection.read_folder(tmp_path / 'source').reading == 'binary'
+
+
+def test_files_of_indices_are_told_by_the_first(tmp_path, monkeypatch):
+  write_scenes(tmp_path / 'source', encode=lambda label: label)
+  contents, read = mask_scan.contents, []
+
+  def counted(path):
+    read.append(path)
+    return contents(path)
+
+  monkeypatch.setattr(mask_scan, 'contents', counted)
+  detection.read_folder(tmp_path / 'source')
+  assert len(read) == 1
+
+
+def complaint(source, tmp_path, **options):
+  with pytest.raises(UserError) as error:
+    preparation.prepare(
+      datasets.custom_dataset(3), source, splits=['train'], data_dir=tmp_path / 'tfds', **options
+    )
+  return str(error.value)
+
+
+def test_colors_of_no_class_are_counted(tmp_path):
+  source = tmp_path / 'source'
+  write_scenes(source)
+  (source / 'labelmap.txt').write_text(TABLES['labelmap.txt'])
+  path = source / 'labels/train/scene_3.png'
+  pixels = in_colors(SCENES[3].label)
+  pixels[0, :6], pixels[1, :2] = (1, 2, 3), (0, 0, 1)
+  write(path, pixels)
+  assert complaint(source, tmp_path) == (
+    f'Label map {path} has colors of no class, [1, 2, 3] (6 pixels), [0, 0, 1] (2 pixels): add '
+    f'them to {source}/labelmap.txt, or export the file anew, without smoothing and without '
+    'compression that changes colors. Or leave it out with skip_bad.'
+  )
+
+
+def test_without_a_table_the_colors_are_listed_to_be_pasted(tmp_path):
+  source = tmp_path / 'source'
+  write_scenes(source)
+  with pytest.raises(UserError, match='are in colors, and no file beside them says') as error:
+    detection.read_folder(source)
+  description = json.loads(str(error.value).splitlines()[1])
+  assert sorted(map(tuple, description['palette'])) == sorted(COLORS)
+  (source / 'dataset.json').write_text(json.dumps(description))
+  found = prepared_labels(source, tmp_path)
+  colors = np.array(description['palette'], np.uint8)
+  for scene in SCENES:
+    np.testing.assert_array_equal(colors[found[scene.name]], in_colors(scene.label))
+
+
+def test_smoothed_label_maps_are_no_palette(tmp_path):
+  rng = np.random.default_rng(0)
+  write_scenes(
+    tmp_path / 'source',
+    encode=lambda label: rng.integers(256, size=(*label.shape, 3), dtype=np.uint8),
+  )
+  with pytest.raises(UserError, match=r'more than 255 colors, such as .* smoothed or compressed'):
+    detection.read_folder(tmp_path / 'source')
+
+
+@pytest.mark.parametrize(
+  ('pixels', 'options', 'sentence'),
+  [
+    (np.full((9, 9, 4), 9, np.uint8), {}, 'is a label map with transparent pixels: replace it'),
+    (np.full((9, 9), 300, np.uint16), {}, 'is a label map of 16 bits whose values reach 300, over'),
+  ],
+)
+def test_label_maps_that_lose_something_are_refused(pixels, options, sentence, tmp_path):
+  source = tmp_path / 'source'
+  write_scenes(source, encode=lambda label: pixels)
+  assert sentence in complaint(source, tmp_path)
+
+
+def test_a_label_map_of_another_kind_than_the_others_is_refused(tmp_path):
+  source = tmp_path / 'source'
+  write_scenes(source, encode=lambda label: label)
+  path = source / 'labels/train/scene_5.png'
+  write(path, in_colors(SCENES[5].label))
+  assert complaint(source, tmp_path) == (
+    f'File {path} is not a label map of one channel of 8 bits but RGB: replace it. Or leave it out '
+    'with skip_bad.'
+  )
+
+
+def test_jpeg_label_maps_are_refused_with_the_reason(tmp_path):
+  source = tmp_path / 'source'
+  for scene in SCENES:
+    write(source / f'images/train/{scene.name}.jpg', scene.image)
+    write(source / f'labels/train/{scene.name}.jpg', in_colors(scene.label))
+  assert complaint(source, tmp_path) == (
+    f'Image {source}/images/train/scene_0.jpg has no label map: expected {source}/labels/train/'
+    f'scene_0.png, found {source}/labels/train/scene_0.jpg, a format whose compression changes '
+    'labels: export PNG files.'
+  )
+
+
+@pytest.mark.parametrize(
+  ('name', 'text', 'sentence'),
+  [
+    ('labelmap.txt', 'a:0,0,0::\nb\n', "('b' is not name:r,g,b::): mend it"),
+    ('labelmap.txt', 'a:0,0,0::\na:1,0,0::\n', "(it has 'a' twice among its names)"),
+    ('labelmap.txt', 'a:0,0,0::\nb:0,0,0::\n', '(it has (0, 0, 0) twice among its colors)'),
+    ('labelmap.txt', 'a:0,0,0::\nb:0,0,256::\n', '(color (0, 0, 256) is beyond 255)'),
+    ('labelmap.txt', '# nothing\n', '(it is empty)'),
+    ('class_dict.csv', 'a,0,0,0\n', '(its first line is not name,r,g,b)'),
+    ('class_dict.csv', 'name,r,g,b\na,0,0\n', "('a,0,0' is not name,r,g,b)"),
+    ('_classes.csv', 'Pixel Value, Class\n0, a\n2, b\n', '(its pixel values are not 0, 1, ... wi'),
+    ('_classes.csv', 'Pixel Value, Class\nx, a\n', "('x,a' is not a new pixel value and a class)"),
+    ('classes.txt', 'a 0 0 0\nb\n', "('b' is not name r g b, as others are)"),
+    ('label_colors.txt', 'a 0 0 0\n', "('a 0 0 0' is not r g b name)"),
+    ('obj_class_to_machine_color.json', '{"a": [1, 2]}', "(the color of 'a' is not [r, g, b])"),
+    ('obj_class_to_machine_color.json', '[]', '(no JSON object)'),
+  ],
+)
+def test_a_wrong_table_is_a_sentence(name, text, sentence, tmp_path):
+  write_scenes(tmp_path)
+  (tmp_path / name).write_text(text)
+  with pytest.raises(UserError) as error:
+    detection.read_folder(tmp_path)
+  assert str(error.value).startswith(f'File {tmp_path / name} is no table of classes')
+  assert sentence in str(error.value)
+
+
+def test_tables_that_differ_are_refused_and_equal_ones_are_one(tmp_path):
+  write_scenes(tmp_path)
+  for name in ('labelmap.txt', 'class_dict.csv'):
+    (tmp_path / name).write_text(TABLES[name])
+  assert detection.read_folder(tmp_path).description['classes'] == list(NAMES)
+  (tmp_path / 'classes.txt').write_text('a\nb\nc\n')
+  with pytest.raises(UserError, match=r'labelmap\.txt and .*classes\.txt name different classes'):
+    detection.read_folder(tmp_path)
+
+
+ARRANGEMENTS = {  # of image and label map, with SPLIT where splits have folders
+  'images and masks': ('images/SPLIT/{}.jpg', 'masks/SPLIT/{}.png'),
+  'mmsegmentation': ('img_dir/SPLIT/{}.jpg', 'ann_dir/SPLIT/{}.png'),
+  'upper case': ('Images/SPLIT/{}.JPG', 'Labels/SPLIT/{}.PNG'),
+  'training and validation': ('images/SPLITing/{}.jpg', 'annotations/SPLITing/{}.png'),
+  'one folder of label maps': ('images/SPLIT/{}.jpg', 'labels/{}.png'),
+  'splits first': ('SPLIT/images/{}.png', 'SPLIT/masks/{}.png'),
+  'CamVid': ('SPLIT/{}.png', 'SPLIT_labels/{}_L.png'),
+  'SegNet': ('SPLIT/{}.png', 'SPLITannot/{}.png'),
+  'side by side': ('SPLIT/{}.jpg', 'SPLIT/{}_mask.png'),
+  'names with suffix': ('images/SPLIT/{}.jpg', 'labels/SPLIT/{}.jpg.png'),
+  'subfolders': ('images/SPLIT/a b/é/{}.jpg', 'labels/SPLIT/a b/é/{}.png'),
+  'datasets': ('one/img/{}.png', 'one/masks_machine/{}.png'),
+  'two folders': ('JPEGImages/{}.jpg', 'SegmentationClass/{}.png'),
+  'one folder': ('{}.jpg', '{}.png'),
+  'one folder with endings': ('{}.png', '{}_mask.png'),
+}
+
+
+@pytest.mark.parametrize('arrangement', ARRANGEMENTS)
+def test_images_and_label_maps_are_found_in_the_usual_folders(arrangement, tmp_path):
+  for index, scene in enumerate(SCENES):
+    for name, pixels in zip(ARRANGEMENTS[arrangement], (scene.image, scene.label), strict=True):
+      split = 'train' if index > 1 else 'valid' if 'ing/' not in name else 'valida'
+      name = name.replace('validing', 'validation')
+      path = name.format(scene.name).replace(
+        'SPLITing', {'train': 'training'}.get(split, 'validation')
+      )
+      write(tmp_path / 'source' / path.replace('SPLIT', split), pixels)
+  found = {
+    split: layouts.list_samples(datasets.custom_dataset(3), tmp_path / 'source', split)
+    for split in ('train', 'val')
+  }
+  for listing in found.values():
+    assert not listing.incomplete
+    assert not listing.passed_over
+  assert sum(len(listing.samples) for listing in found.values()) == 6
+  if 'SPLIT' in ARRANGEMENTS[arrangement][0]:
+    assert {sample.id.rpartition('/')[2] for sample in found['val'].samples} == {
+      'scene_0',
+      'scene_1',
+    }
+  check(prepared_labels(tmp_path / 'source', tmp_path))

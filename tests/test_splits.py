@@ -1,0 +1,235 @@
+"""Images are divided into those for training and for validation, by lists or by themselves."""
+
+import itertools
+import os
+
+import numpy as np
+import pytest
+
+from nonlocal_jax.data import datasets, layouts
+from nonlocal_jax.data.formats import detection, splits
+from nonlocal_jax.errors import UserError
+from tests.scenes import make_scenes, write
+
+SCENES = make_scenes(10)
+NAMES = [scene.name for scene in SCENES]
+
+
+@pytest.fixture
+def source(tmp_path):
+  """A folder of images and label maps without splits."""
+  folder = tmp_path / 'source'
+  for scene in SCENES:
+    write(folder / f'images/{scene.name}.jpg', scene.image)
+    write(folder / f'labels/{scene.name}.png', scene.label)
+  return folder
+
+
+def listed(source):
+  found = {
+    split: layouts.list_samples(datasets.custom_dataset(3), source, split)
+    for split in ('train', 'val')
+  }
+  return {split: [sample.id for sample in listing.samples] for split, listing in found.items()}
+
+
+def sentence(source):
+  return detection.full_sentence(source, detection.read_folder(source))
+
+
+def test_without_lists_they_are_chosen_and_written_down(source, capsys):
+  first = listed(source)
+  assert len(first['val']) == 2
+  assert sorted(first['train'] + first['val']) == NAMES
+  assert capsys.readouterr().err.endswith(
+    f'The images of {source} were divided into 8 for training and 2 for validation, as train.txt '
+    'and val.txt there say.\n'
+  )
+  for split, names in first.items():
+    assert (source / f'{split}.txt').read_text().splitlines() == names
+  times = [(source / f'{split}.txt').stat().st_mtime_ns for split in first]
+  assert listed(source) == first
+  assert [(source / f'{split}.txt').stat().st_mtime_ns for split in first] == times
+  assert sentence(source).endswith(' images in images. train.txt and val.txt divide the images.')
+  write(source / 'images/new.jpg', SCENES[0].image)
+  write(source / 'labels/new.png', SCENES[0].label)
+  assert listed(source) == first
+  assert sentence(source).endswith('; 1 are in neither list and left out.')
+
+
+@pytest.mark.parametrize('place', ['', 'ImageSets/Segmentation/', 'ImageSets/'])
+@pytest.mark.parametrize(
+  'text',
+  [
+    'scene_0\nscene_5\n',
+    'scene_0.jpg\r\nscene_5.JPG\r\n\r\n',
+    'images/scene_0.jpg labels/scene_0.png\nimages/scene_5.jpg labels/scene_5.png',
+    './source/images/scene_0.jpg\n/elsewhere/data/images/scene_5.jpg\n',
+    'data\\images\\scene_0.jpg\r\ndata\\images\\scene_5.jpg\r\n',
+    'scene_0.jpg,scene_0.png\n  scene_5.jpg,scene_5.png  \n',
+    '\ufeffscene_0\nscene_5\nscene_5\n',
+  ],
+)
+def test_a_list_of_val_leaves_the_others_for_training(text, place, source):
+  path = source / f'{place}val.txt'
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(text, encoding='utf-8', newline='')
+  found = listed(source)
+  assert found['val'] == ['scene_0', 'scene_5']
+  assert found['train'] == [name for name in NAMES if name not in found['val']]
+  assert not list(source.rglob('train.txt'))
+  assert sentence(source).endswith(
+    f'{place}val.txt lists the val images; the other 8 are train images.'
+  )
+
+
+def test_two_lists_and_names_with_spaces_and_of_any_script(source):
+  names = ['a b', 'Straße', 'e\u0301', '道路.v2']
+  for scene, name in zip(SCENES, names, strict=False):
+    write(source / f'images/deep down/{name}.jpg', scene.image)
+    write(source / f'labels/deep down/{name}.png', scene.label)
+  (source / 'Training.txt').write_text('a b.jpg\nimages/deep down/Straße.jpg\n')
+  (source / 'valid.txt').write_text('\u00e9\n道路.v2\n')
+  assert listed(source) == {
+    'train': ['deep down/Straße', 'deep down/a b'],
+    'val': ['deep down/\u00e9', 'deep down/道路.v2'],
+  }
+
+
+@pytest.mark.parametrize(
+  ('lists', 'said'),
+  [
+    ({'val.txt': ''}, 'There are no image names in {source}/val.txt: add them, or delete the list'),
+    (
+      {'val.txt': 'scene_1\nscene_2', 'train.txt': 'scene_3\nscene_2\n'},
+      "Image 'scene_2' stands both in {source}/train.txt and in {source}/val.txt: strike it out in",
+    ),
+    ({'val.txt': '\n'.join(NAMES)}, '{source}/val.txt names all images of {source}, so that none'),
+    (
+      {'val.txt': 'scene_1', 'ImageSets/train.txt': 'scene_2'},
+      '{source}/val.txt and {source}/ImageSets/train.txt both divide the images: delete the lists',
+    ),
+    (
+      {'val.txt': 'scene_1', 'valid.txt': 'scene_2'},
+      '{source}/val.txt and {source}/valid.txt both list val images: delete one.',
+    ),
+    ({'train.txt': 'nothing\nscene_3'}, None),
+  ],
+)
+def test_wrong_lists_are_a_sentence(lists, said, source):
+  for name, text in lists.items():
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text(text)
+  if said is None:
+    listing = layouts.list_samples(datasets.custom_dataset(3), source, 'train')
+    assert [sample.id for sample in listing.samples] == ['scene_3']
+    assert listing.incomplete == {
+      'nothing': f"There is no image 'nothing' in {source}, which {source}/train.txt names in line "
+      '1: add it, or strike it out there.'
+    }
+    return
+  with pytest.raises(UserError) as error:
+    listed(source)
+  assert str(error.value).startswith(said.format(source=source))
+
+
+def test_a_name_that_could_be_of_two_images_is_none(source):
+  for folder in ('a', 'b'):
+    write(source / f'images/{folder}/same.jpg', SCENES[0].image)
+    write(source / f'labels/{folder}/same.png', SCENES[0].label)
+  (source / 'val.txt').write_text('scene_1\nsame\n')
+  listing = layouts.list_samples(datasets.custom_dataset(3), source, 'val')
+  assert list(listing.incomplete) == ['same']
+  (source / 'val.txt').write_text('scene_1\na/same\n')
+  assert listed(source)['val'] == ['a/same', 'scene_1']
+
+
+def test_images_without_label_maps_are_divided_as_well(source):
+  (source / 'labels/scene_4.png').unlink()
+  (source / 'labels/scene_5.png').write_bytes(b'broken')
+  found = [
+    layouts.list_samples(datasets.custom_dataset(3), source, split) for split in ('train', 'val')
+  ]
+  assert sorted(name for listing in found for name in listing.incomplete) == ['scene_4.jpg']
+  lines = [(source / f'{split}.txt').read_text().split() for split in ('train', 'val')]
+  assert sorted(lines[0] + lines[1]) == NAMES
+
+
+def test_one_image_cannot_be_divided(tmp_path):
+  write(tmp_path / 'images/a.jpg', SCENES[0].image)
+  write(tmp_path / 'labels/a.png', SCENES[0].label)
+  with pytest.raises(UserError, match=r'has 1 image, which cannot be divided into train and val: '):
+    listed(tmp_path)
+  assert not (tmp_path / 'train.txt').exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(source, monkeypatch):
+  def refuse(path, text):
+    raise UserError(f'{path} cannot be written: Read-only file system.')
+
+  monkeypatch.setattr(splits, 'write_whole', refuse)
+  with pytest.raises(UserError) as error:
+    listed(source)
+  assert str(error.value) == (
+    f'The images of {source} are not divided into train and val, and the list train.txt cannot be '
+    f'written there ({source}/train.txt cannot be written: Read-only file system): put images and '
+    'labels into folders train and val, or add train.txt and val.txt with an image name in each '
+    'line.'
+  )
+
+
+def present_in(generator, images, classes, share):
+  return generator.random((images, classes)) < share
+
+
+def test_every_class_is_in_both_parts_where_possible():
+  """Against all choices of at most half of the images that leave each class in training."""
+  rng = np.random.default_rng(0)
+  for _ in range(300):
+    images, classes = int(rng.integers(2, 9)), int(rng.integers(1, 6))
+    present = present_in(rng, images, classes, rng.choice([0.2, 0.4, 0.6]))
+    is_val = splits.choose_val([f'{index}' for index in range(images)], present)
+    assert 0 < is_val.sum() <= max(1, images // 2)
+
+    def in_both(choice, present=present):
+      return int((present[choice].any(0) & present[~choice].any(0)).sum())
+
+    choices = map(np.array, itertools.product([False, True], repeat=images))
+    allowed = [
+      in_both(choice)
+      for choice in choices
+      if 0 < choice.sum() <= max(1, images // 2)
+      and (present[~choice].any(0) >= present.any(0)).all()
+    ]
+    if allowed:
+      assert in_both(is_val) == max(allowed)
+      assert (present[~is_val].any(0) == present.any(0)).all()
+
+
+@pytest.mark.parametrize('images', [2, 3, 7, 100, 999])
+def test_a_fifth_is_for_validation_whatever_the_order(images):
+  present = present_in(np.random.default_rng(images), images, 4, 0.7)
+  names = [f'image {index}' for index in range(images)]
+  is_val = splits.choose_val(names, present)
+  assert is_val.sum() == max(1, round(images / 5))
+  order = np.random.default_rng(1).permutation(images)
+  again = splits.choose_val([names[index] for index in order], present[order])
+  np.testing.assert_array_equal(again, is_val[order])
+  if images > 10:
+    other = splits.choose_val(names, present, seed=1)
+    assert (other != is_val).any()
+
+
+def test_a_class_of_one_image_stays_in_training():
+  present = np.zeros((50, 3), bool)
+  present[:, 0], present[7, 1], present[[3, 9], 2] = True, True, True
+  for seed in range(20):
+    is_val = splits.choose_val([f'{index}' for index in range(50)], present, seed=seed)
+    assert not is_val[7]
+    assert is_val[[3, 9]].sum() == 1
+
+
+def test_a_pipe_among_the_lists_is_no_list(source):
+  os.mkfifo(source / 'val.txt')
+  (source / 'train.txt').write_text('\n'.join(NAMES[:8]))
+  assert listed(source)['val'] == NAMES[8:]
