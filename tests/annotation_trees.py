@@ -272,6 +272,13 @@ def write_label_studio(root: Path) -> None:
   write_json(root / 'project-1.json', tasks)
 
 
+def png_of(mask: np.ndarray) -> bytes:
+  """A mask as a PNG file of one bit."""
+  file = io.BytesIO()
+  Image.fromarray(mask).convert('1').save(file, 'PNG')
+  return file.getvalue()
+
+
 def write_supervisely(root: Path) -> None:
   """A project of Supervisely with two datasets; the second box is a bitmap."""
   colors = zip(NAMES, ['#FF0000', '#0000FF'], strict=True)
@@ -286,9 +293,7 @@ def write_supervisely(root: Path) -> None:
       points = {'exterior': corners_of(box), 'interior': []}
       if number == 1:
         side = np.full((box[3] - box[1] + 1, box[2] - box[0] + 1), 255, np.uint8)
-        png = io.BytesIO()
-        Image.fromarray(side).convert('1').save(png, 'PNG')
-        data = base64.b64encode(zlib.compress(png.getvalue())).decode()
+        data = base64.b64encode(zlib.compress(png_of(side))).decode()
         bitmap = {'data': data, 'origin': [box[0], box[1]]}
         objects.append({**common, 'geometryType': 'bitmap', 'bitmap': bitmap})
       else:
@@ -311,3 +316,14 @@ EXPORTS: dict[str, tuple[Callable[[Path], None], int]] = {
   'label_studio': (write_label_studio, 0),
   'supervisely': (write_supervisely, 1),
 }
+
+
+def pixels_of(name: str) -> dict[str, int]:
+  """How often each class occurs in the images of an export that are not for testing."""
+  _, ends = EXPORTS[name]
+  indices = range(5 if name == 'roboflow' else 6)
+  counts = sum(
+    np.bincount(expected_label(i, ends=ends).ravel(), minlength=len(CLASSES)) for i in indices
+  )
+  first = '_background_' if name == 'labelme' else 'background'
+  return dict(zip([first, *NAMES], np.asarray(counts).tolist(), strict=True))

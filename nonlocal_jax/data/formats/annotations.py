@@ -137,11 +137,10 @@ def _listing(source: Path, images: '_Images', entries: Sequence[Entry]) -> Listi
   incomplete: dict[str, str] = {}
   taken: dict[Path, Entry] = {}
   for entry in entries:
-    name = entry.names[0]
     try:
       image = images.find(entry.names, entry.file)
     except ValueError as error:
-      incomplete[f'{entry.file}: {name}'] = f'{error}.'
+      incomplete[f'{entry.file}: {entry.names[0]}'] = entry.problem or f'{error}.'
       continue
     id_ = in_one_form(image.relative_to(source).with_suffix('').as_posix())
     reason = entry.problem or no_files(image)

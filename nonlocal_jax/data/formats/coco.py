@@ -55,7 +55,7 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
 def _looks_like_coco(data: bytes) -> bool:
   text = data.decode('utf-8', 'replace')
   return text.lstrip('\ufeff \t\r\n').startswith('{') and bool(
-    re.search(r'"(images|annotations|categories)"\s*:\s*\[', text)
+    re.search(r'"(images|annotations)"\s*:\s*\[', text)
   )
 
 
@@ -165,8 +165,8 @@ def _parse(path: Path) -> _File:
     other = [what for field, what in _OTHER_TASKS.items() if any(field in i for i in items[:1])]
     if other:
       raise UserError(f'File {path} is of COCO, but for {other[0]}.')
-  categories = _checked(path, lists['categories'], 'category', 'name')
-  images = _checked(path, lists['images'], 'image', 'file_name')
+  categories = _checked(path, lists['categories'], 'categories', 'name')
+  images = _checked(path, lists['images'], 'images', 'file_name')
   annotations: dict[Any, list[dict]] = {image['id']: [] for image in images}
   ids = {category['id'] for category in categories}
   for annotation in lists['annotations']:
@@ -186,9 +186,9 @@ def _checked(path: Path, items: list[dict], what: str, name: str) -> list[dict]:
   ids = set()
   for item in items:
     if not isinstance(item.get('id'), int | str) or not isinstance(item.get(name), str):
-      raise UserError(f'In {path} the {what} {item.get("id")!r} lacks its id or {name}: mend it.')
+      raise UserError(f'In {path} one of the {what} lacks its id or {name}: mend it.')
     if item['id'] in ids:
-      raise UserError(f'In {path} the id {item["id"]!r} is of two {name}s: give one another.')
+      raise UserError(f'In {path} the id {item["id"]!r} is of two {what}: give one another.')
     ids.add(item['id'])
   return items
 

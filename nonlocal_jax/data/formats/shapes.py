@@ -46,10 +46,11 @@ def points_in(values: Any, size: tuple[int, int]) -> np.ndarray:
     raise ValueError('has a coordinate that is no finite number')
   far = ((points < -limit) | (points > 2 * limit)).any(1)
   beside = ((points < 0).all(0) | (points > limit).all(0)).any()
-  if far.any() or (len(points) and beside):
+  if len(points) and (far.any() or beside):
     x, y = points[far][0] if far.any() else points[0]
+    where = 'far outside' if far.any() else 'as all its points beside'
     raise ValueError(
-      f'has the point ({x:g}, {y:g}) outside the image of {size[1]}x{size[0]} pixels'
+      f'has the point ({x:g}, {y:g}), {where} the image of {size[1]}x{size[0]} pixels'
     )
   return points
 

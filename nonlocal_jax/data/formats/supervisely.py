@@ -185,7 +185,7 @@ def _decoded_bitmap(data: Any, size: Sequence[int]) -> np.ndarray:
     with Image.open(io.BytesIO(unpacked)) as image:
       if image.width > size[1] or image.height > size[0]:
         raise ValueError(
-          f'has a bitmap of {image.width}x{image.height} pixels, more than the image'
+          f'has a bitmap of {image.width}x{image.height} pixels, which is larger than the image'
         )
       pixels = np.asarray(image)
       if pixels.ndim == 3 and pixels.shape[2] not in (2, 4):
