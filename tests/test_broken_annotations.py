@@ -488,10 +488,10 @@ def test_images_that_only_labelme_s_file_holds_are_missing(tmp_path):
 
 def test_images_of_the_same_stem_cannot_be_told_apart(tmp_path):
   trees.write_cvat_coco(tmp_path)
-  (tmp_path / 'images/1.jpg').rename(tmp_path / 'images/0.png')
-  changed(tmp_path / COCO, set_in('images', 1, file_name='0.png'))
+  (tmp_path / 'images/1.jpg').rename(tmp_path / 'images/0.bmp')
+  changed(tmp_path / COCO, set_in('images', 1, file_name='0.bmp'))
   (complaint,) = complaints_of(tmp_path)
-  assert_sentence(complaint, 'Images .*/0.jpg and .*/0.png cannot be told apart, since suffixes do')
+  assert_sentence(complaint, 'Images .*/0.jpg and .*/0.bmp cannot be told apart, since suffixes do')
 
 
 def test_other_files_in_coco_s_own_archives_are_passed_over(tmp_path):

@@ -140,7 +140,9 @@ def _listing(source: Path, images: '_Images', entries: Sequence[Entry]) -> Listi
     try:
       image = images.find(entry.names, entry.file)
     except ValueError as error:
-      incomplete[f'{entry.file}: {entry.names[0]}'] = entry.problem or f'{error}.'
+      name = in_one_form(entry.names[0])
+      key = f'{name} of {entry.file.name}' if name in incomplete else name
+      incomplete[key] = entry.problem or f'{error}.'
       continue
     id_ = in_one_form(image.relative_to(source).with_suffix('').as_posix())
     reason = entry.problem or no_files(image)
