@@ -338,6 +338,7 @@ ARRANGEMENTS = {  # of image and label map, with SPLIT where splits have folders
   'training and validation': ('images/SPLITing/{}.jpg', 'annotations/SPLITing/{}.png'),
   'one folder of label maps': ('images/SPLIT/{}.jpg', 'labels/{}.png'),
   'splits first': ('SPLIT/images/{}.png', 'SPLIT/masks/{}.png'),
+  'split and kind in one': ('SPLIT_images/{}.jpg', 'SPLIT_masks/{}.png'),
   'CamVid': ('SPLIT/{}.png', 'SPLIT_labels/{}_L.png'),
   'SegNet': ('SPLIT/{}.png', 'SPLITannot/{}.png'),
   'side by side': ('SPLIT/{}.jpg', 'SPLIT/{}_mask.png'),

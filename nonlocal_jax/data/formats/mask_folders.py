@@ -86,6 +86,8 @@ def locate(source: Path, files: Files) -> Places | None:
       return found
     if not splits:
       return Places({None: [Pair(image_folder, label_folder)]})
+  if not splits:  # train_images and train_masks
+    splits = _splits(source, '_images')
   for find in (_in_folder, _beside_folder, _side_by_side):
     found = {split: find(folder, files) for split, folder in splits.items()}
     pairs: dict[Split | None, list[Pair]] = {s: [pair] for s, pair in found.items() if pair}
@@ -127,8 +129,8 @@ def _folders(folder: Path) -> list[Path]:
   return sorted(path for path in named if path.is_dir())
 
 
-def _splits(folder: Path) -> dict[Split, Path]:
-  """The folders of splits in a folder.
+def _splits(folder: Path, ending: str = '') -> dict[Split, Path]:
+  """The folders of splits in a folder, whose names may end with something.
 
   Raises:
     UserError: If two are of the same split.
@@ -136,7 +138,7 @@ def _splits(folder: Path) -> dict[Split, Path]:
   found: dict[Split, Path] = {}
   for path in _folders(folder):
     for split, names in SPLIT_NAMES.items():
-      if path.name.lower() in names:
+      if path.name.lower() in [f'{name}{ending}' for name in names]:
         if split in found:
           raise UserError(f'Folders {found[split]} and {path} are both of {split}: join them.')
         found[split] = path
@@ -174,7 +176,8 @@ def _in_folder(folder: Path, files: Files) -> Pair | None:
 
 
 def _beside_folder(folder: Path, files: Files) -> Pair | None:
-  names = [folder.name.lower() + ending for ending in _FOLDER_ENDINGS]
+  name = folder.name.lower().removesuffix('_images')
+  names = [name + ending for ending in _FOLDER_ENDINGS]
   labels = _one(folder.parent, names, files, 'label maps')
   return Pair(folder, labels) if labels else None
 

@@ -158,7 +158,9 @@ def _sentence(
   source: Path, pairs: Sequence[Pair], places: Places, reading: _Reading, table: ClassTable | None
 ) -> str:
   labels, images = (_relative(source, pairs, which) for which in ('labels', 'images'))
-  where = f'beside their images in {images}' if labels == images else f'in {labels}'
+  where = f'in {labels}'
+  if labels == images:
+    where = 'beside their images' + (f' in {images}' if images != '.' else '')
   parts = [f'{reading.what} {where}', '' if labels == images else f'images in {images}']
   if table and reading.names:
     parts.append(f'{len(reading.names)} classes of {os.path.relpath(table.file, source)}')
