@@ -25,6 +25,7 @@ from nonlocal_jax.training import loop
 from nonlocal_jax.weights.arrays import to_arrays
 from nonlocal_jax.weights.loading import read_weights
 from tests.conftest import train_and_evaluate
+from tests.test_csv_files import check_csv
 
 ROOT = Path(main.__file__).parent
 
@@ -46,6 +47,7 @@ def assert_same_run(workdir: Path, expected: Path):
     for path in (workdir, expected)
   ]
   assert logs[0] == logs[1]
+  check_csv(workdir)
 
 
 @pytest.fixture
@@ -54,8 +56,9 @@ def stopped_at_2(trained, tmp_path):
   workdir = tmp_path / 'workdir'
   shutil.copytree(trained[0], workdir)
   shutil.rmtree(workdir / 'checkpoints/4')
-  with (workdir / 'log.jsonl').open('a') as log:
-    log.write('{"step": 3, "los')
+  for file, text in (('log.jsonl', '{"step": 3, "los'), ('train.csv', '3,0.1')):
+    with (workdir / file).open('a') as log:
+      log.write(text)
   for folder in (workdir, workdir / 'best'):
     (folder / '.metrics.json.0a1b2c3d.partial').touch()
   return workdir

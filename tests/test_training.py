@@ -47,6 +47,7 @@ def test_a_run_leaves_all_that_is_promised(trained):
     'checkpoints',
     'config.json',
     'curves.png',
+    'eval.csv',
     'parameters.txt',
     'log.jsonl',
     'metrics.json',
@@ -55,6 +56,7 @@ def test_a_run_leaves_all_that_is_promised(trained):
     'predictions.png',
     'report.html',
     'report_pictures.zip',
+    'train.csv',
   }
   assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'2', '4'}
   assert (workdir / events).stat().st_size > 500

@@ -106,3 +106,4 @@ def test_a_run_without_a_checkpoint_makes_room_for_another_config(
   assert json.loads(second)['step'] == 1  # one line
   for place in (stopped, workdir):
     assert len(list(place.glob('events.out.tfevents.*'))) == 1
+    assert {'train.csv', 'eval.csv'} <= {path.name for path in place.iterdir()}

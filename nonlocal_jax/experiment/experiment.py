@@ -143,8 +143,9 @@ class Experiment:
 
     Args:
       workdir: Output directory for checkpoints, the weights with the best mIoU (`best`),
-        `config.json`, `model.json`, `log.jsonl`, TensorBoard events, `curves.png`, `metrics.json`
-        and `predictions.png`. With several processes, it must be shared by all.
+        `config.json`, `model.json`, `log.jsonl`, `train.csv`, `eval.csv`, TensorBoard events,
+        `curves.png`, `metrics.json` and `predictions.png`. With several processes, it must be
+        shared by all.
       checkpoint: Weights of a whole network: a .pth file, a converted directory, a workdir, or the
         name of a released model.
       new_classifier: Whether to initialize the classifiers of both heads at random instead of

@@ -1,4 +1,4 @@
-"""The log of a training run: `log.jsonl`, TensorBoard events and a plot of the curves."""
+"""The log of a training run: `log.jsonl`, CSV files, TensorBoard events, a plot of the curves."""
 
 import io
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from tensorboardX import SummaryWriter
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import CHECKSUM, parse_object, sealed, unsealed, write_whole
 from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.training.csv_files import EVALUATION, TRAINING, CsvFile
 
 LOG = 'log.jsonl'
 CURVES = 'curves.png'
@@ -27,7 +28,7 @@ _POINTS = 200  # maximum number of points of a smoothed curve
 
 
 class TrainingLog:
-  """Writes metrics to `log.jsonl` and TensorBoard; a context manager.
+  """Writes metrics to `log.jsonl`, CSV files and TensorBoard; a context manager.
 
   Only the first process writes. All processes keep the scores.
   """
@@ -45,8 +46,9 @@ class TrainingLog:
     self._path = path = workdir / LOG
     logged, num_damaged = _read(path)
     lines = [line for line in logged if line['step'] <= start]
-    self.evaluations = [line for line in lines if 'mIoU' in line]
+    self.evaluations = _of_evaluations(lines)
     self._writer = None
+    self._tables: dict[str, CsvFile] = {}
     if is_first_process():
       if num_damaged:
         copy = path.with_name(f'{path.name}.damaged')
@@ -57,6 +59,10 @@ class TrainingLog:
         )
       write_whole(path, ''.join(map(_as_json, lines)))
       self._writer = SummaryWriter(str(workdir), purge_step=start + 1)
+      self._tables = {
+        'train': CsvFile(workdir / TRAINING, lambda: _of_steps(read_log(path))),
+        'val': CsvFile(workdir / EVALUATION, lambda: _of_evaluations(read_log(path))),
+      }
     self._file = (path if is_first_process() else Path(os.devnull)).open('a')
 
   def __enter__(self) -> Self:
@@ -130,6 +136,8 @@ class TrainingLog:
     with self._one_error():
       self._file.write(_as_json({'step': step, **values}))
       self._file.flush()
+      if group in self._tables:
+        self._tables[group].append({'step': step, **values})
     if self._writer is not None:
       for name, value in values.items():
         self._writer.add_scalar(f'{group}/{name}', value, step)
@@ -142,6 +150,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     A step and numbers each, NaN where they were not finite; none if there is no file.
   """
   return _read(path)[0]
+
+
+def _of_steps(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+  return [line for line in lines if 'loss' in line]
+
+
+def _of_evaluations(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+  return [line for line in lines if 'mIoU' in line]
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -206,8 +222,7 @@ def write_curves(log: Path, path: Path) -> None:
     path: PNG file to write.
   """
   lines = read_log(log)
-  steps = [line for line in lines if 'loss' in line]
-  evaluations = [line for line in lines if 'mIoU' in line]
+  steps, evaluations = _of_steps(lines), _of_evaluations(lines)
   figure = Figure(figsize=(9, 6.5), layout='constrained')
   canvas = FigureCanvasAgg(figure)
   loss, scores = figure.subplots(2, 1, sharex=True)

@@ -9,6 +9,7 @@ from typing import Any
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
 from nonlocal_jax.runtime.files import make_folder, parse_object, remove_partial_files, write_whole
+from nonlocal_jax.training.csv_files import EVALUATION, TRAINING
 from nonlocal_jax.training.log import LOG
 from nonlocal_jax.weights.checkpoints import DESCRIPTION
 from nonlocal_jax.weights.description import ModelDescription
@@ -102,7 +103,8 @@ def set_aside_stopped_run(workdir: Path) -> None:
   while (place := workdir / STOPPED / str(number)).exists():
     number += 1
   make_folder(place)
-  for path in (workdir / CONFIG, log, *workdir.glob('events.out.tfevents.*')):
+  tables = (workdir / TRAINING, workdir / EVALUATION)
+  for path in (workdir / CONFIG, log, *tables, *workdir.glob('events.out.tfevents.*')):
     if path.exists():
       path.rename(place / path.name)
   print(
