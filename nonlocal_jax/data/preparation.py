@@ -23,6 +23,7 @@ from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 
 from nonlocal_jax.data.datasets import Dataset, Split
 from nonlocal_jax.data.formats.detection import read_folder
+from nonlocal_jax.data.formats.found import Found
 from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.origins import absolute, record_origin
 from nonlocal_jax.data.paths import is_remote, is_utf8, version_of
@@ -72,7 +73,11 @@ def prepare(
     UserError: If files are missing, broken or do not fit together and are not to be left out, or
       `data_dir` is not writable.
   """
-  return {split: _prepare_split(dataset, source_dir, split, data_dir, skip_bad) for split in splits}
+  # Held until the end: both splits may come from the same files, which are then read once.
+  found = read_folder(source_dir) if dataset.layout == 'custom' else None
+  return {
+    split: _prepare_split(dataset, source_dir, split, data_dir, skip_bad, found) for split in splits
+  }
 
 
 def _prepare_split(
@@ -81,11 +86,12 @@ def _prepare_split(
   split: Split,
   data_dir: str | os.PathLike[str] | None,
   skip_bad: bool,
+  found: Found | None,
 ) -> PreparedSplit:
   name = f'{dataset.name}-{split}'
   listing = list_samples(dataset, source_dir, split)
   own = dataset.layout == 'custom'
-  description = read_folder(source_dir).description if own else {}
+  description = found.description if found else {}
   fingerprint = _fingerprint(listing, salt=f'{_FORMAT}{listing.reading}' if own else '')
   config = tfds.core.BuilderConfig(name=f'{name}-{fingerprint}')
   with _quiet():

@@ -2,7 +2,9 @@
 
 import collections
 import contextlib
+import dataclasses
 import re
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nonlocal_jax.data.formats.found import Found
-from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, in_one_form, without_suffix
+from nonlocal_jax.data.paths import (
+  IMAGE_SUFFIXES,
+  files_below,
+  in_one_form,
+  version_of,
+  without_suffix,
+)
 from nonlocal_jax.data.samples import Listing, Sample, no_files
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import parse_json
@@ -278,6 +286,36 @@ def read_json(path: Path, keep: Callable[[dict], dict] | None = None) -> Any:
     raise UserError(f'File {path} cannot be read ({reason}): replace it.') from error
   except ValueError as error:
     raise UserError(f'File {path} is no JSON file, or broken ({error}): replace it.') from error
+
+
+@dataclasses.dataclass(eq=False)
+class Document:
+  """The contents of a file, once for all that read it while somebody holds it.
+
+  Attributes:
+    path: The file.
+    content: What a function made of it.
+  """
+
+  path: Path
+  content: Any
+
+
+_documents: weakref.WeakValueDictionary[tuple, Document] = weakref.WeakValueDictionary()
+
+
+def document(path: Path, parse: Callable[[Path], Any]) -> Document:
+  """Parses a file, unless what was made of it is still held.
+
+  Args:
+    path: The file.
+    parse: Parses it.
+  """
+  key = (parse, path, version_of(path))
+  found = _documents.get(key)
+  if found is None:
+    found = _documents[key] = Document(path, parse(path))
+  return found
 
 
 def check_size(stated: Any, h: int, w: int, image: str, file: Path) -> None:

@@ -17,9 +17,11 @@ import numpy as np
 
 from nonlocal_jax.data.formats import shapes
 from nonlocal_jax.data.formats.annotations import (
+  Document,
   Entry,
   beginning,
   check_size,
+  document,
   found_annotations,
   read_json,
   split_named,
@@ -79,7 +81,8 @@ class _File(NamedTuple):
 
 
 def _read(source: Path, paths: Sequence[Path], evidence: str) -> Found:
-  files = [_parse(path) for path in paths]
+  documents = [document(path, _parse) for path in paths]
+  files: list[_File] = [found.content for found in documents]
   kinds = collections.Counter(
     _kind(annotation) for file in files for annotation in file.all_annotations()
   )
@@ -96,17 +99,11 @@ def _read(source: Path, paths: Sequence[Path], evidence: str) -> Found:
     Entry(
       [image['file_name']],
       file.path,
-      functools.partial(
-        _draw,
-        image=image,
-        annotations=file.annotations[image['id']],
-        values=values_of,
-        file=file.path,
-      ),
-      collections.Counter(map(_kind, file.annotations[image['id']])),
+      functools.partial(_draw, image=image, values=values_of, document=found),
+      collections.Counter(filter(None, map(_kind, file.annotations[image['id']]))),
       split=split_named(file.path.relative_to(source).parts),
     )
-    for file, names in zip(files, names_of, strict=True)
+    for found, file, names in zip(documents, files, names_of, strict=True)
     for values_of in [{id_: values[name] for id_, name in names.items()}]
     for image in file.images
   ]
@@ -230,17 +227,17 @@ def _draw(
   w: int,
   *,
   image: dict,
-  annotations: Sequence[dict],
   values: Mapping[Any, int],
-  file: Path,
+  document: Document,
 ) -> np.ndarray:
   """Draws the annotations of an image over each other, in their order in the file.
 
   So does pycocotools' `cocostuffhelper.cocoSegmentationToSegmentationMap`. Crowds are drawn, too.
   """
+  file = document.path
   check_size((image.get('height'), image.get('width')), h, w, image['file_name'], file)
   label = shapes.empty_label((h, w))
-  for annotation in annotations:
+  for annotation in document.content.annotations[image['id']]:
     try:
       _paint(label, annotation.get('segmentation'), values[annotation['category_id']])
     except ValueError as error:

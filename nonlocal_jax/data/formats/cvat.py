@@ -19,9 +19,11 @@ import numpy as np
 
 from nonlocal_jax.data.formats import shapes
 from nonlocal_jax.data.formats.annotations import (
+  Document,
   Entry,
   beginning,
   check_size,
+  document,
   found_annotations,
   split_named,
   with_background,
@@ -54,9 +56,9 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
 
 
 def _read(source: Path, files: Sequence[Path], evidence: str) -> Found:
-  roots = {path: _parse(path) for path in files}
+  documents = [document(path, _parse) for path in files]
   colors: dict[str, str] = {}
-  for path, root in roots.items():
+  for path, root in ((found.path, found.content) for found in documents):
     if root.find('track') is not None:
       raise UserError(
         f'File {path} has tracks, which are of CVAT for video: export "CVAT for images 1.1" or '
@@ -68,15 +70,15 @@ def _read(source: Path, files: Sequence[Path], evidence: str) -> Found:
   classes = with_background(colors)
   values = {name: value for value, name in enumerate(classes)}
   entries = []
-  for path, root in roots.items():
-    folders = path.relative_to(source).parts
-    for image in root.iterfind('image'):
+  for found in documents:
+    folders = found.path.relative_to(source).parts
+    for image in found.content.iterfind('image'):
       name = image.get('name') or ''
-      draw = functools.partial(_draw, image=image, values=values, file=path)
+      draw = functools.partial(_draw, image=image, values=values, document=found)
       split = split_named([image.get('subset') or '']) or split_named(folders)
       drawn = collections.Counter(_KINDS[shape.tag] for shape in image if shape.tag in _KINDS)
       other = collections.Counter(_NO_AREA[shape.tag] for shape in image if shape.tag in _NO_AREA)
-      entries.append(Entry([name], path, draw, drawn, other, split))
+      entries.append(Entry([name], found.path, draw, drawn, other, split))
   return found_annotations(
     source,
     entries,
@@ -126,9 +128,11 @@ def _refuse_document_type(*_: object) -> None:
   raise ValueError('it declares a document type, which CVAT does not')
 
 
-def _draw(h: int, w: int, *, image: Element, values: Mapping[str, int], file: Path) -> np.ndarray:
+def _draw(
+  h: int, w: int, *, image: Element, values: Mapping[str, int], document: Document
+) -> np.ndarray:
   """Draws the shapes of an image over each other: from low to high z_order, then in their order."""
-  name = image.get('name') or ''
+  name, file = image.get('name') or '', document.path
   stated = [image.get(key) for key in ('height', 'width')]
   sizes = [int(value) if value and value.isdecimal() else value for value in stated]
   check_size(sizes, h, w, name, file)

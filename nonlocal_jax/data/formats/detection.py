@@ -55,15 +55,15 @@ def read_folder(source_dir: str | os.PathLike[str]) -> Found:
     UserError: If it holds several, or its files contradict each other.
   """
   source = as_path(source_dir)
-  own = read_description(source)
-  wanted = own.pop(_FORMAT, None)
-  if wanted is not None and wanted not in FORMATS:
-    meant = nearest(wanted, FORMATS)
-    raise UserError(
-      f'In {source / DESCRIPTION}, {_FORMAT!r} is {wanted!r}'
-      f'{f" (did you mean {meant!r}?)" if meant else ""}; it must be one of {", ".join(FORMATS)}.'
-    )
   try:
+    own = read_description(source)
+    wanted = own.pop(_FORMAT, None)
+    if wanted is not None and wanted not in FORMATS:
+      meant = nearest(wanted, FORMATS)
+      raise UserError(
+        f'In {source / DESCRIPTION}, {_FORMAT!r} is {wanted!r}'
+        f'{f" (did you mean {meant!r}?)" if meant else ""}; it must be one of {", ".join(FORMATS)}.'
+      )
     if not source.is_dir():
       raise NothingFound(f'There is no folder {source}: give the folder of the images.', own)
     candidates = {

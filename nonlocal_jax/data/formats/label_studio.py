@@ -18,9 +18,11 @@ import numpy as np
 
 from nonlocal_jax.data.formats import shapes
 from nonlocal_jax.data.formats.annotations import (
+  Document,
   Entry,
   beginning,
   check_size,
+  document,
   found_annotations,
   read_json,
   split_named,
@@ -106,7 +108,8 @@ class _Task(NamedTuple):
 
 
 def _read(source: Path, files: Sequence[Path], evidence: str) -> Found:
-  tasks = [(path, task) for path in files for task in _tasks(path)]
+  documents = [document(path, _parse) for path in files]
+  tasks: list[tuple[Document, _Task]] = [(f, task) for f in documents for task in f.content]
   regions = [region for _, task in tasks for region in task.regions]
   labels = {label for region in regions if region.kind() for label in region.labels or ()}
   classes = with_background(sorted(labels))
@@ -114,14 +117,14 @@ def _read(source: Path, files: Sequence[Path], evidence: str) -> Found:
   entries = [
     Entry(
       task.names,
-      path,
-      functools.partial(_draw, task=task, values=values, file=path),
+      file.path,
+      functools.partial(_draw, task=task, values=values, document=file),
       collections.Counter(region.kind() for region in task.regions if region.kind()),
       collections.Counter(_NO_AREA[r.type] for r in task.regions if r.type in _NO_AREA),
-      split_named(path.relative_to(source).parts),
+      split_named(file.path.relative_to(source).parts),
       task.problem,
     )
-    for path, task in tasks
+    for file, task in tasks
   ]
   return found_annotations(
     source,
@@ -130,6 +133,10 @@ def _read(source: Path, files: Sequence[Path], evidence: str) -> Found:
     classes=classes,
     drawing=_DRAWING,
   )
+
+
+def _parse(path: Path) -> list[_Task]:
+  return list(_tasks(path))
 
 
 def _tasks(path: Path) -> Iterator[_Task]:
@@ -217,8 +224,11 @@ def _paths_in(value: Any) -> list[str]:
   return [*paths, *(_PREFIX.sub('', name) for name in names)]
 
 
-def _draw(h: int, w: int, *, task: _Task, values: Mapping[str, int], file: Path) -> np.ndarray:
+def _draw(
+  h: int, w: int, *, task: _Task, values: Mapping[str, int], document: Document
+) -> np.ndarray:
   """Draws the regions of a task over each other, in their order."""
+  file = document.path
   label = shapes.empty_label((h, w))
   for index, region in enumerate(task.regions):
     if region.type in _NO_AREA:

@@ -21,9 +21,11 @@ from PIL import Image, ImageDraw
 from nonlocal_jax.data.formats import shapes
 from nonlocal_jax.data.formats.annotations import (
   BACKGROUND,
+  Document,
   Entry,
   beginning,
   check_size,
+  document,
   found_annotations,
   read_json,
   split_named,
@@ -62,19 +64,19 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
 
 
 def _read(source: Path, paths: Sequence[Path], evidence: str) -> Found:
-  files = {path: _parse(path) for path in paths}
-  used = {shape['label']: path for path, file in files.items() for shape in file['shapes']}
+  files = [document(path, _parse) for path in paths]
+  used = {shape['label']: file.path for file in files for shape in file.content['shapes']}
   names = _names(source, used)
   values = {name: value for value, name in enumerate(names)} | {_IGNORED: IGNORE}
   entries = [
     Entry(
-      _image_names(path, file),
-      path,
-      functools.partial(_draw, content=file, values=values, file=path),
-      collections.Counter(_kinds(_kind(shape)) for shape in file['shapes']),
-      split=split_named(path.relative_to(source).parts),
+      _image_names(file),
+      file.path,
+      functools.partial(_draw, document=file, values=values),
+      collections.Counter(_kinds(_kind(shape)) for shape in file.content['shapes']),
+      split=split_named(file.path.relative_to(source).parts),
     )
-    for path, file in files.items()
+    for file in files
   ]
   return found_annotations(
     source,
@@ -126,10 +128,10 @@ def _parse(path: Path) -> dict:
   return content
 
 
-def _image_names(path: Path, content: Mapping[str, Any]) -> list[str]:
+def _image_names(file: Document) -> list[str]:
   """Returns how the image may be called: as the file says, or as the file itself is."""
   suffixes = [*IMAGE_SUFFIXES, *(suffix.upper() for suffix in IMAGE_SUFFIXES)]
-  return [content['imagePath'], *(f'{path.stem}{suffix}' for suffix in suffixes)]
+  return [file.content['imagePath'], *(f'{file.path.stem}{suffix}' for suffix in suffixes)]
 
 
 def _kinds(kind: str) -> str:
@@ -140,10 +142,9 @@ def _kind(shape: Mapping[str, Any]) -> str:
   return str(shape.get('shape_type') or 'polygon')  # old files have none
 
 
-def _draw(
-  h: int, w: int, *, content: Mapping[str, Any], values: Mapping[str, int], file: Path
-) -> np.ndarray:
+def _draw(h: int, w: int, *, document: Document, values: Mapping[str, int]) -> np.ndarray:
   """Draws the shapes of a file over each other, in their order there."""
+  file, content = document.path, document.content
   stated = (content.get('imageHeight'), content.get('imageWidth'))
   check_size(stated, h, w, content['imagePath'], file)
   label = np.zeros((h, w), np.uint8)

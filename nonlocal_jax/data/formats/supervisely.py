@@ -21,9 +21,11 @@ from PIL import Image
 
 from nonlocal_jax.data.formats import shapes
 from nonlocal_jax.data.formats.annotations import (
+  Document,
   Entry,
   beginning,
   check_size,
+  document,
   found_annotations,
   read_json,
   split_named,
@@ -54,26 +56,20 @@ def _read(source: Path, meta: Path) -> Found:
   colors = _classes(meta)
   classes = with_background(colors)
   values = {name: value for value, name in enumerate(classes)}
-  annotations = [
-    (path, read_json(path))
+  files = [
+    document(path, _parse)
     for path in files_below(meta.parent)
     if path.suffix.lower() == '.json' and path.parent.name == 'ann'
   ]
-  for path, content in annotations:
-    objects = content.get('objects') if isinstance(content, dict) else None
-    if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
-      raise UserError(
-        f'File {path} is not of Supervisely: it has no list of objects; move it away.'
-      )
   entries = [
     Entry(
-      [path.parent.parent.joinpath('img', path.stem).relative_to(source).as_posix()],
-      path,
-      functools.partial(_draw, content=content, values=values, file=path),
-      *_counts(content['objects']),
-      split_named(path.relative_to(meta.parent).parts[:-2]),
+      [(file.path.parent.parent / 'img' / file.path.stem).relative_to(source).as_posix()],
+      file.path,
+      functools.partial(_draw, document=file, values=values),
+      *_counts(file.content['objects']),
+      split=split_named(file.path.relative_to(meta.parent).parts[:-2]),
     )
-    for path, content in annotations
+    for file in files
   ]
   return found_annotations(
     source,
@@ -83,6 +79,19 @@ def _read(source: Path, meta: Path) -> Found:
     palette=[colors.get(name, (0, 0, 0)) for name in classes],
     drawing=_DRAWING,
   )
+
+
+def _parse(path: Path) -> dict:
+  """Reads the annotations of an image.
+
+  Raises:
+    UserError: If they are not of Supervisely.
+  """
+  content = read_json(path)
+  objects = content.get('objects') if isinstance(content, dict) else None
+  if not isinstance(objects, list) or not all(isinstance(item, dict) for item in objects):
+    raise UserError(f'File {path} is not of Supervisely: it has no list of objects; move it away.')
+  return content
 
 
 def _counts(objects: Sequence[dict]) -> tuple[Mapping[str, int], Mapping[str, int]]:
@@ -110,10 +119,9 @@ def _classes(path: Path) -> dict[str, tuple[int, ...]]:
   return found
 
 
-def _draw(
-  h: int, w: int, *, content: Mapping[str, Any], values: Mapping[str, int], file: Path
-) -> np.ndarray:
+def _draw(h: int, w: int, *, document: Document, values: Mapping[str, int]) -> np.ndarray:
   """Draws the objects of an image over each other, in their order in the file."""
+  file, content = document.path, document.content
   size = content.get('size')
   size = size if isinstance(size, dict) else {}
   check_size((size.get('height'), size.get('width')), h, w, file.stem, file)
