@@ -238,3 +238,27 @@ def test_json_min_of_label_studio(tmp_path):
   for stem, label in labels_of(tmp_path).items():
     expected = trees.expected_label(int(stem), ends=0, names=names)
     np.testing.assert_array_equal(label, expected)
+
+
+def test_label_studio_s_shapes_and_labels_in_two_results_of_one_id(tmp_path):
+  """As <Labels> with <Polygon> and <Brush> writes them."""
+  trees.write_label_studio(tmp_path)
+  path = tmp_path / 'project-1.json'
+  tasks = json.loads(path.read_text())
+  for task in tasks:
+    split = []
+    for result in task['annotations'][1]['result']:
+      kind = result['type']
+      value = {key: inner for key, inner in result['value'].items() if key != kind}
+      split.append({**result, 'type': kind.removesuffix('labels'), 'value': value})
+      labels = result['value'][kind]
+      split.append({**result, 'type': 'labels', 'value': {**value, 'labels': labels}})
+    task['annotations'][1]['result'] = split
+  trees.write_json(path, tasks)
+  labels = labels_of(tmp_path)
+  assert len(labels) == 6
+  for stem, label in labels.items():
+    expected = trees.expected_label(
+      int(stem.split()[-1]), ends=0, names=['background', 'car', 'road']
+    )
+    np.testing.assert_array_equal(label, expected)

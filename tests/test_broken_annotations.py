@@ -109,6 +109,8 @@ def panoptic(content):
       set_in('categories', 1, name='road'),
       "the categories 1 and 2 are both called 'road': rename one, or give their annotations the",
     ),
+    (set_in('categories', 1, name='a\nb'), r"a class called 'a\\nb', which cannot be printed: ren"),
+    (set_in('categories', 1, name='\ud800'), r"a class called '\\ud800', which cannot be printed"),
     (set_in('categories', 1, id=1), 'the id 1 is of two categories: give one another'),
     (set_in('categories', 1, name=5), 'one of the categories lacks its id or name: mend it'),
     (set_in('images', 1, id=0), 'the id 0 is of two images: give one another'),
@@ -274,6 +276,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b;"
       replace('<annotations>', '<annotations>&b;'),
       'is no XML file of CVAT, or broken .undefined ent',
     ),
+    (replace('utf-8', 'nan'), 'is no XML file of CVAT, or broken .unknown encoding'),
     (replace('</annotations>', ''), 'is no XML file of CVAT, or broken .no element found'),
     (
       replace('</meta>', '</meta><track id="0" label="car"></track>'),

@@ -94,6 +94,11 @@ def found_annotations(
   for entry in used:
     shapes.update(entry.shapes)
     left_out.update(entry.left_out)
+  for name in classes:
+    if name != name.encode('utf-8', 'replace').decode() or not name.isprintable():
+      raise UserError(
+        f'The {title} in {source} have a class called {name!a}, which cannot be printed: rename it.'
+      )
   if not shapes.total():
     only = f' but {_listed(left_out)}' if left_out else ''
     raise UserError(

@@ -128,7 +128,7 @@ def _names(files: Sequence[_File]) -> list[dict[Any, str]]:
   used = {annotation['category_id'] for file in files for annotation in file.all_annotations()}
   found = []
   for file in files:
-    groups = {category.get('supercategory') for category in file.categories}
+    groups = [category.get('supercategory') for category in file.categories]
     ids: dict[str, Any] = {}
     for category in file.categories:
       id_, name = category['id'], category['name']

@@ -118,7 +118,7 @@ def _parse(path: Path) -> Element:
   except OSError as error:
     reason = error.strerror or str(error)
     raise UserError(f'File {path} cannot be read ({reason}): replace it.') from error
-  except (expat.ExpatError, ValueError) as error:
+  except (expat.ExpatError, ValueError, LookupError) as error:  # the last of unknown encodings
     raise UserError(
       f'File {path} is no XML file of CVAT, or broken ({error}): replace it.'
     ) from error

@@ -161,11 +161,12 @@ def _tasks(path: Path) -> Iterator[_Task]:
     if names and isinstance(task.get('file_upload'), str):
       names.append(task['file_upload'])
     regions = [_region(result) for result in results]
-    labeled = {result.get('id') for result, r in zip(results, regions, strict=True) if r.labels}
+    ids = [str(result.get('id')) for result in results]
+    labeled = {id_ for id_, region in zip(ids, regions, strict=True) if region.labels}
     regions = [  # a shape and its labels may be two results of one id
       region
-      for result, region in zip(results, regions, strict=True)
-      if region.labels or f'{region.type}labels' not in _LABELS or result.get('id') not in labeled
+      for id_, region in zip(ids, regions, strict=True)
+      if region.labels or f'{region.type}labels' not in _LABELS or id_ not in labeled
     ]
     yield _Task(names or [what], regions, problem and f'{what} {problem}.')
 

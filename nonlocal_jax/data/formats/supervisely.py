@@ -127,7 +127,7 @@ def _draw(h: int, w: int, *, document: Document, values: Mapping[str, int]) -> n
   check_size((size.get('height'), size.get('width')), h, w, file.stem, file)
   label = np.zeros((h, w), np.uint8)
   for index, item in enumerate(content['objects']):
-    kind, title = item.get('geometryType'), item.get('classTitle')
+    kind, title = str(item.get('geometryType')), str(item.get('classTitle'))
     if kind in _NO_AREA:
       continue
     try:
@@ -147,7 +147,7 @@ def _paint(label: np.ndarray, item: Mapping[str, Any], value: int) -> None:
   Raises:
     ValueError: If it is broken; the message says what it has.
   """
-  kind = item.get('geometryType')
+  kind = str(item.get('geometryType'))
   if kind == 'bitmap':
     bitmap = item.get('bitmap')
     if not isinstance(bitmap, dict):
