@@ -326,4 +326,7 @@ def pixels_of(name: str) -> dict[str, int]:
     np.bincount(expected_label(i, ends=ends).ravel(), minlength=len(CLASSES)) for i in indices
   )
   first = '_background_' if name == 'labelme' else 'background'
-  return dict(zip([first, *NAMES], np.asarray(counts).tolist(), strict=True))
+  pixels = dict(zip([first, *NAMES], np.asarray(counts).tolist(), strict=True))
+  if name == 'label_studio':  # which does not list its labels
+    pixels = {key: pixels[key] for key in [first, *sorted(NAMES)]}
+  return pixels

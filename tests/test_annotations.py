@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from nonlocal_jax.data import transforms
-from nonlocal_jax.data.formats import detection, label_studio, shapes
+from nonlocal_jax.data.formats import brushes, detection, shapes
 from nonlocal_jax.data.samples import Listing
 from nonlocal_jax.data.validation import read_sample
 from nonlocal_jax.errors import UserError
@@ -149,10 +149,10 @@ def test_brushes_are_read_as_label_studio_s_own_package_does():
   data += [192, 35, 255, 195, 224, 0]
   mask = np.zeros((7, 9), bool)
   mask[2:5, 3:8] = mask[6, 0] = True
-  np.testing.assert_array_equal(label_studio.alpha_in(data, 63).reshape(7, 9), mask)
+  np.testing.assert_array_equal(brushes.alpha_in(data, 63).reshape(7, 9), mask)
   for length in range(len(data) - 1):
     with pytest.raises(ValueError, match='breaks off'):
-      label_studio.alpha_in(data[:length], 63)
+      brushes.alpha_in(data[:length], 63)
 
 
 def test_cvat_s_turned_boxes_and_ellipses(tmp_path):
@@ -211,6 +211,17 @@ def test_a_category_that_groups_others_counts_once_it_is_used(tmp_path):
   ]
 
 
+def test_images_without_shapes_are_all_background(tmp_path):
+  trees.write_cvat_coco(tmp_path)
+  path = tmp_path / 'annotations/instances_default.json'
+  content = json.loads(path.read_text())
+  content['annotations'] = [a for a in content['annotations'] if a['image_id'] != 4]
+  trees.write_json(path, content)
+  assert not labels_of(tmp_path)['4'].any()
+  sentence = detection.read_folder(tmp_path).sentence
+  assert '6 images with 5 polygons and 10 masks of 2 classes; 1 image without any; pix' in sentence
+
+
 def test_a_class_called_background_is_class_0(tmp_path):
   trees.write_cvat_coco(tmp_path)
   path = tmp_path / 'annotations/instances_default.json'
@@ -262,3 +273,25 @@ def test_label_studio_s_shapes_and_labels_in_two_results_of_one_id(tmp_path):
       int(stem.split()[-1]), ends=0, names=['background', 'car', 'road']
     )
     np.testing.assert_array_equal(label, expected)
+
+
+def test_names_of_photos_are_no_splits(tmp_path):
+  """A picture of a train, called so, is not for training."""
+  trees.write_labelme(tmp_path)
+  for index, name in enumerate(['train 7', 'val_d_isere', 'test']):
+    (tmp_path / f'{index}.jpg').rename(tmp_path / f'{name}.jpg')
+    content = json.loads((tmp_path / f'{index}.json').read_text())
+    (tmp_path / f'{index}.json').unlink()
+    trees.write_json(tmp_path / f'{name}.json', {**content, 'imagePath': f'{name}.jpg'})
+  assert len(labels_of(tmp_path)) == 6
+  assert isinstance(detection.read_folder(tmp_path).listing, Listing)
+  for index in (3, 4, 5):
+    folder = tmp_path / ('validation' if index == 3 else 'train')
+    folder.mkdir(exist_ok=True)
+    for suffix in ('jpg', 'json'):
+      (tmp_path / f'{index}.{suffix}').rename(folder / f'{index}.{suffix}')
+  for name in ('train 7', 'val_d_isere', 'test'):
+    (tmp_path / f'{name}.json').unlink()
+  listing = detection.read_folder(tmp_path).listing
+  assert not isinstance(listing, Listing)
+  assert [sample.id for sample in listing('train').samples] == ['train/4', 'train/5']

@@ -323,6 +323,14 @@ def set_task(**values):
     (set_value(0, closed=False), REGION + 'has a polygon that is not closed'),
     (set_value(0, polygonlabels=['road', 'car']), 'has 2 labels, and not one'),
     (set_value(0, polygonlabels=[]), 'has 0 labels, and not one'),
+    (
+      set_value(1, width=None),
+      'car, has something else than numbers as x, y, width, height or',
+    ),
+    (
+      set_value(1, rotation='left'),
+      'car, has something else than numbers as x, y, width, height',
+    ),
     (set_value(2, rle=[0, 0, 0, 1]), REGION + 'has an rle of 0.25 pixels, and not 1920'),
     (set_value(2, rle=[0, 0]), REGION + 'has an rle that breaks off'),
     (set_value(2, rle=[300]), REGION + 'has an rle that is no list of bytes'),
@@ -506,6 +514,17 @@ def test_other_files_in_coco_s_own_archives_are_passed_over(tmp_path):
     tmp_path / 'annotations/captions_train2017.json', {'images': [], 'annotations': []}
   )
   assert len(labels_of(tmp_path)) == 6
+
+
+def test_an_image_for_training_and_for_validation_is_refused(tmp_path):
+  trees.write_coco(tmp_path)
+  changed(
+    tmp_path / 'annotations/instances_val2017.json',
+    set_in('images', 0, file_name='train2017/3.jpg', width=40, height=40),
+  )
+  (complaint,) = complaints_of(tmp_path)
+  files = r'.*instances_train2017.json and .*instances_val2017.json'
+  assert_sentence(complaint, f'train2017/3.jpg is annotated twice, in {files}: take one of the two')
 
 
 def test_a_file_of_no_split_beside_others_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Datasets as tools and people leave them are prepared, and the printed command trains."""
 
+import functools
 import json
 import shlex
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from nonlocal_jax.cli import prepare
 from nonlocal_jax.data import datasets, prepared
+from tests import annotation_trees as trees
 from tests.scenes import COLORS, NAMES, histogram, in_colors, make_scenes, write
 
 SCENES = make_scenes(8)
@@ -176,7 +178,33 @@ def write_colors_described(root: Path) -> Truth:
   return Truth([*NAMES], counts.tolist(), 'label maps in colors in labels/train, labels/val;')
 
 
+ANNOTATED = {  # what is said of the exports in annotation_trees
+  'coco': 'COCO annotations (annotations/instances_train2017.json and 1 more): 6 images with 6 '
+  'polygons and 12 masks of 2 classes; pixels in none of them are class 0, background.',
+  'roboflow': '5 images with 5 polygons and 10 masks of 2 classes; pixels in none of them are '
+  'class 0, background; left out: 1 image for testing.',
+  'cvat_coco': 'COCO annotations (annotations/instances_default.json): 6 images with 6 polygons ',
+  'label_studio_coco': 'COCO annotations (result.json): 6 images with 6 polygons and 12 masks of 2',
+  'labelme': 'labelme annotations (0.json and 5 more): 6 images with 12 polygons and 6 rectangles '
+  'of 2 classes; pixels in none of them are class 0, _background_.',
+  'cvat': 'CVAT annotations of images (annotations.xml): 6 images with 6 masks, 6 boxes and 6 '
+  'polygons of 2 classes; pixels in none of them are class 0, background; left out: 6 tags without',
+  'label_studio': 'Label Studio tasks (project-1.json): 6 images with 6 polygons, 6 rectangles and '
+  '6 brushes of 2 classes; pixels in none of them are class 0, background.',
+  'supervisely': 'Supervisely annotations (meta.json): 6 images with 12 polygons and 6 bitmaps of '
+  '2 classes; pixels in none of them are class 0, background; left out: 6 points without an area.',
+}
+
+
+def write_annotated(name: str, root: Path) -> Truth:
+  """Polygons, boxes and masks as a tool exports them."""
+  trees.EXPORTS[name][0](root)
+  pixels = trees.pixels_of(name)
+  return Truth(list(pixels), list(pixels.values()), ANNOTATED[name])
+
+
 CASES: dict[str, Callable[[Path], Truth]] = {
+  **{name: functools.partial(write_annotated, name) for name in ANNOTATED},
   'CVAT segmentation mask 1.1': write_cvat_masks,
   'Roboflow semantic masks': write_roboflow_masks,
   'Supervisely machine masks': write_supervisely_masks,
@@ -219,5 +247,5 @@ def test_what_people_have_is_prepared_and_trained_on(case, script, program, tmp_
   assert program(*command[4:], *settings, '--workdir=run') == (None, '')
   metrics = json.loads(Path('run/metrics.json').read_text())
   assert metrics['step'] == 10
-  assert metrics['images'] == 2
+  assert metrics['images'] == len(splits['val'])
   assert list(metrics['classes']) == truth.classes

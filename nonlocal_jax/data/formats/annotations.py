@@ -12,13 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nonlocal_jax.data.formats.found import Found
-from nonlocal_jax.data.paths import (
-  IMAGE_SUFFIXES,
-  files_below,
-  in_one_form,
-  version_of,
-  without_suffix,
-)
+from nonlocal_jax.data.formats.image_index import ImageIndex
+from nonlocal_jax.data.formats.splits import SPLIT_NAMES
+from nonlocal_jax.data.paths import in_one_form, version_of
 from nonlocal_jax.data.samples import Listing, Sample, no_files
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import parse_json
@@ -27,8 +23,7 @@ BACKGROUND = 'background'
 _BACKGROUNDS = (BACKGROUND, '_background_')
 _READ_AHEAD = 1 << 16  # bytes of a file that show what it is
 _SPLITS = {
-  **dict.fromkeys(('train', 'training'), 'train'),
-  **dict.fromkeys(('val', 'valid', 'validation'), 'val'),
+  **{name: split for split, names in SPLIT_NAMES.items() for name in names},
   **dict.fromkeys(('test', 'testing'), 'test'),
 }
 
@@ -89,7 +84,7 @@ def found_annotations(
       f'File {file} is neither of train nor of val, as others are: rename it, or move it away.'
     )
   tests = [entry for entry in entries if entry.split == 'test' and len(counts) > 1]
-  used = [entry for entry in entries if entry not in tests]
+  used = [entry for entry in entries if entry.split != 'test' or len(counts) == 1]
   shapes, left_out = collections.Counter[str](), collections.Counter[str]()
   for entry in used:
     shapes.update(entry.shapes)
@@ -104,19 +99,24 @@ def found_annotations(
     raise UserError(
       f'The {title} in {source} have no shapes with an area{only}: draw polygons or masks.'
     )
-  images = _Images(source)
+  images = ImageIndex(source)
+  taken: dict[Path, Entry] = {}
   listings = {
-    split: _listing(source, images, [entry for entry in used if split in ('', entry.split)])
+    split: _listing(source, images, [entry for entry in used if split in ('', entry.split)], taken)
     for split in (('train', 'val') if divided else ('',))
   }
   for entry in tests:
     with contextlib.suppress(ValueError):
       images.find(entry.names, entry.file)
   count = sum(len(listing.samples) for listing in listings.values())
+  empty = sum(not any(entry.shapes.values()) for entry in used)
+  kinds = _listed({'classes': len(classes) - 1})
   remarks = [
-    f'{_listed({"images": count})} with {_listed(shapes)} of {len(classes) - 1} classes',
+    f'{_listed({"images": count})} with {_listed(shapes)} of {kinds}',
     f'pixels in none of them are class 0, {classes[0]}',
   ]
+  if empty:
+    remarks.insert(1, f'{_listed({"images": empty})} without any')
   others = {
     'without an area': left_out,
     'for testing': {'images': len(tests)},
@@ -136,7 +136,7 @@ def found_annotations(
 
 def _listed(counts: Mapping[str, int]) -> str:
   """Lists counts, as in '2 polygons and 1 box'."""
-  singular = {'boxes': 'box', 'polylines': 'polyline'}
+  singular = {'boxes': 'box', 'brushes': 'brush', 'classes': 'class'}
   words = [
     f'{count:,} {kind if count != 1 else singular.get(kind, kind.removesuffix("s"))}'
     for kind, count in counts.items()
@@ -145,10 +145,12 @@ def _listed(counts: Mapping[str, int]) -> str:
   return ' and '.join([*([', '.join(words[:-1])] if words[1:] else []), *words[-1:]])
 
 
-def _listing(source: Path, images: '_Images', entries: Sequence[Entry]) -> Listing:
+def _listing(
+  source: Path, images: ImageIndex, entries: Sequence[Entry], taken: dict[Path, Entry]
+) -> Listing:
+  """Lists the images of some entries; `taken` has those of others, and then these as well."""
   samples: dict[str, Sample] = {}
   incomplete: dict[str, str] = {}
-  taken: dict[Path, Entry] = {}
   for entry in entries:
     try:
       image = images.find(entry.names, entry.file)
@@ -174,69 +176,6 @@ def _listing(source: Path, images: '_Images', entries: Sequence[Entry]) -> Listi
     else:
       samples[id_] = Sample(id_, image, entry.file, entry.draw)
   return Listing([samples[id_] for id_ in sorted(samples)], incomplete)
-
-
-class _Images:
-  """The image files below a folder, by the names that annotation files give them.
-
-  Annotation files have paths of the machine or the server where they were written. An image is the
-  file whose path agrees with the longest end of that path; of several, the one whose folders the
-  path of the annotation file names, too. So no path leads out of the folder.
-  """
-
-  def __init__(self, source: Path):
-    self._source = source
-    self._by_name: dict[str, list[Path]] = {}
-    for path in files_below(source):
-      if without_suffix(path.name, IMAGE_SUFFIXES) is not None:
-        self._by_name.setdefault(in_one_form(path.name), []).append(path)
-    self._used: set[Path] = set()
-
-  def find(self, names: Sequence[str], file: Path) -> Path:
-    """Returns the image for the first of some names that there is one for.
-
-    Raises:
-      ValueError: If there is none or more than one; the message lacks the full stop.
-    """
-    for name in names:
-      parts = [
-        part for part in re.split(r'[/\\]', in_one_form(name)) if part not in ('', '.', '..')
-      ]
-      candidates = self._by_name.get(parts[-1], []) if parts else []
-      for measure in (
-        lambda path, parts=parts: _common_end(parts, self._parts(path)),
-        lambda path: _named_in(self._parts(path.parent), self._parts(file)),
-      ):
-        best = max(map(measure, candidates), default=0)
-        candidates = [path for path in candidates if measure(path) == best]
-      if len(candidates) > 1:
-        raise ValueError(
-          f'Image {name}, which {file} names, may be {candidates[0]} or {candidates[1]}: move one '
-          'away, or give the folder in the name'
-        )
-      if candidates:
-        self._used.add(candidates[0])
-        return candidates[0]
-    raise ValueError(
-      f'There is no image {names[0]} in {self._source}, which {file} names: add it, or take it out'
-    )
-
-  def unused(self) -> int:
-    """Returns how many images were never found."""
-    return sum(map(len, self._by_name.values())) - len(self._used)
-
-  def _parts(self, path: Path) -> Sequence[str]:
-    return [in_one_form(part) for part in path.relative_to(self._source).parts]
-
-
-def _common_end(first: Sequence[str], second: Sequence[str]) -> int:
-  pairs = zip(reversed(first), reversed(second), strict=False)
-  return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
-
-
-def _named_in(folders: Sequence[str], parts: Sequence[str]) -> int:
-  """Counts the folders that are among the parts of a path, or in the name at its end."""
-  return sum(folder in parts or folder in parts[-1] for folder in folders)
 
 
 def split_named(names: Iterable[str]) -> str:
@@ -272,6 +211,12 @@ def beginning(path: Path) -> bytes:
       return file.read(_READ_AHEAD)
   except OSError:
     return b''
+
+
+def evidence_of(source: Path, files: Sequence[Path]) -> str:
+  """Names the first of some files below a folder, and says how many more there are."""
+  more = f' and {len(files) - 1} more' if len(files) > 1 else ''
+  return f'{files[0].relative_to(source).as_posix()}{more}'
 
 
 def read_json(path: Path, keep: Callable[[dict], dict] | None = None) -> Any:

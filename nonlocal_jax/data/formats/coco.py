@@ -22,6 +22,7 @@ from nonlocal_jax.data.formats.annotations import (
   beginning,
   check_size,
   document,
+  evidence_of,
   found_annotations,
   read_json,
   split_named,
@@ -49,8 +50,7 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
   files = instances or files  # COCO's own archive has keypoints and captions beside them
   if not files:
     return None
-  more = f' and {len(files) - 1} more' if len(files) > 1 else ''
-  evidence = f'{files[0].relative_to(source).as_posix()}{more}'
+  evidence = evidence_of(source, files)
   return Candidate(evidence, lambda: _read(source, files, evidence))
 
 

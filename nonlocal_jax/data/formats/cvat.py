@@ -24,6 +24,7 @@ from nonlocal_jax.data.formats.annotations import (
   beginning,
   check_size,
   document,
+  evidence_of,
   found_annotations,
   split_named,
   with_background,
@@ -50,8 +51,7 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
   files = [path for path in files if b'<annotations>' in beginning(path)]
   if not files:
     return None
-  more = f' and {len(files) - 1} more' if len(files) > 1 else ''
-  evidence = f'{files[0].relative_to(source).as_posix()}{more}'
+  evidence = evidence_of(source, files)
   return Candidate(evidence, lambda: _read(source, files, evidence))
 
 
@@ -195,7 +195,7 @@ def _paint_box(label: np.ndarray, shape: Element, value: int) -> None:
 def _paint_ellipse(label: np.ndarray, shape: Element, value: int) -> None:
   """Paints an ellipse as CVAT does (`EllipsesToMasks`), whole pixels."""
   x, y, across, down = (_number(shape, key) for key in ('cx', 'cy', 'rx', 'ry'))
-  angle = _number(shape, 'rotation', default='0')
+  angle = _number(shape, 'rotation', default='0') % 360
   shapes.points_in([[x - across, y - down], [x + across, y + down]], label.shape)
   mask = np.zeros(label.shape, np.uint8)
   center, axes = (round(x), round(y)), (round(abs(across)), round(abs(down)))

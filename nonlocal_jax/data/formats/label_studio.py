@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from nonlocal_jax.data.formats import shapes
+from nonlocal_jax.data.formats import brushes, shapes
 from nonlocal_jax.data.formats.annotations import (
   Document,
   Entry,
   beginning,
   check_size,
   document,
+  evidence_of,
   found_annotations,
   read_json,
   split_named,
@@ -51,15 +52,14 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
   """Finds JSON files with lists of tasks; refuses brushes exported as images."""
   del own
   files = files_below(source)
-  brushes = [path.name for path in files if re.match(r'task-\d+-annotation-\d+-by-', path.name)]
+  images = [path for path in files if re.match(r'task-\d+-annotation-\d+-by-', path.name)]
   files = [path for path in files if path.suffix.lower() == '.json']
   files = [path for path in files if _looks_like_tasks(beginning(path))]
-  if brushes and not files:
-    return Candidate(brushes[0], functools.partial(_refuse_brushes, source / brushes[0]))
+  if images and not files:
+    return Candidate(images[0].name, functools.partial(_refuse_brushes, images[0]))
   if not files:
     return None
-  more = f' and {len(files) - 1} more' if len(files) > 1 else ''
-  evidence = f'{files[0].relative_to(source).as_posix()}{more}'
+  evidence = evidence_of(source, files)
   return Candidate(evidence, lambda: _read(source, files, evidence))
 
 
@@ -263,9 +263,9 @@ def _paint(label: np.ndarray, region: _Region, values: Mapping[str, int]) -> Non
       raise ValueError('has a polygon that is not closed')
     shapes.paint_polygons(label, [_pixels(region.value['points'], label.shape)], value)
   elif kind == 'brushes':
-    label[alpha_in(region.value['rle'], label.size).reshape(label.shape)] = value
+    label[brushes.alpha_in(region.value['rle'], label.size).reshape(label.shape)] = value
   elif kind == 'rectangles':
-    x, y, across, down, angle = _fields(region.value, 'x', 'y', 'width', 'height', 'rotation')
+    x, y, across, down, angle = _fields(region.value, 'x', 'y', 'width', 'height')
     h, w = label.shape
     cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     sides = np.array([[0, 0], [0, down * h], [across * w, down * h], [across * w, 0]]) / 100
@@ -279,7 +279,7 @@ def _paint(label: np.ndarray, region: _Region, values: Mapping[str, int]) -> Non
 
 def _paint_ellipse(label: np.ndarray, fields: Mapping[str, Any], value: int) -> None:
   """Paints an ellipse of whole pixels."""
-  x, y, across, down, angle = _fields(fields, 'x', 'y', 'radiusX', 'radiusY', 'rotation')
+  x, y, across, down, angle = _fields(fields, 'x', 'y', 'radiusX', 'radiusY')
   points = _pixels([[x - across, y - down], [x + across, y + down]], label.shape)
   center, radii = points.mean(0), np.abs(points[1] - points[0]) / 2
   mask = np.zeros(label.shape, np.uint8)
@@ -296,62 +296,9 @@ def _pixels(percent: Any, size: tuple[int, ...]) -> np.ndarray:
 
 
 def _fields(value: Mapping[str, Any], *keys: str) -> list[float]:
-  numbers = shapes.numbers_in([value.get(key, 0) for key in keys])
-  if numbers.ndim != 1 or not np.isfinite(numbers).all():
-    raise ValueError(f'has no numbers as {", ".join(keys)}')
-  return numbers.tolist()
-
-
-def alpha_in(data: Any, pixels: int) -> np.ndarray:
-  """Decodes a brush: an RGBA image in runs of values, of which the opacity counts.
-
-  Bits, most significant first: 32 for the number of values, 5 for the bits of a value less 1, four
-  times 4 for sizes of lengths less 1; then runs: 1 bit, whether one value is repeated, 2 for which
-  size, the length less 1 in so many bits, and the value or values (rle-pack of
-  https://github.com/thi-ng/umbrella).
-
-  Args:
-    data: A list of bytes.
-    pixels: How many there must be.
-
-  Returns:
-    (pixels,) bool, where the brush covers the image.
-
-  Raises:
-    ValueError: If it is no such list, or has another number of pixels.
-  """
-  if not isinstance(data, list) or not all(type(byte) is int and 0 <= byte < 256 for byte in data):
-    raise ValueError('has an rle that is no list of bytes')
-  bits = ''.join(map(_BITS.__getitem__, data))
-  position = 0
-
-  def read(count: int) -> int:
-    nonlocal position
-    position += count
-    if position > len(bits):
-      raise ValueError('has an rle that breaks off')
-    return int(bits[position - count : position], 2)
-
-  total = read(32)
-  if total != 4 * pixels:
-    raise ValueError(f'has an rle of {total / 4:g} pixels, and not {pixels}')
-  if read(5) != 7:
-    raise ValueError('has an rle of values that are not of 8 bits')
-  sizes = [read(4) + 1 for _ in range(4)]
-  values = np.empty(total, np.uint8)
-  start = 0
-  while start < total:
-    repeated = read(1)
-    length = read(sizes[read(2)]) + 1
-    if start + length > total:
-      raise ValueError('has an rle whose runs are too long')
-    content = read(8 if repeated else 8 * length)
-    if repeated:
-      values[start : start + length] = content
-    else:
-      values[start : start + length] = np.frombuffer(content.to_bytes(length, 'big'), np.uint8)
-    start += length
-  return values.reshape(-1, 4)[:, 3] > 0
-
-
-_BITS = [f'{byte:08b}' for byte in range(256)]
+  """Returns the values of some fields, and the rotation in degrees."""
+  found: list[Any] = [*(value.get(key) for key in keys), value.get('rotation', 0)]
+  if not all(type(number) in (int, float) and math.isfinite(number) for number in found):
+    raise ValueError(f'has something else than numbers as {", ".join(keys)} or rotation')
+  *numbers, angle = map(float, found)
+  return [*numbers, angle % 360]

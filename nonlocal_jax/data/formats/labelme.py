@@ -26,6 +26,7 @@ from nonlocal_jax.data.formats.annotations import (
   beginning,
   check_size,
   document,
+  evidence_of,
   found_annotations,
   read_json,
   split_named,
@@ -58,8 +59,7 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
   files = [path for path in files if re.search(rb'"shapes"\s*:\s*\[', beginning(path))]
   if not files:
     return None
-  more = f' and {len(files) - 1} more' if len(files) > 1 else ''
-  evidence = f'{files[0].relative_to(source).as_posix()}{more}'
+  evidence = evidence_of(source, files)
   return Candidate(evidence, lambda: _read(source, files, evidence))
 
 
@@ -74,7 +74,7 @@ def _read(source: Path, paths: Sequence[Path], evidence: str) -> Found:
       file.path,
       functools.partial(_draw, document=file, values=values),
       collections.Counter(_kinds(_kind(shape)) for shape in file.content['shapes']),
-      split=split_named(file.path.relative_to(source).parts),
+      split=split_named(file.path.relative_to(source).parts[:-1]),
     )
     for file in files
   ]
