@@ -295,3 +295,21 @@ def test_names_of_photos_are_no_splits(tmp_path):
   listing = detection.read_folder(tmp_path).listing
   assert not isinstance(listing, Listing)
   assert [sample.id for sample in listing('train').samples] == ['train/4', 'train/5']
+
+
+@pytest.mark.parametrize('name', ['coco', 'cvat', 'label_studio', 'supervisely', 'labelme'])
+def test_classes_txt_gives_the_order_and_may_have_more(name, tmp_path):
+  write, ends = trees.EXPORTS[name]
+  write(tmp_path)
+  (tmp_path / 'labels.txt').unlink(missing_ok=True)
+  (tmp_path / 'classes.txt').write_text('tree\ncar\n\nroad\n')
+  expected = ['background', 'tree', 'car', 'road']
+  assert detection.read_folder(tmp_path).description['classes'] == expected
+  for stem, label in labels_of(tmp_path).items():
+    drawn = trees.expected_label(int(stem.split()[-1]), ends=ends, names=expected)
+    np.testing.assert_array_equal(label, drawn)
+  (tmp_path / 'classes.txt').write_text('road\ntree\n')
+  (complaint,) = complaints_of(tmp_path)
+  assert complaint.endswith(
+    "classes.txt lacks the class 'car', which the annotations have: add it, or delete the file."
+  )

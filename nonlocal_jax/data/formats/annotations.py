@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nonlocal_jax.data.formats.class_tables import find_table
 from nonlocal_jax.data.formats.found import Found
 from nonlocal_jax.data.formats.image_index import ImageIndex
 from nonlocal_jax.data.formats.splits import SPLIT_NAMES
@@ -20,7 +21,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import parse_json
 
 BACKGROUND = 'background'
-_BACKGROUNDS = (BACKGROUND, '_background_')
+_LISTS = ('classes.txt', 'class_names.txt')  # of names in lines
 _READ_AHEAD = 1 << 16  # bytes of a file that show what it is
 _SPLITS = {
   **{name: split for split, names in SPLIT_NAMES.items() for name in names},
@@ -197,11 +198,37 @@ def split_named(names: Iterable[str]) -> str:
   return found.pop() if len(found) == 1 else ''
 
 
-def with_background(names: Iterable[str]) -> list[str]:
-  """Puts the class of what no shape covers before the others, under the name that it has there."""
+def ordered_classes(source: Path, names: Iterable[str], default: str = BACKGROUND) -> list[str]:
+  """Orders classes; the first is the one of what no shape covers, under the name that it has there.
+
+  Args:
+    source: The folder. Where it has classes.txt, with a name in each line, that gives the order,
+      and may name further classes.
+    names: The classes in the order of the tool.
+    default: Name of the first class, if none of the others is called so.
+
+  Returns:
+    Their names.
+
+  Raises:
+    UserError: If classes.txt lacks one.
+  """
   names = list(names)
-  own = next((name for name in names if name.strip().lower() in _BACKGROUNDS), BACKGROUND)
+  table = find_table([source], _LISTS)
+  if table is not None:
+    missing = [name for name in names if name not in table.names and not _is_background(name)]
+    if missing:
+      raise UserError(
+        f'File {table.file} lacks the class {missing[0]!r}, which the annotations have: add it, or '
+        'delete the file.'
+      )
+    names = list(table.names)
+  own = next(filter(_is_background, names), default)
   return [own, *(name for name in names if name != own)]
+
+
+def _is_background(name: str) -> bool:
+  return name.strip().lower() in (BACKGROUND, '_background_')
 
 
 def beginning(path: Path) -> bytes:

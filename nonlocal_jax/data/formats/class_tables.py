@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ class ClassTable(NamedTuple):
   file: str
 
 
-def find_table(folders: Iterable[Path]) -> ClassTable | None:
+def find_table(folders: Iterable[Path], only: Collection[str] | None = None) -> ClassTable | None:
   """Reads the file that names the classes, if there is one.
 
   These are labelmap.txt of CVAT (`name:r,g,b:parts:actions`), _classes.csv of Roboflow (`Pixel
@@ -36,6 +36,7 @@ def find_table(folders: Iterable[Path]) -> ClassTable | None:
 
   Args:
     folders: Where they are looked for. Equal files in several folders are one.
+    only: The names of files to look for; None for all of these.
 
   Returns:
     The table.
@@ -47,7 +48,7 @@ def find_table(folders: Iterable[Path]) -> ClassTable | None:
   for folder in folders:
     for name, read in _READERS.items():
       path = folder / name
-      if path.is_file():
+      if (only is None or name in only) and path.is_file():
         table = _checked(path, read)
         if not any(table[:2] == other[:2] for other in found):
           found.append(table)

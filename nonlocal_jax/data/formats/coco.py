@@ -24,9 +24,9 @@ from nonlocal_jax.data.formats.annotations import (
   document,
   evidence_of,
   found_annotations,
+  ordered_classes,
   read_json,
   split_named,
-  with_background,
 )
 from nonlocal_jax.data.formats.found import Candidate, Found
 from nonlocal_jax.data.paths import files_below
@@ -93,7 +93,9 @@ def _read(source: Path, paths: Sequence[Path], evidence: str) -> Found:
       'boxes or keypoints: export polygons or masks.'
     )
   names_of = _names(files)
-  classes = with_background(dict.fromkeys(name for names in names_of for name in names.values()))
+  classes = ordered_classes(
+    source, dict.fromkeys(name for names in names_of for name in names.values())
+  )
   values = {name: value for value, name in enumerate(classes)}
   entries = [
     Entry(

@@ -26,8 +26,8 @@ from nonlocal_jax.data.formats.annotations import (
   document,
   evidence_of,
   found_annotations,
+  ordered_classes,
   split_named,
-  with_background,
 )
 from nonlocal_jax.data.formats.found import Candidate, Found
 from nonlocal_jax.data.paths import files_below
@@ -67,7 +67,7 @@ def _read(source: Path, files: Sequence[Path], evidence: str) -> Found:
     for label in root.iterfind('meta//labels/label'):
       if label.find('parent') is None:  # else it is a part of a skeleton
         colors.setdefault(label.findtext('name') or '', label.findtext('color') or '')
-  classes = with_background(colors)
+  classes = ordered_classes(source, colors)
   values = {name: value for value, name in enumerate(classes)}
   entries = []
   for found in documents:

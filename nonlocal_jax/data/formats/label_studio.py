@@ -25,9 +25,9 @@ from nonlocal_jax.data.formats.annotations import (
   document,
   evidence_of,
   found_annotations,
+  ordered_classes,
   read_json,
   split_named,
-  with_background,
 )
 from nonlocal_jax.data.formats.found import Candidate, Found
 from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, without_suffix
@@ -112,7 +112,7 @@ def _read(source: Path, files: Sequence[Path], evidence: str) -> Found:
   tasks: list[tuple[Document, _Task]] = [(f, task) for f in documents for task in f.content]
   regions = [region for _, task in tasks for region in task.regions]
   labels = {label for region in regions if region.kind() for label in region.labels or ()}
-  classes = with_background(sorted(labels))
+  classes = ordered_classes(source, sorted(labels))
   values = {name: value for value, name in enumerate(classes)}
   entries = [
     Entry(

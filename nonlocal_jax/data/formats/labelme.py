@@ -28,6 +28,7 @@ from nonlocal_jax.data.formats.annotations import (
   document,
   evidence_of,
   found_annotations,
+  ordered_classes,
   read_json,
   split_named,
 )
@@ -88,20 +89,20 @@ def _read(source: Path, paths: Sequence[Path], evidence: str) -> Found:
 
 
 def _names(source: Path, used: Mapping[str, Path]) -> list[str]:
-  """Orders the classes as labels.txt does, else by name; that of the background is first.
+  """Orders the classes as labels.txt does, else as classes.txt does, else by name.
 
   Raises:
     UserError: If labels.txt lacks one, or has it twice.
   """
   path = source / LABELS
+  names = sorted(used.keys() - {_IGNORED})
   if not path.is_file():
-    first = _BACKGROUND if _BACKGROUND in used else BACKGROUND
-    return [first, *sorted(used.keys() - {_IGNORED, first})]
+    return ordered_classes(source, names)
   lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
   twice = [name for name, count in collections.Counter(lines).items() if count > 1]
   if twice:
     raise UserError(f'File {path} has the name {twice[0]!r} twice: take one out.')
-  missing = [name for name in used if name not in lines and name != _IGNORED]
+  missing = [name for name in names if name not in lines]
   if missing:
     raise UserError(
       f'File {used[missing[0]]} has the label {missing[0]!r}, which {path} lacks: add it there.'

@@ -27,9 +27,9 @@ from nonlocal_jax.data.formats.annotations import (
   check_size,
   document,
   found_annotations,
+  ordered_classes,
   read_json,
   split_named,
-  with_background,
 )
 from nonlocal_jax.data.formats.found import Candidate, Found
 from nonlocal_jax.data.paths import files_below
@@ -54,7 +54,7 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
 
 def _read(source: Path, meta: Path) -> Found:
   colors = _classes(meta)
-  classes = with_background(colors)
+  classes = ordered_classes(source, colors)
   values = {name: value for value, name in enumerate(classes)}
   files = [
     document(path, _parse)
