@@ -276,7 +276,8 @@ def move(path):
     (
       'custom',
       lambda root: move(root / 'images/train'),
-      'There is no folder images/train in {root}: add the train images.',
+      'There is no folder images/train in {root}: add the train images there, or take all out of '
+      'the folder val, to have them divided.',
     ),
     (
       'ade20k',

@@ -211,6 +211,48 @@ def test_files_of_indices_are_told_by_the_first(tmp_path, monkeypatch):
   assert len(read) == 1
 
 
+def test_one_name_is_that_of_what_is_not_the_background(tmp_path):
+  write_scenes(tmp_path, make_scenes(classes=2), encode=lambda label: label)
+  (tmp_path / 'classes.txt').write_text('crack\n')
+  assert detection.read_folder(tmp_path).description == {'classes': ['background', 'crack']}
+
+
+def test_a_palette_with_a_color_twice_is_for_pictures_alone(tmp_path):
+  write_scenes(tmp_path / 'a', encode=lambda label: label)
+  write_scenes(tmp_path / 'b')
+  for folder in 'ab':
+    text = json.dumps({'palette': [[0, 0, 0], [0, 0, 0], [1, 1, 1]]})
+    (tmp_path / folder / 'dataset.json').write_text(text)
+  check(prepared_labels(tmp_path / 'a', tmp_path))
+  with pytest.raises(
+    UserError, match=r'Two classes have the color \[0, 0, 0\] in .*dataset\.json: '
+  ):
+    detection.read_folder(tmp_path / 'b')
+
+
+@pytest.mark.parametrize('layout', ['SPLIT/images', 'images/SPLIT'])
+def test_without_val_images_something_to_do_is_named(layout, tmp_path):
+  def add(split):
+    for scene in SCENES:
+      folder = layout.replace('SPLIT', split)
+      write(tmp_path / folder / f'{scene.name}.jpg', scene.image)
+      write(tmp_path / folder.replace('images', 'labels') / f'{scene.name}.png', scene.label)
+
+  add('train')
+  missing = (
+    f'There is no folder {layout.replace("SPLIT", "val")} in {tmp_path}: add the val images '
+  )
+  with pytest.raises(UserError) as error:
+    layouts.list_samples(datasets.custom_dataset(3), tmp_path, 'val')
+  assert str(error.value) == (
+    f'{missing}there, or take all out of the folder train, to have them divided.'
+  )
+  add('test')
+  with pytest.raises(UserError) as error:
+    layouts.list_samples(datasets.custom_dataset(3), tmp_path, 'val')
+  assert str(error.value) == f'{missing}there, or rename test, which is not used.'
+
+
 def complaint(source, tmp_path, **options):
   with pytest.raises(UserError) as error:
     preparation.prepare(
@@ -269,6 +311,13 @@ def test_label_maps_that_lose_something_are_refused(pixels, options, sentence, t
   source = tmp_path / 'source'
   write_scenes(source, encode=lambda label: pixels)
   assert sentence in complaint(source, tmp_path)
+
+
+def test_transparent_label_maps_without_a_table_are_told_as_such(tmp_path):
+  transparent = np.full((9, 9, 4), (1, 2, 3, 0), np.uint8)
+  write_scenes(tmp_path, encode=lambda label: transparent)
+  with pytest.raises(UserError, match=r'scene_2\.png is a label map with transparent pixels'):
+    detection.read_folder(tmp_path)
 
 
 def test_a_label_map_of_another_kind_than_the_others_is_refused(tmp_path):

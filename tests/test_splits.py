@@ -5,11 +5,13 @@ import os
 
 import numpy as np
 import pytest
+from etils.epath import backend
 
 from nonlocal_jax.data import datasets, layouts
 from nonlocal_jax.data.formats import detection, splits
 from nonlocal_jax.errors import UserError
 from tests.scenes import make_scenes, write
+from tests.test_prepared import Bucket
 
 SCENES = make_scenes(10)
 NAMES = [scene.name for scene in SCENES]
@@ -42,8 +44,8 @@ def test_without_lists_they_are_chosen_and_written_down(source, capsys):
   assert len(first['val']) == 2
   assert sorted(first['train'] + first['val']) == NAMES
   assert capsys.readouterr().err.endswith(
-    f'The images of {source} were divided into 8 for training and 2 for validation, as train.txt '
-    'and val.txt there say.\n'
+    f'No list divided the images of {source}: 8 were chosen for training and 2 for validation, and '
+    'listed in train.txt and val.txt there.\n'
   )
   for split, names in first.items():
     assert (source / f'{split}.txt').read_text().splitlines() == names
@@ -155,6 +157,29 @@ def test_images_without_label_maps_are_divided_as_well(source):
   assert sorted(lines[0] + lines[1]) == NAMES
 
 
+def test_nothing_is_divided_where_no_label_map_can_be_read(source):
+  for path in (source / 'labels').iterdir():
+    path.write_bytes(b'broken')
+  with pytest.raises(UserError, match=r'labels/scene_0\.png is not an image, or broken'):
+    listed(source)
+  for path in (source / 'labels').iterdir():
+    path.rename(path.with_suffix('.tif'))
+  with pytest.raises(UserError, match=r'scene_0\.jpg has no label map: expected .*scene_0\.tif\.'):
+    listed(source)
+  assert sorted(path.name for path in source.iterdir()) == ['images', 'labels']
+
+
+def test_names_that_lists_could_be_read_wrongly_of_are_found_again(source):
+  names = ['a,b', ' two  spaces ', 'x.jpg', 'ein\u2028zwei', 'c:d']
+  for scene, name in zip(SCENES, names, strict=False):
+    write(source / f'images/{name}.jpg', scene.image)
+    write(source / f'labels/{name}.png', scene.label)
+  first = listed(source)
+  assert sorted(first['train'] + first['val']) == sorted(NAMES + names)
+  for split in ('train', 'val'):
+    assert not layouts.list_samples(datasets.custom_dataset(3), source, split).incomplete
+
+
 def test_one_image_cannot_be_divided(tmp_path):
   write(tmp_path / 'images/a.jpg', SCENES[0].image)
   write(tmp_path / 'labels/a.png', SCENES[0].label)
@@ -176,6 +201,35 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(source, monkeypatch):
     'labels into folders train and val, or add train.txt and val.txt with an image name in each '
     'line.'
   )
+
+
+@pytest.fixture
+def bucket(source, monkeypatch):
+  """The same folder in a bucket."""
+  bucket = Bucket()
+  bucket.put(f'{source}/', '/bucket/scenes/', recursive=True)
+  monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: bucket)
+  yield bucket
+  bucket.rm('/bucket', recursive=True)
+
+
+def test_images_in_a_bucket_are_divided_and_listed_there(source, bucket):
+  first = listed('gs://bucket/scenes')
+  assert first == listed(source)
+  assert bucket.cat('/bucket/scenes/val.txt').decode().splitlines() == first['val']
+  assert listed('gs://bucket/scenes') == first
+
+
+def test_a_bucket_that_cannot_be_written_is_a_sentence(bucket, monkeypatch):
+  def refuse(*arguments, **options):
+    raise PermissionError('403 Forbidden')
+
+  monkeypatch.setattr(bucket, 'open', refuse)
+  monkeypatch.setattr(
+    splits, '_present_classes', lambda samples: np.ones((len(samples), 255), bool)
+  )
+  with pytest.raises(UserError, match=r'the list train\.txt cannot be written there \(403 Forb'):
+    layouts.list_samples(datasets.custom_dataset(3), 'gs://bucket/scenes', 'val')
 
 
 def present_in(generator, images, classes, share):

@@ -57,8 +57,7 @@ def write_cvat_masks(root: Path) -> Truth:
     [*NAMES],
     histogram(SCENES),
     'label maps in colors in SegmentationClass; images in JPEGImages; 3 classes of labelmap.txt. '
-    'No list divides the images: 6 were chosen for training and 2 for validation, see train.txt '
-    'and val.txt there.',
+    'train.txt and val.txt divide the images.',
   )
 
 
@@ -93,7 +92,7 @@ def write_supervisely_masks(root: Path) -> Truth:
     [*NAMES],
     histogram(SCENES),
     'label maps in colors in dataset 1/masks_machine, dataset 2/masks_machine; images in dataset 1/'
-    'img, dataset 2/img; 3 classes of obj_class_to_machine_color.json. No list divides',
+    'img, dataset 2/img; 3 classes of obj_class_to_machine_color.json. train.txt and val.txt ',
   )
 
 
@@ -132,7 +131,9 @@ def write_folders_without_list(root: Path) -> Truth:
     write(root / f'Masks/{scene.name}.PNG', scene.label)
   (root / 'classes.txt').write_text('\n'.join(NAMES))
   return Truth(
-    [*NAMES], histogram(SCENES), 'images in Images; 3 classes of classes.txt. No list divides'
+    [*NAMES],
+    histogram(SCENES),
+    'images in Images; 3 classes of classes.txt. train.txt and val.txt divide',
   )
 
 

@@ -22,6 +22,7 @@ from nonlocal_jax.data.formats.mask_folders import (
 )
 from nonlocal_jax.data.formats.mask_pixels import (
   MOST_COLORS,
+  count_colors,
   describe_colors,
   read_binary,
   read_colors,
@@ -144,8 +145,11 @@ def _no_split(source: Path, places: Places, split: Split | None) -> str:
   (other,) = places.pairs
   name = next(part for part in there if part.lower().startswith(str(other)[:3]))
   missing = '/'.join(str(split) if part == name else part for part in there)
-  more = f', beside {places.unused[0]},' if places.unused else ''
-  return f'There is no folder {missing} in {source}{more}: add the {split} images.'
+  if places.unused:
+    remedy = f'or rename {places.unused[0]}, which is not used'
+  else:
+    remedy = f'or take all out of the folder {name}, to have them divided'
+  return f'There is no folder {missing} in {source}: add the {split} images there, {remedy}.'
 
 
 def _relative(source: Path, pairs: Sequence[Pair], which: str) -> str:
@@ -175,11 +179,10 @@ def _own_table(own: Mapping[str, Any], source: Path) -> ClassTable | None:
   if not palette:
     return None
   colors = tuple((r, g, b) for r, g, b in palette)
-  twice = next((list(color) for color in colors if colors.count(color) > 1), None)
   names = own.get('classes', ())
   if len(names) != len(colors):
     names = [f'color {index}' for index in range(len(colors))]
-  return ClassTable(tuple(names), () if twice else colors, str(source / DESCRIPTION))
+  return ClassTable(tuple(names), colors, str(source / DESCRIPTION))
 
 
 def _reading(
@@ -203,8 +206,10 @@ def _reading(
   is_own = table is not None and table.file == str(source / DESCRIPTION)
   colors = table.colors if table and not is_own else ()
   names = () if is_own else names
+  if len(names) == 1:  # a background goes without saying
+    names = (_BLACK, *names)
   if found.kind == 'binary' and _may_be_binary(own, names):
-    names = (_BLACK, _WHITE)[: 2 - len(names)] + tuple(names) if len(names) < 2 else names
+    names = names or (_BLACK, _WHITE)
     what = f'black-and-white label maps (0 is {names[0]}, 255 is {names[1]})'
     return _Reading(what, names, colors if len(colors) == 2 else (), read_binary, 'binary')
   if found.is_colored or found.kind == 'gray':
@@ -250,6 +255,8 @@ def _check_distinct(table: ClassTable) -> None:
 
 def _palette_to_paste(paths: Sequence[Path], source: Path) -> str:
   counts = all_colors(paths)
+  if not counts:  # none can be read, which an error tells
+    counts.update(count_colors(paths[0]))
   folder = paths[0].parent
   if len(counts) > MOST_COLORS:
     return (

@@ -69,16 +69,12 @@ def divided(source: Path, listing: Listing) -> Division:
     UserError: If lists name no images, or contradict each other; or there are none and none can be
       written.
   """
-  lists = _find_lists(source)
   names = [sample.id for sample in listing.samples]
   names += [_stem(name) for name in listing.incomplete]
+  lists = _find_lists(source)
   if not lists:
-    parts = _divide(source, listing, names)
-    sentence = (
-      f'No list divides the images: {len(parts["train"]):,} were chosen for training and '
-      f'{len(parts["val"]):,} for validation, see train.txt and val.txt there'
-    )
-    return Division({split: _part(listing, set(ids), {}) for split, ids in parts.items()}, sentence)
+    _write_lists(source, listing, names)
+    lists = _find_lists(source)
   known = _Names(names)
   found: dict[Split, set[str]] = {}
   missing: dict[Split, dict[str, str]] = {'train': {}, 'val': {}}
@@ -88,8 +84,8 @@ def divided(source: Path, listing: Listing) -> Division:
       name = known.find(line)
       if name is None:
         missing[split][line] = (
-          f'There is no image {line!r} in {source}, which {path} names in line {number}: add it, '
-          'or strike it out there.'
+          f'There is no image {line.strip()!r} in {source}, which {path} names in line {number}: '
+          'add it, or strike it out there.'
         )
       else:
         found[split].add(name)
@@ -165,8 +161,8 @@ def _lines(path: Path) -> list[tuple[int, str]]:
   Raises:
     UserError: If there are none.
   """
-  lines = [line.strip() for line in read_text(path).splitlines()]
-  numbered = [(number, line) for number, line in enumerate(lines, 1) if line]
+  lines = read_text(path).split('\n')
+  numbered = [(number, line.rstrip('\r')) for number, line in enumerate(lines, 1) if line.strip()]
   if not numbered:
     raise UserError(f'There are no image names in {path}: add them, or delete the list.')
   return numbered
@@ -183,7 +179,7 @@ class _Names:
 
   def find(self, line: str) -> str | None:
     """Finds a whole line or its first word, with or without leading folders and suffix."""
-    for text in (line, line.split()[0], line.split(',')[0]):
+    for text in (line, line.strip(), line.split()[0], line.strip().split(',')[0]):
       path = in_one_form(text).replace('\\', '/').strip('/')
       for name in dict.fromkeys((path, without_suffix(path, IMAGE_SUFFIXES) or path)):
         while name not in self._names and '/' in name:
@@ -195,12 +191,14 @@ class _Names:
     return None
 
 
-def _divide(source: Path, listing: Listing, names: Sequence[str]) -> dict[Split, list[str]]:
+def _write_lists(source: Path, listing: Listing, names: Sequence[str]) -> None:
   """Chooses the val images and writes the lists.
 
   Raises:
-    UserError: If there is one image only, or the lists cannot be written.
+    UserError: If there is one image only, no label map can be read, or a list cannot be written.
   """
+  if not listing.samples:
+    raise UserError(next(iter(listing.incomplete.values())))
   if len(names) < 2:
     raise UserError(
       f'Folder {source} has {len(names)} image, which cannot be divided into train and val: add '
@@ -209,19 +207,15 @@ def _divide(source: Path, listing: Listing, names: Sequence[str]) -> dict[Split,
   present = np.zeros((len(names), IGNORE), bool)
   present[: len(listing.samples)] = _present_classes(listing.samples)
   is_val = choose_val(names, present)
-  parts: dict[Split, list[str]] = {
-    split: [name for name, val in zip(names, is_val, strict=True) if val == (split == 'val')]
-    for split in SPLIT_NAMES
-  }
-  for split, ids in parts.items():
-    _write_list(source / f'{split}.txt', ids)
+  for split in SPLIT_NAMES:
+    chosen = is_val if split == 'val' else ~is_val
+    _write_list(source / f'{split}.txt', [name for name, c in zip(names, chosen, strict=True) if c])
   if is_first_process():
     print(
-      f'The images of {source} were divided into {len(parts["train"]):,} for training and '
-      f'{len(parts["val"]):,} for validation, as train.txt and val.txt there say.',
+      f'No list divided the images of {source}: {np.sum(~is_val):,} were chosen for training and '
+      f'{np.sum(is_val):,} for validation, and listed in train.txt and val.txt there.',
       file=sys.stderr,
     )
-  return parts
 
 
 def _write_list(path: Path, names: Sequence[str]) -> None:
@@ -245,26 +239,35 @@ def _write_list(path: Path, names: Sequence[str]) -> None:
 
 
 def _present_classes(samples: Sequence[Sample]) -> np.ndarray:
-  """Which values but 255 each label map has, (samples, 255) bool; none for broken ones."""
+  """Which values but 255 each label map has, (samples, 255) bool; none for broken ones.
+
+  Raises:
+    UserError: If all are broken.
+  """
   present = np.zeros((len(samples), IGNORE), bool)
-  remote = bool(samples) and is_remote(samples[0].label)
-  pool = ThreadPoolExecutor(_READERS if remote else os.cpu_count())
+  errors = []
+  pool = ThreadPoolExecutor(_READERS if is_remote(samples[0].label) else os.cpu_count())
   try:
     with progress_bar(len(samples), 'Reading label maps', unit='img', leave=False) as bar:
-      for index, values in enumerate(pool.map(_values, samples)):
-        present[index] = values
+      for index, found in enumerate(pool.map(_values, samples)):
+        if isinstance(found, UserError):  # told when the sample is prepared
+          errors.append(found)
+        else:
+          present[index] = found
         bar.update()
   finally:
     pool.shutdown(cancel_futures=True)
+  if len(errors) == len(samples):
+    raise errors[0]
   return present
 
 
-def _values(sample: Sample) -> np.ndarray:
+def _values(sample: Sample) -> np.ndarray | UserError:
   try:
     h, w = _size(sample.image) if sample.read_label else (0, 0)
     label, _ = read_label(sample, h, w)
-  except UserError:  # told when the sample is prepared
-    return np.zeros(IGNORE, bool)
+  except UserError as error:
+    return error
   return np.bincount(label.ravel(), minlength=IGNORE + 1)[:IGNORE] > 0
 
 
