@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nonlocal_jax.data.datasets import Dataset, Split
-from nonlocal_jax.data.formats.detection import list_folder
+from nonlocal_jax.data.formats.detection import list_folder, read_folder
+from nonlocal_jax.data.formats.found import Found
 from nonlocal_jax.data.paths import as_path, files_below, in_one_form, read_text, without_suffix
 from nonlocal_jax.data.samples import Listing, Sample, by_stem, no_files
 from nonlocal_jax.errors import UserError
 
 
-def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Split) -> Listing:
+def list_samples(
+  dataset: Dataset,
+  source_dir: str | os.PathLike[str],
+  split: Split,
+  found: Found | None = None,
+) -> Listing:
   """Lists the images of a split with their label maps; the other split need not exist.
 
   The layouts are MMSegmentation's, and for custom datasets any of `formats`:
@@ -38,6 +44,7 @@ def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Sp
     dataset: Whose layout to expect.
     source_dir: The folder or bucket that holds these, or the one it was unpacked in.
     split: 'train' or 'val'.
+    found: What the folder of a custom dataset was found to hold, if that is known.
 
   Returns:
     The samples, at least one, and what is missing.
@@ -50,7 +57,7 @@ def list_samples(dataset: Dataset, source_dir: str | os.PathLike[str], split: Sp
     if not source.is_dir():
       raise UserError(f'There is no folder {source}: give the folder that holds {dataset.name}.')
     if dataset.layout == 'custom':
-      listing = list_folder(source, split)
+      listing = list_folder(source, found or read_folder(source), split)
     else:
       lister = _list_voc if dataset.layout == 'voc12aug' else _list_tree
       listing = lister(dataset, source, split)

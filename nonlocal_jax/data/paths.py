@@ -1,6 +1,8 @@
 """Paths of sources, local folders and buckets, and the names of the files in them."""
 
 import codecs
+import contextlib
+import contextvars
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -48,7 +50,8 @@ def is_utf8(path: str | os.PathLike[str]) -> bool:
 def files_below(folder: Path) -> list[Path]:
   """Lists the files below a folder recursively, sorted by name.
 
-  Hidden files and folders are left out, and links to a folder above, which have no end.
+  Hidden files and folders are left out, and links to a folder above, which have no end. Within
+  `listed_once`, each folder is listed once.
 
   Args:
     folder: A path of `as_path`; links are followed.
@@ -59,13 +62,35 @@ def files_below(folder: Path) -> list[Path]:
   Raises:
     UserError: If a folder cannot be read.
   """
+  known = _listed.get()
+  if known is not None and folder in known:
+    return list(known[folder])
   if not is_remote(folder):
-    return sorted(_files_below(folder, ()))
-  found, pattern = [], '*'
-  while level := list(folder.glob(pattern)):  # may include folders
-    found += [path for path in level if not _is_hidden(path.relative_to(folder))]
-    pattern = f'*/{pattern}'
-  return sorted(found)
+    found = sorted(_files_below(folder, ()), key=lambda path: path.parts)
+  else:
+    found, pattern = [], '*'
+    while level := list(folder.glob(pattern)):  # may include folders
+      found += [path for path in level if not _is_hidden(path.relative_to(folder))]
+      pattern = f'*/{pattern}'
+    found.sort()
+  if known is not None:
+    known[folder] = list(found)
+  return found
+
+
+_listed: contextvars.ContextVar[dict[Path, list[Path]] | None] = contextvars.ContextVar(
+  'listed', default=None
+)
+
+
+@contextlib.contextmanager
+def listed_once() -> Iterator[None]:
+  """Context in which `files_below` lists each folder once, although files may come and go."""
+  token = _listed.set({})
+  try:
+    yield
+  finally:
+    _listed.reset(token)
 
 
 def _files_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
@@ -73,14 +98,13 @@ def _files_below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
   if real in above or not folder.is_dir():
     return
   try:
-    names = os.listdir(folder)
+    with os.scandir(folder) as entries:
+      found = [(entry.name, entry.is_dir()) for entry in entries if entry.name[0] != '.']
   except OSError as error:
     raise UserError(f'Folder {folder} cannot be read: {error.strerror}; see to it.') from error
-  for name in names:
+  for name, is_folder in found:
     path = folder / name
-    if name.startswith('.'):
-      continue
-    if path.is_dir():
+    if is_folder:
       yield from _files_below(path, (*above, real))
     else:
       yield path

@@ -76,7 +76,7 @@ def prepare(
   # Held until the end: both splits may come from the same files, which are then read once.
   found = read_folder(source_dir) if dataset.layout == 'custom' else None
   return {
-    split: _prepare_split(dataset, source_dir, split, data_dir, skip_bad, found) for split in splits
+    split: _prepare_split(dataset, source_dir, split, found, data_dir, skip_bad) for split in splits
   }
 
 
@@ -84,15 +84,14 @@ def _prepare_split(
   dataset: Dataset,
   source_dir: str | os.PathLike[str],
   split: Split,
+  found: Found | None,
   data_dir: str | os.PathLike[str] | None,
   skip_bad: bool,
-  found: Found | None,
 ) -> PreparedSplit:
   name = f'{dataset.name}-{split}'
-  listing = list_samples(dataset, source_dir, split)
-  own = dataset.layout == 'custom'
+  listing = list_samples(dataset, source_dir, split, found)
   description = found.description if found else {}
-  fingerprint = _fingerprint(listing, salt=f'{_FORMAT}{listing.reading}' if own else '')
+  fingerprint = _fingerprint(listing, salt=f'{_FORMAT}{listing.reading}' if found else '')
   config = tfds.core.BuilderConfig(name=f'{name}-{fingerprint}')
   with _quiet():
     builder = _Builder(

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from nonlocal_jax.data import synthetic
 from nonlocal_jax.data.datasets import Dataset, Split
+from nonlocal_jax.data.formats.detection import read_folder
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.loader import TrainIterator, restored_opencv_threads, train_batches
@@ -494,8 +495,9 @@ class Experiment:
       if source_dir is None:
         open_prepared(self.dataset, splits=splits, data_dir=self.data.data_dir)
         return
+      found = read_folder(source_dir) if self.dataset.layout == 'custom' else None
       for split in splits:
-        list_samples(self.dataset, source_dir, split)
+        list_samples(self.dataset, source_dir, split, found)
 
   def open_splits(self, workdir: Path, splits: Sequence[Split]) -> dict[Split, PreparedSplit]:
     """Prepares splits if needed, checks them and reports unusual labels.

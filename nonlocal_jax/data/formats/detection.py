@@ -11,7 +11,7 @@ from nonlocal_jax.data.formats import coco, cvat, label_studio, labelme, masks, 
 from nonlocal_jax.data.formats.description import merged
 from nonlocal_jax.data.formats.found import Candidate, Found
 from nonlocal_jax.data.formats.splits import divided
-from nonlocal_jax.data.paths import as_path
+from nonlocal_jax.data.paths import as_path, listed_once
 from nonlocal_jax.data.samples import Listing
 from nonlocal_jax.errors import UserError, nearest
 
@@ -66,24 +66,29 @@ def read_folder(source_dir: str | os.PathLike[str]) -> Found:
       )
     if not source.is_dir():
       raise NothingFound(f'There is no folder {source}: give the folder of the images.', own)
-    candidates = {
-      name: candidate
-      for name, find in FORMATS.items()
-      if wanted in (None, name) and (candidate := find(source, own))
-    }
-    if not candidates:
-      raise NothingFound(_nothing(source, wanted), own)
-    if len(candidates) > 1:
-      listed = ' and '.join(f'{name} ({found.evidence})' for name, found in candidates.items())
-      raise UserError(
-        f'Folder {source} holds labels in more than one format, {listed}: move one of them away, '
-        f'or choose with "{_FORMAT}": "{next(iter(candidates))}" in {DESCRIPTION}.'
-      )
-    (candidate,) = candidates.values()
-    found = candidate.read()
+    with listed_once():
+      found = _read(source, own, wanted)
   except (OSError, ImportError, ValueError) as error:
     raise UserError(f'Folder {source} cannot be read: {error}; see to it.') from error
   return dataclasses.replace(found, description=merged(found, own, source / DESCRIPTION))
+
+
+def _read(source: Path, own: Mapping[str, Any], wanted: str | None) -> Found:
+  candidates = {
+    name: candidate
+    for name, find in FORMATS.items()
+    if wanted in (None, name) and (candidate := find(source, own))
+  }
+  if not candidates:
+    raise NothingFound(_nothing(source, wanted), own)
+  if len(candidates) > 1:
+    listed = ' and '.join(f'{name} ({found.evidence})' for name, found in candidates.items())
+    raise UserError(
+      f'Folder {source} holds labels in more than one format, {listed}: move one of them away, '
+      f'or choose with "{_FORMAT}": "{next(iter(candidates))}" in {DESCRIPTION}.'
+    )
+  (candidate,) = candidates.values()
+  return candidate.read()
 
 
 def _nothing(source: Path, wanted: str | None) -> str:
@@ -115,20 +120,20 @@ def full_sentence(source_dir: str | os.PathLike[str], found: Found) -> str:
   return sentence
 
 
-def list_folder(source_dir: str | os.PathLike[str], split: Split) -> Listing:
+def list_folder(source_dir: str | os.PathLike[str], found: Found, split: Split) -> Listing:
   """Lists the samples of a split of a folder in any format.
 
   Args:
     source_dir: A folder or bucket.
+    found: What it was found to hold.
     split: 'train' or 'val'. A folder that does not tell them apart is divided, see `splits`.
 
   Returns:
     The samples and what is missing.
 
   Raises:
-    UserError: See `read_folder` and `splits.divided`.
+    UserError: If there are no such images; see also `splits.divided`.
   """
-  found = read_folder(source_dir)
   if isinstance(found.listing, Listing):
     listing = divided(as_path(source_dir), found.listing).listings[split]
   else:

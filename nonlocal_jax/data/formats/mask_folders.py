@@ -1,12 +1,12 @@
 """Where a folder keeps images and label maps that are files of their own."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from nonlocal_jax.data.datasets import Split
 from nonlocal_jax.data.formats.splits import SPLIT_NAMES
-from nonlocal_jax.data.paths import IMAGE_SUFFIXES, in_one_form, without_suffix
+from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, in_one_form, without_suffix
 from nonlocal_jax.data.samples import Listing, Sample, by_stem, no_files
 from nonlocal_jax.errors import UserError
 
@@ -33,8 +33,6 @@ _ENDINGS = (
   *('_annotation', '_semantic'),
 )
 _TEXTS = ('.txt', '.csv', '.json', '.xml', '.yaml', '.md', '.html')
-
-Files = Callable[[Path], list[Path]]  # lists the files below a folder
 
 
 class Pair(NamedTuple):
@@ -63,12 +61,11 @@ class Places(NamedTuple):
   unused: Sequence[str] = ()
 
 
-def locate(source: Path, files: Files) -> Places | None:
+def locate(source: Path) -> Places | None:
   """Finds folders of images and label maps.
 
   Args:
     source: The folder or bucket.
-    files: Lists the files below a folder.
 
   Returns:
     The folders of the first arrangement that fits: images/SPLIT and labels/SPLIT, SPLIT/images and
@@ -78,8 +75,8 @@ def locate(source: Path, files: Files) -> Places | None:
   Raises:
     UserError: If several folders could be the one of the images, or of the label maps.
   """
-  image_folder = _one(source, _IMAGE_FOLDERS, files, 'images')
-  label_folder = _one(source, _LABEL_FOLDERS, files, 'label maps')
+  image_folder = _one(source, _IMAGE_FOLDERS, 'images')
+  label_folder = _one(source, _LABEL_FOLDERS, 'label maps')
   splits = _splits(source)
   if image_folder and label_folder:
     if found := _in_splits(image_folder, label_folder):
@@ -89,20 +86,20 @@ def locate(source: Path, files: Files) -> Places | None:
   if not splits:  # train_images and train_masks
     splits = _splits(source, '_images')
   for find in (_in_folder, _beside_folder, _side_by_side):
-    found = {split: find(folder, files) for split, folder in splits.items()}
+    found = {split: find(folder) for split, folder in splits.items()}
     pairs: dict[Split | None, list[Pair]] = {s: [pair] for s, pair in found.items() if pair}
     if pairs:
       return Places(pairs, _tests(source))
   if image_folder and label_folder:
     return Places({None: [Pair(image_folder, label_folder)]})
-  parts = [(folder, _in_folder(folder, files)) for folder in _folders(source)]
+  parts = [(folder, _in_folder(folder)) for folder in _folders(source)]
   pairs_of_parts = [pair._replace(prefix=f'{folder.name}/') for folder, pair in parts if pair]
   if pairs_of_parts:
     return Places({None: pairs_of_parts})
-  if pair := _side_by_side(source, files):
+  if pair := _side_by_side(source):
     return Places({None: [pair]})
   image_folder, label_folder = source / 'images', source / 'labels'
-  if image_folder.is_dir() and label_folder.is_dir() and not files(label_folder):
+  if image_folder.is_dir() and label_folder.is_dir() and not files_below(label_folder):
     return _in_splits(image_folder, label_folder)  # which tells what is missing
   return None
 
@@ -116,9 +113,9 @@ def _in_splits(image_folder: Path, label_folder: Path) -> Places | None:
   return Places(pairs, _tests(image_folder)) if pairs else None
 
 
-def lonely_labels(source: Path, files: Files) -> Path | None:
+def lonely_labels(source: Path) -> Path | None:
   """The folder of label maps of a folder that has no folder of images, such as an export."""
-  labels = _one(source, _LABEL_FOLDERS, files, 'label maps')
+  labels = _one(source, _LABEL_FOLDERS, 'label maps')
   images = any(path for path in _folders(source) if path.name.lower() in _IMAGE_FOLDERS)
   return None if images else labels
 
@@ -149,14 +146,14 @@ def _tests(folder: Path) -> list[str]:
   return [path.name for path in _folders(folder) if path.name.lower() in ('test', 'testing')]
 
 
-def _one(folder: Path, names: Iterable[str], files: Files, what: str) -> Path | None:
+def _one(folder: Path, names: Iterable[str], what: str) -> Path | None:
   """The folder with one of some names that has image files.
 
   Raises:
     UserError: If there are several.
   """
   named = [path for path in _folders(folder) if path.name.lower() in names]
-  found = [path for path in named if any(map(_is_image, files(path)))]
+  found = [path for path in named if any(map(_is_image, files_below(path)))]
   if len(found) > 1:
     raise UserError(
       f'Folders {found[0].name} and {found[1].name} in {folder} could both be that of the {what}: '
@@ -169,21 +166,21 @@ def _is_image(path: Path) -> bool:
   return path.suffix.lower() in IMAGE_SUFFIXES
 
 
-def _in_folder(folder: Path, files: Files) -> Pair | None:
-  images = _one(folder, _IMAGE_FOLDERS, files, 'images')
-  labels = _one(folder, _LABEL_FOLDERS, files, 'label maps')
+def _in_folder(folder: Path) -> Pair | None:
+  images = _one(folder, _IMAGE_FOLDERS, 'images')
+  labels = _one(folder, _LABEL_FOLDERS, 'label maps')
   return Pair(images, labels) if images and labels else None
 
 
-def _beside_folder(folder: Path, files: Files) -> Pair | None:
+def _beside_folder(folder: Path) -> Pair | None:
   name = folder.name.lower().removesuffix('_images')
   names = [name + ending for ending in _FOLDER_ENDINGS]
-  labels = _one(folder.parent, names, files, 'label maps')
+  labels = _one(folder.parent, names, 'label maps')
   return Pair(folder, labels) if labels else None
 
 
-def _side_by_side(folder: Path, files: Files) -> Pair | None:
-  return Pair(folder, folder) if _labels_beside(folder, files(folder)) else None
+def _side_by_side(folder: Path) -> Pair | None:
+  return Pair(folder, folder) if _labels_beside(folder, files_below(folder)) else None
 
 
 def _labels_beside(folder: Path, paths: Sequence[Path]) -> set[Path]:
@@ -209,7 +206,7 @@ def _before(stem: str, ending: str) -> str | None:
   return stem[: -len(ending)] if stem.endswith(ending) else None
 
 
-def list_pair(pair: Pair, files: Files) -> Listing:
+def list_pair(pair: Pair) -> Listing:
   """Lists the images of a folder with their label maps.
 
   The name of a label map is that of its image, with or without its suffix, or one of the usual
@@ -217,7 +214,6 @@ def list_pair(pair: Pair, files: Files) -> Listing:
 
   Args:
     pair: The folders.
-    files: Lists the files below a folder.
 
   Returns:
     The images and what is missing.
@@ -225,7 +221,7 @@ def list_pair(pair: Pair, files: Files) -> Listing:
   Raises:
     UserError: If there are no images.
   """
-  image_files, label_files = files(pair.images), files(pair.labels)
+  image_files, label_files = files_below(pair.images), files_below(pair.labels)
   if pair.images == pair.labels:
     beside = _labels_beside(pair.images, image_files)
     label_files = [path for path in label_files if path in beside]

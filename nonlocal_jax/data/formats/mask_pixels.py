@@ -1,5 +1,6 @@
 """From the pixels of label files in colors, in gray and in black and white to class indices."""
 
+import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -33,18 +34,23 @@ def read_colors(path: Path, palette: Sequence[Color], where: str) -> np.ndarray:
     UserError: If the file cannot be read, or has other colors: the message counts them.
   """
   codes = _decoded(path, _color_codes)
-  known = np.array([_code(color) for color in palette])
-  order = np.argsort(known)
-  place = np.searchsorted(known, codes, sorter=order)
-  index = order[np.minimum(place, len(known) - 1)]
-  unknown = known[index] != codes
+  index = _index_of_color(tuple(palette))[codes]
+  unknown = index == MOST_COLORS
   if unknown.any():
     listed = describe_colors(_counted(codes[unknown]))
     raise UserError(
       f'Label map {path} has colors of no class, {listed}: add them to {where}, or export the file '
       'anew, without smoothing and without compression that changes colors.'
     )
-  return index.astype(np.uint8)
+  return index
+
+
+@functools.lru_cache(maxsize=2)
+def _index_of_color(palette: tuple[Color, ...]) -> np.ndarray:
+  """The index of each possible color, 255 for those of no class; (2**24,) uint8."""
+  index = np.full(1 << 24, MOST_COLORS, np.uint8)
+  index[[r << 16 | g << 8 | b for r, g, b in palette]] = np.arange(len(palette))
+  return index
 
 
 def read_gray(path: Path) -> np.ndarray:
@@ -75,10 +81,14 @@ def read_binary(path: Path) -> np.ndarray:
     UserError: If the file cannot be read, or has other values.
   """
   gray = read_gray(path)
-  other = np.setdiff1d(np.unique(gray), (0, 255))
-  if other.size:
-    raise UserError(f'Label map {path} has the value {other[0]}, but all others have 0 and 255.')
+  other = [value for value in _values(gray) if value not in (0, 255)]
+  if other:
+    raise UserError(f'Label map {path} has the value {other[0]}, but others have 0 and 255 alone.')
   return (gray == 255).astype(np.uint8)
+
+
+def _values(gray: np.ndarray) -> list[int]:
+  return np.flatnonzero(np.bincount(gray.ravel(), minlength=256)).tolist()
 
 
 class Contents(NamedTuple):
@@ -109,19 +119,24 @@ def contents(path: Path) -> Contents:
 
 
 def _contents(data: bytes) -> Contents:
-  mode, colors = _opened(data, lambda image: (image.mode, image.getpalette('RGB')))
-  if mode in ('1', 'L', 'P'):
-    values = np.unique(decode_label(data)).tolist()
-    of_value = np.reshape(colors or [], (-1, 3)).tolist()
-    palette = {v: (r, g, b) for v, (r, g, b) in enumerate(of_value) if v in values}
-    return Contents(values, palette=palette)
+  if _is_one_channel(data):
+    values = _values(decode_label(data))
+    flat = _opened(data, lambda image: image.getpalette('RGB')) or []
+    of_value = list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
+    return Contents(values, palette={v: of_value[v] for v in values if v < len(of_value)})
+  mode, samples = _opened(data, lambda image: (image.mode, np.asarray(image)))
   if mode.startswith('I'):
-    values = np.unique(_opened(data, np.asarray))
-    return Contents(values[values <= IGNORE].tolist(), is_deep=True)
-  rgb = _opened(data, lambda image: np.asarray(image.convert('RGB')))
-  if (rgb != rgb[..., :1]).any():
+    return Contents(np.unique(samples[samples <= IGNORE]).tolist(), is_deep=True)
+  samples = samples[..., :3] if mode.startswith('RGB') else samples[..., :1]
+  if (samples != samples[..., :1]).any():
     return Contents((), is_color=True, is_colored=True)
-  return Contents(np.unique(rgb[..., 0]).tolist(), is_colored=True)
+  return Contents(_values(samples[..., 0]), is_colored=True)
+
+
+def _is_one_channel(data: bytes) -> bool:
+  """Whether a PNG file has a palette, or gray samples of up to 8 bits."""
+  bits, kind = data[_PNG_BITS : _PNG_BITS + 1], data[_PNG_BITS + 1 : _PNG_BITS + 2]
+  return kind == b'\x03' or (kind == b'\x00' and bits != b'\x10')
 
 
 def count_colors(path: Path) -> dict[Color, int]:
@@ -149,23 +164,18 @@ def describe_colors(counts: dict[Color, int]) -> str:
   return f'{listed} and {len(counts) - 5:,} more' if len(counts) > 5 else listed
 
 
-def _code(color: Color) -> int:
-  r, g, b = color
+def _color_codes(data: bytes) -> np.ndarray:
+  """Colors as 65536 r + 256 g + b, (h, w) int32."""
+  rgb = _opened(data, lambda image: np.asarray(_opaque(image).convert('RGB')))
+  r, g, b = (rgb[..., channel].astype(np.int32) for channel in range(3))
   return r << 16 | g << 8 | b
 
 
-def _color_codes(data: bytes) -> np.ndarray:
-  """Colors as 65536 r + 256 g + b, (h, w) int32."""
-  rgb = _opened(data, lambda image: np.asarray(_opaque(image).convert('RGB'), np.int32))
-  return rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2]
-
-
 def _gray(data: bytes) -> np.ndarray:
-  mode = _opened(data, lambda image: image.mode)
-  if mode in ('1', 'L', 'P'):
+  if _is_one_channel(data):
     return decode_label(data)
+  mode, values = _opened(data, lambda image: (image.mode, np.asarray(image)))
   if mode.startswith('I'):
-    values = _opened(data, np.asarray)
     if values.max(initial=0) > IGNORE:
       raise ValueError(f'a label map of 16 bits whose values reach {values.max()}, over 255')
     return values.astype(np.uint8)

@@ -13,7 +13,6 @@ from nonlocal_jax.data.datasets import DESCRIPTION, Color, Split
 from nonlocal_jax.data.formats.class_tables import ClassTable, find_table
 from nonlocal_jax.data.formats.found import Candidate, Found
 from nonlocal_jax.data.formats.mask_folders import (
-  Files,
   Pair,
   Places,
   list_pair,
@@ -29,7 +28,6 @@ from nonlocal_jax.data.formats.mask_pixels import (
   read_gray,
 )
 from nonlocal_jax.data.formats.mask_scan import Scan, all_colors, scan
-from nonlocal_jax.data.paths import files_below
 from nonlocal_jax.data.samples import Listing, Sample
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
@@ -65,16 +63,15 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
   Returns:
     The candidate, if there are images with label maps.
   """
-  files = functools.cache(files_below)
-  places = locate(source, files)
+  places = locate(source)
   if places is None:
-    labels = lonely_labels(source, files)
+    labels = lonely_labels(source)
     if labels is None:
       return None
     return Candidate(labels.name, functools.partial(_refuse_lonely, labels))
   return Candidate(
     _relative(source, [pair for pairs in places.pairs.values() for pair in pairs], 'labels'),
-    lambda: _read(source, own, places, files),
+    lambda: _read(source, own, places),
   )
 
 
@@ -85,12 +82,12 @@ def _refuse_lonely(labels: Path) -> Found:
   )
 
 
-def _read(source: Path, own: Mapping[str, Any], places: Places, files: Files) -> Found:
+def _read(source: Path, own: Mapping[str, Any], places: Places) -> Found:
   listings: dict[Split | None, Listing] = {}
   wrong: dict[Split | None, UserError] = {}  # told when the split is used
   for split, of_split in places.pairs.items():
     try:
-      listings[split] = _joined([list_pair(pair, files) for pair in of_split])
+      listings[split] = _joined([list_pair(pair) for pair in of_split])
     except UserError as error:
       wrong[split] = error
   samples = [sample for listing in listings.values() for sample in listing.samples]

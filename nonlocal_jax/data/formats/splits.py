@@ -265,7 +265,7 @@ def _present_classes(samples: Sequence[Sample]) -> np.ndarray:
 def _values(sample: Sample) -> np.ndarray | UserError:
   try:
     h, w = _size(sample.image) if sample.read_label else (0, 0)
-    label, _ = read_label(sample, h, w)
+    label = sample.read_label(h, w) if sample.read_label else read_label(sample, h, w)[0]
   except UserError as error:
     return error
   return np.bincount(label.ravel(), minlength=IGNORE + 1)[:IGNORE] > 0
