@@ -124,6 +124,10 @@ def base_config() -> ConfigDict:
   config.checkpoint = ConfigDict()
   config.checkpoint.every = 2_000
   config.checkpoint.keep = 3
+
+  config.log = ConfigDict()
+  config.log.wandb = ''  # project of Weights & Biases that gets the log; empty: none
+  config.log.mlflow = ''  # experiment of MLflow at MLFLOW_TRACKING_URI; empty: none
   return config
 
 

@@ -61,7 +61,8 @@ def test_no_package_is_listed_twice():
 
 
 def test_tested_versions_lie_in_the_ranges():
-  needed = by_name(read_requirements('requirements.txt'))
+  of_services = [*EXTRAS['wandb'], *EXTRAS['mlflow']]
+  needed = by_name([*read_requirements('requirements.txt'), *of_services])
   tested = by_name(read_requirements('constraints.txt'))
   assert needed.keys() <= tested.keys()
   for name, requirement in needed.items():
@@ -70,7 +71,8 @@ def test_tested_versions_lie_in_the_ranges():
 
 
 def test_every_import_is_declared():
-  declared = by_name(read_requirements('requirements.txt')).keys()
+  of_services = [*EXTRAS['wandb'], *EXTRAS['mlflow']]
+  declared = by_name([*read_requirements('requirements.txt'), *of_services]).keys()
   distributions = importlib.metadata.packages_distributions()
   imported = imported_packages([*(ROOT / 'nonlocal_jax').rglob('*.py'), ROOT / 'main.py'])
   for name in imported - {'nonlocal_jax', 'configs'}:
@@ -89,7 +91,7 @@ def test_the_core_imports_without_the_extras():
   """As with the core dependencies alone: load, predict, draw; what needs an extra names it."""
   extras = ['array_record', 'clu', 'grain', 'matplotlib', 'pyarrow', 'tensorboardX']
   extras += ['tensorflow_datasets', 'tensorflow', 'torch', 'onnx', 'onnxruntime', 'safetensors']
-  extras += ['starlette', 'uvicorn']
+  extras += ['starlette', 'uvicorn', 'wandb', 'mlflow']
   program = f"""
 import sys
 sys.modules.update(dict.fromkeys({extras}))  # None: an import of it fails

@@ -196,6 +196,8 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
       more_scores=evaluation.more_scores,
       report=evaluation.report,
     ),
+    'wandb_project': config.log.wandb or None,
+    'mlflow_experiment': config.log.mlflow or None,
     'init_backbone': None if _is_random(config) else given_path(config.init_backbone),
     'mesh': mesh,
     'values': _values(config, dataset),

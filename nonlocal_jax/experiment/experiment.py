@@ -56,6 +56,7 @@ from nonlocal_jax.training.dry_run import dry_run
 from nonlocal_jax.training.initial_weights import InitialWeights, read_initial_weights
 from nonlocal_jax.training.loop import train_and_evaluate
 from nonlocal_jax.training.memory import StepTooLargeError
+from nonlocal_jax.training.mlflow_service import MlflowService
 from nonlocal_jax.training.optimizer import OptimizerConfig
 from nonlocal_jax.training.run import ScheduleConfig, TrainingRun
 from nonlocal_jax.training.run_files import (
@@ -63,7 +64,9 @@ from nonlocal_jax.training.run_files import (
   set_aside_stopped_run,
   write_run_files,
 )
+from nonlocal_jax.training.trackers import Service
 from nonlocal_jax.training.train_step import BatchShape, StepConfig, lower_train_step
+from nonlocal_jax.training.wandb_service import WandbService
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.loading import read_weights
 from nonlocal_jax.weights.names import find_weights
@@ -91,6 +94,8 @@ class Experiment:
     optimizer: Optimizer and learning rate.
     schedule: Length of a run, and when it logs, evaluates and saves.
     evaluation: How an evaluation is computed.
+    wandb_project: Project of Weights & Biases that gets the log of training; None for none.
+    mlflow_experiment: Experiment of MLflow that gets it; None for none.
     init_backbone: A .pth file with the backbone's initial weights, or their name, see
       `names.find_backbone`; None for random ones.
     mesh: Device mesh.
@@ -110,6 +115,8 @@ class Experiment:
   optimizer: OptimizerConfig
   schedule: ScheduleConfig
   evaluation: EvalConfig
+  wandb_project: str | None
+  mlflow_experiment: str | None
   init_backbone: Path | None
   mesh: Mesh
   values: Mapping[str, Any] = dataclasses.field(repr=False)
@@ -195,7 +202,7 @@ class Experiment:
       write_evaluation(workdir, evaluation, self.dataset, dataclasses.replace(facts, step=step))
       show_evaluation(evaluation, self.dataset, more=facts.more_scores)
 
-    run = self._training_run(splits, report)
+    run = self._training_run(splits, report, self._services(workdir, values))
     ignored = None if initial is not None else checkpoint
     with _too_large_explained(resumes=has_checkpoint(workdir)), explained_by(DATA_FLAGS):
       return train_and_evaluate(run, workdir, initial=initial, ignored_checkpoint=ignored)
@@ -244,6 +251,13 @@ class Experiment:
         'ones only: give one of the two.'
       )
     self._check_batch()
+    if is_first_process():
+      for kind, name in (
+        (WandbService, self.wandb_project),
+        (MlflowService, self.mlflow_experiment),
+      ):
+        if name:
+          kind.check()
 
   def _initial_weights(
     self, checkpoint: Path | None, *, new_classifier: bool, match_classes: bool, ema: bool
@@ -260,8 +274,16 @@ class Experiment:
       ema=ema,
     )
 
+  def _services(self, workdir: Path, config: Mapping[str, Any]) -> list[Service]:
+    """The services that get the log."""
+    wanted = ((WandbService, self.wandb_project), (MlflowService, self.mlflow_experiment))
+    return [kind(name, workdir=workdir, config=config) for kind, name in wanted if name]
+
   def _training_run(
-    self, splits: Mapping[Split, PreparedSplit], report: Callable[[Evaluation, int], None]
+    self,
+    splits: Mapping[Split, PreparedSplit],
+    report: Callable[[Evaluation, int], None],
+    services: Sequence[Service] = (),
   ) -> TrainingRun:
     """Puts the components of a run together."""
     return TrainingRun(
@@ -278,6 +300,7 @@ class Experiment:
       evaluator=self.evaluator(splits['val']),
       report=report,
       mesh=self.mesh,
+      services=services,
     )
 
   def evaluate(

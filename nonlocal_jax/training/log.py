@@ -1,4 +1,4 @@
-"""The log of a training run: `log.jsonl`, CSV files, TensorBoard events, a plot of the curves."""
+"""The log of a training run: `log.jsonl`, CSV files, TensorBoard events, services, curves."""
 
 import io
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -16,10 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tensorboardX import SummaryWriter
 
-from nonlocal_jax.errors import UserError
+from nonlocal_jax.errors import RunStopped, UserError
 from nonlocal_jax.runtime.files import CHECKSUM, parse_object, sealed, unsealed, write_whole
 from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.training.csv_files import EVALUATION, TRAINING, CsvFile
+from nonlocal_jax.training.trackers import Outcome, Row, Service, Tracker
 
 LOG = 'log.jsonl'
 CURVES = 'curves.png'
@@ -28,18 +29,21 @@ _POINTS = 200  # maximum number of points of a smoothed curve
 
 
 class TrainingLog:
-  """Writes metrics to `log.jsonl`, CSV files and TensorBoard; a context manager.
+  """Writes metrics to `log.jsonl`, CSV files, TensorBoard and services; a context manager.
 
   Only the first process writes. All processes keep the scores.
   """
 
-  def __init__(self, workdir: Path, *, batch_size: int, start: int):
+  def __init__(
+    self, workdir: Path, *, batch_size: int, start: int, services: Sequence[Service] = ()
+  ):
     """Opens the log of a run at step `start` and removes the lines of later steps.
 
     Args:
       workdir: Directory of the run.
       batch_size: Global batch size.
       start: Number of steps taken.
+      services: Services that get the lines as well, those before `start` included.
     """
     self._batch_size = batch_size
     self._step, self._time, self._waited = start, time.perf_counter(), 0.0
@@ -63,6 +67,10 @@ class TrainingLog:
         'train': CsvFile(workdir / TRAINING, lambda: _of_steps(read_log(path))),
         'val': CsvFile(workdir / EVALUATION, lambda: _of_evaluations(read_log(path))),
       }
+    is_sending = is_first_process()
+    self._trackers = [
+      Tracker(service, workdir, map(Row.from_line, lines)) for service in services if is_sending
+    ]
     self._file = (path if is_first_process() else Path(os.devnull)).open('a')
 
   def __enter__(self) -> Self:
@@ -70,7 +78,12 @@ class TrainingLog:
     return self
 
   def __exit__(self, error_type: type[BaseException] | None, *unused) -> None:
-    """Closes the files."""
+    """Closes the files, and sends what is left to the services."""
+    outcome: Outcome = 'failed' if error_type is not None else 'finished'
+    if error_type is not None and issubclass(error_type, RunStopped):
+      outcome = 'stopped'
+    for tracker in self._trackers:
+      tracker.close(outcome)
     try:
       with self._one_error():
         self._file.close()
@@ -138,6 +151,8 @@ class TrainingLog:
       self._file.flush()
       if group in self._tables:
         self._tables[group].append({'step': step, **values})
+    for tracker in self._trackers:
+      tracker.put(Row.from_line({'step': step, **values}))
     if self._writer is not None:
       for name, value in values.items():
         self._writer.add_scalar(f'{group}/{name}', value, step)

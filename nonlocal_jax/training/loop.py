@@ -94,7 +94,7 @@ def train_and_evaluate(
       print(parameters_by_module(state.params), flush=True)
 
     with (
-      TrainingLog(workdir, batch_size=plan.batch_size, start=start) as log,
+      TrainingLog(workdir, batch_size=plan.batch_size, start=start, services=run.services) as log,
       progress_bar(steps, 'Training', unit='step', initial=start) as bar,
     ):
       best_weights = BestWeights(best_checkpoints, log.evaluations)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -24,6 +24,7 @@ from nonlocal_jax.training.memory import (
   memory_limit,
 )
 from nonlocal_jax.training.optimizer import OptimizerConfig
+from nonlocal_jax.training.trackers import Service
 from nonlocal_jax.training.train_step import BatchShape, StepConfig, lower_train_step
 
 
@@ -70,6 +71,7 @@ class TrainingRun:
     evaluator: Evaluates the weights, on the same devices.
     report: Callback for the last evaluation and its step.
     mesh: Device mesh.
+    services: Services that get the log.
   """
 
   name: str
@@ -85,6 +87,7 @@ class TrainingRun:
   evaluator: Evaluator
   report: Callable[[Evaluation, int], None]
   mesh: Mesh
+  services: Sequence[Service] = ()
 
   @property
   def step_options(self) -> StepOptions:

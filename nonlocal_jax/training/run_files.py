@@ -11,6 +11,8 @@ from nonlocal_jax.evaluation.report import METRICS
 from nonlocal_jax.runtime.files import make_folder, parse_object, remove_partial_files, write_whole
 from nonlocal_jax.training.csv_files import EVALUATION, TRAINING
 from nonlocal_jax.training.log import LOG
+from nonlocal_jax.training.mlflow_service import MlflowService
+from nonlocal_jax.training.wandb_service import WandbService
 from nonlocal_jax.weights.checkpoints import DESCRIPTION
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.released import BACKBONES
@@ -22,6 +24,7 @@ STOPPED = 'stopped_runs'  # subfolder of a workdir for runs that ended before th
 _FREE = (
   'eval.',
   'checkpoint.',
+  'log.',
   'data.source_dir',
   'data.data_dir',
   'data.workers',
@@ -103,8 +106,8 @@ def set_aside_stopped_run(workdir: Path) -> None:
   while (place := workdir / STOPPED / str(number)).exists():
     number += 1
   make_folder(place)
-  tables = (workdir / TRAINING, workdir / EVALUATION)
-  for path in (workdir / CONFIG, log, *tables, *workdir.glob('events.out.tfevents.*')):
+  names = (CONFIG, LOG, TRAINING, EVALUATION, WandbService.file, MlflowService.file)
+  for path in (*(workdir / name for name in names), *workdir.glob('events.out.tfevents.*')):
     if path.exists():
       path.rename(place / path.name)
   print(
