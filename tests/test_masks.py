@@ -25,6 +25,10 @@ TABLES = {  # by the file, its contents
 }
 
 
+def name_of(id_: str) -> str:
+  return id_.rpartition('/')[2].removesuffix('_sat').removesuffix('_image')
+
+
 def prepared_labels(source: Path, tmp_path: Path) -> dict[str, np.ndarray]:
   """The class indices of each image as training sees them."""
   description = detection.read_folder(source).description
@@ -34,7 +38,7 @@ def prepared_labels(source: Path, tmp_path: Path) -> dict[str, np.ndarray]:
   for split in opened.values():
     prepared.check_split(split, dataset)
   return {
-    record['id'].rpartition('/')[2]: dataset.label_lookup[transforms.decode_label(record['label'])]
+    name_of(record['id']): dataset.label_lookup[transforms.decode_label(record['label'])]
     for split in opened.values()
     for record in split
   }
@@ -396,6 +400,8 @@ ARRANGEMENTS = {  # of image and label map, with SPLIT where splits have folders
   'datasets': ('one/img/{}.png', 'one/masks_machine/{}.png'),
   'two folders': ('JPEGImages/{}.jpg', 'SegmentationClass/{}.png'),
   'one folder': ('{}.jpg', '{}.png'),
+  'DeepGlobe': ('SPLIT/{}_sat.jpg', 'SPLIT/{}_mask.png'),
+  'images with endings': ('images/{}_image.jpg', 'labels/{}_label.png'),
   'one folder with endings': ('{}.png', '{}_mask.png'),
 }
 
@@ -419,7 +425,7 @@ def test_images_and_label_maps_are_found_in_the_usual_folders(arrangement, tmp_p
     assert not listing.passed_over
   assert sum(len(listing.samples) for listing in found.values()) == 6
   if 'SPLIT' in ARRANGEMENTS[arrangement][0]:
-    assert {sample.id.rpartition('/')[2] for sample in found['val'].samples} == {
+    assert {name_of(sample.id) for sample in found['val'].samples} == {
       'scene_0',
       'scene_1',
     }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from etils.epath import backend
 
-from nonlocal_jax.data import datasets, layouts
+from nonlocal_jax.data import datasets, layouts, preparation
 from nonlocal_jax.data.formats import detection, splits
 from nonlocal_jax.errors import UserError
 from tests.scenes import make_scenes, write
@@ -36,7 +36,7 @@ def listed(source):
 
 
 def sentence(source):
-  return detection.full_sentence(source, detection.read_folder(source))
+  return detection.with_splits(source, detection.read_folder(source)).sentence
 
 
 def test_without_lists_they_are_chosen_and_written_down(source, capsys):
@@ -52,11 +52,16 @@ def test_without_lists_they_are_chosen_and_written_down(source, capsys):
   times = [(source / f'{split}.txt').stat().st_mtime_ns for split in first]
   assert listed(source) == first
   assert [(source / f'{split}.txt').stat().st_mtime_ns for split in first] == times
-  assert sentence(source).endswith(' images in images. train.txt and val.txt divide the images.')
+  assert sentence(source).endswith(' images in images. train.txt and val.txt divide the images')
   write(source / 'images/new.jpg', SCENES[0].image)
   write(source / 'labels/new.png', SCENES[0].label)
   assert listed(source) == first
-  assert sentence(source).endswith('; 1 are in neither list and left out.')
+  capsys.readouterr()
+  preparation.prepare(datasets.custom_dataset(3), source, data_dir=source / '.prepared')
+  told = (
+    f"warning: 1 labeled images of {source} are in neither list, such as 'new', and are left out."
+  )
+  assert capsys.readouterr().err.splitlines().count(told) == 1
 
 
 @pytest.mark.parametrize('place', ['', 'ImageSets/Segmentation/', 'ImageSets/'])
@@ -81,7 +86,7 @@ def test_a_list_of_val_leaves_the_others_for_training(text, place, source):
   assert found['train'] == [name for name in NAMES if name not in found['val']]
   assert not list(source.rglob('train.txt'))
   assert sentence(source).endswith(
-    f'{place}val.txt lists the val images; the other 8 are train images.'
+    f'{place}val.txt lists the val images; the other 8 are train images'
   )
 
 
@@ -201,6 +206,15 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(source, monkeypatch):
     'labels into folders train and val, or add train.txt and val.txt with an image name in each '
     'line.'
   )
+
+
+@pytest.mark.parametrize('name', ['a\nb', '\udcff'])
+def test_names_that_do_not_fit_into_a_list_are_refused(name, source):
+  write(source / f'images/{name}.jpg', SCENES[0].image)
+  write(source / f'labels/{name}.png', SCENES[0].label)
+  with pytest.raises(UserError, match='has a line break or is not UTF-8: rename the file'):
+    listed(source)
+  assert not (source / 'train.txt').exists()
 
 
 @pytest.fixture

@@ -3,8 +3,14 @@
     nonlocal-jax prepare --dataset=ade20k --source=data/ade/ADEChallengeData2016
     nonlocal-jax prepare --dataset=ade20k --download
 
-Lay out the folders as MMSegmentation documents it, or let --download do it. A custom dataset has
-images/{train,val} and labels/{train,val}, and optionally dataset.json:
+Lay out the folders as MMSegmentation documents it, or let --download do it. A custom dataset is
+read as it is: the command finds out what the folder holds, and says so. Label maps are PNG files of
+class indices, of colors or of black and white in the usual folders, such as images/{train,val} and
+labels/{train,val}. Names and colors of classes are read from classes.txt (a line "name" or "name r
+g b" for each), labelmap.txt, class_dict.csv or _classes.csv. COCO, labelme, CVAT, Label Studio,
+Roboflow and Supervisely exports are read, too. Where there are no folders for train and val, the
+lists train.txt and val.txt divide the images; without them a fifth is chosen for val, and the lists
+are written. What dataset.json says goes before what was found:
 
   {"classes": ["road", "car"], "palette": [[128, 64, 128], [0, 0, 142]], "ignore_labels": [11]}
 
@@ -21,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.data.datasets import DESCRIPTION, PUBLISHED, Dataset, custom_dataset
-from nonlocal_jax.data.formats.detection import full_sentence, read_folder
+from nonlocal_jax.data.formats.detection import read_folder, with_splits
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.paths import as_path, is_remote
 from nonlocal_jax.data.transforms import IGNORE
@@ -62,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
   description = {}
   if options.dataset == 'custom':
     found = read_folder(options.source)
-    print(full_sentence(options.source, found))
+    print(f'{options.source} holds {with_splits(options.source, found).sentence}.')
     description = found.description
   described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
   if options.dataset != 'custom':

@@ -11,6 +11,7 @@ import io
 import itertools
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,7 +23,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 
 from nonlocal_jax.data.datasets import Dataset, Split
-from nonlocal_jax.data.formats.detection import read_folder
+from nonlocal_jax.data.formats.detection import read_folder, with_splits
 from nonlocal_jax.data.formats.found import Found
 from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.origins import absolute, record_origin
@@ -74,7 +75,11 @@ def prepare(
       `data_dir` is not writable.
   """
   # Held until the end: both splits may come from the same files, which are then read once.
-  found = read_folder(source_dir) if dataset.layout == 'custom' else None
+  found = None
+  if dataset.layout == 'custom':
+    found = with_splits(source_dir, read_folder(source_dir))
+    if found.warning and is_first_process():
+      print(f'warning: {found.warning}', file=sys.stderr)
   return {
     split: _prepare_split(dataset, source_dir, split, found, data_dir, skip_bad) for split in splits
   }

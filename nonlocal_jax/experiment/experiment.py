@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from nonlocal_jax.data import synthetic
 from nonlocal_jax.data.datasets import Dataset, Split
-from nonlocal_jax.data.formats.detection import read_folder
+from nonlocal_jax.data.formats.detection import read_folder, with_splits
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.loader import TrainIterator, restored_opencv_threads, train_batches
@@ -518,7 +518,9 @@ class Experiment:
       if source_dir is None:
         open_prepared(self.dataset, splits=splits, data_dir=self.data.data_dir)
         return
-      found = read_folder(source_dir) if self.dataset.layout == 'custom' else None
+      found = None
+      if self.dataset.layout == 'custom':
+        found = with_splits(source_dir, read_folder(source_dir))
       for split in splits:
         list_samples(self.dataset, source_dir, split, found)
 

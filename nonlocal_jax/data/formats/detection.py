@@ -104,20 +104,28 @@ def _nothing(source: Path, wanted: str | None) -> str:
   )
 
 
-def full_sentence(source_dir: str | os.PathLike[str], found: Found) -> str:
-  """Says what a folder holds and how its images are divided; divides them, if need be.
+def with_splits(source_dir: str | os.PathLike[str], found: Found) -> Found:
+  """Divides the images of a folder that does not tell splits apart; see `splits.divided`.
 
   Args:
     source_dir: A folder or bucket.
     found: What it was found to hold.
 
+  Returns:
+    The same with splits, and with how they are divided in its sentence.
+
   Raises:
     UserError: See `splits.divided`.
   """
-  sentence = f'{source_dir} holds {found.sentence}.'
-  if isinstance(found.listing, Listing):
-    return f'{sentence} {divided(as_path(source_dir), found.listing).sentence}.'
-  return sentence
+  if not isinstance(found.listing, Listing):
+    return found
+  division = divided(as_path(source_dir), found.listing)
+  return dataclasses.replace(
+    found,
+    sentence=f'{found.sentence}. {division.sentence}',
+    listing=division.listings.__getitem__,
+    warning=division.warning,
+  )
 
 
 def list_folder(source_dir: str | os.PathLike[str], found: Found, split: Split) -> Listing:
@@ -126,7 +134,7 @@ def list_folder(source_dir: str | os.PathLike[str], found: Found, split: Split) 
   Args:
     source_dir: A folder or bucket.
     found: What it was found to hold.
-    split: 'train' or 'val'. A folder that does not tell them apart is divided, see `splits`.
+    split: 'train' or 'val'. A folder that does not tell them apart is divided first.
 
   Returns:
     The samples and what is missing.
@@ -134,8 +142,6 @@ def list_folder(source_dir: str | os.PathLike[str], found: Found, split: Split) 
   Raises:
     UserError: If there are no such images; see also `splits.divided`.
   """
-  if isinstance(found.listing, Listing):
-    listing = divided(as_path(source_dir), found.listing).listings[split]
-  else:
-    listing = found.listing(split)
-  return listing._replace(reading=found.reading)
+  listing = with_splits(source_dir, found).listing
+  assert not isinstance(listing, Listing)
+  return listing(split)._replace(reading=found.reading)

@@ -18,12 +18,14 @@ class Found:
     listing: All images; or a function that lists a split, where the folder has splits.
     reading: What decides the pixels of the label maps beyond their files, such as the order of the
       classes; empty where label files are PNG files of indices, taken as they are.
+    warning: A sentence on what is allowed but odd; empty if nothing is.
   """
 
   sentence: str
   description: Mapping[str, Any]
   listing: Listing | Callable[[Split], Listing]
   reading: str = ''
+  warning: str = ''
 
 
 class Candidate(NamedTuple):

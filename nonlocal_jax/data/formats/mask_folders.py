@@ -1,6 +1,6 @@
 """Where a folder keeps images and label maps that are files of their own."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +32,8 @@ _ENDINGS = (
   *('', '_mask', '_masks', '-mask', '_label', '_labels', '_L', '_seg', '_segmentation', '_gt'),
   *('_annotation', '_semantic'),
 )
+# How the name of an image may continue what its label map has in common with it.
+_IMAGE_ENDINGS = ('_sat', '_image', '_img', '_rgb', '-image', '_leftImg8bit')
 _TEXTS = ('.txt', '.csv', '.json', '.xml', '.yaml', '.md', '.html')
 
 
@@ -187,6 +189,8 @@ def _labels_beside(folder: Path, paths: Sequence[Path]) -> set[Path]:
   """The label maps among the files of a folder that has images as well."""
   named = [(_stem(folder, path), path) for path in paths if _is_image(path)]
   stems = {stem for stem, _ in named}
+  for ending in _IMAGE_ENDINGS:
+    stems |= {before for stem in stems if (before := _before(stem, ending)) is not None}
   most: set[Path] = set()
   for ending in _ENDINGS[1:]:
     found = {path for stem, path in named if _before(stem, ending) in stems}
@@ -231,14 +235,10 @@ def list_pair(pair: Pair) -> Listing:
   if not images:
     raise UserError(f'Folder {pair.images} holds no images: put images there.')
   other_labels = {_stem(pair.labels, path): path for path in label_files if _is_image(path)}
-  known = {**other_labels, **labels}
   names = {
     stem: in_one_form(path.relative_to(pair.images).as_posix()) for stem, path in images.items()
   }
-  expected = max(
-    [*({stem: f'{stem}{ending}' for stem in images} for ending in _ENDINGS), names],
-    key=lambda candidates: sum(name in known for name in candidates.values()),
-  )
+  expected = _expected(names, {**other_labels, **labels})
   samples, incomplete = [], {}
   for stem, image in images.items():
     label = labels.get(expected[stem])
@@ -257,6 +257,28 @@ def list_pair(pair: Pair) -> Listing:
   if pair.images == pair.labels:  # with what describes them
     others = [name for name in others if not name.lower().endswith(_TEXTS)]
   return Listing(samples, incomplete, len(labels.keys() - set(expected.values())), others)
+
+
+def _expected(names: Mapping[str, str], known: Container[str]) -> dict[str, str]:
+  """The names of the label maps of images by their stems: those by which most are found."""
+  most, best = -1, {}
+  for candidates in _candidates(names):
+    count = sum(name in known for name in candidates.values())
+    if count > most:
+      most, best = count, candidates
+    if count == len(names):
+      break
+  return best
+
+
+def _candidates(names: Mapping[str, str]) -> Iterator[dict[str, str]]:
+  for ending in _ENDINGS:
+    yield {stem: f'{stem}{ending}' for stem in names}
+  yield dict(names)
+  for before in _IMAGE_ENDINGS:
+    if all(stem.endswith(before) for stem in names):
+      for ending in _ENDINGS:
+        yield {stem: f'{stem.removesuffix(before)}{ending}' for stem in names}
 
 
 def _found(other: Path | None) -> str:

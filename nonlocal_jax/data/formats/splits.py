@@ -16,6 +16,7 @@ from nonlocal_jax.data.paths import (
   IMAGE_SUFFIXES,
   in_one_form,
   is_remote,
+  is_utf8,
   read_text,
   without_suffix,
 )
@@ -44,10 +45,12 @@ class Division(NamedTuple):
   Attributes:
     listings: The images of each split.
     sentence: How they were divided.
+    warning: A sentence on labeled images in no split; empty if there are none.
   """
 
   listings: Mapping[Split, Listing]
   sentence: str
+  warning: str = ''
 
 
 def divided(source: Path, listing: Listing) -> Division:
@@ -75,7 +78,7 @@ def divided(source: Path, listing: Listing) -> Division:
   if not lists:
     _write_lists(source, listing, names)
     lists = _find_lists(source)
-  known = _Names(names)
+  known, warning = _Names(names), ''
   found: dict[Split, set[str]] = {}
   missing: dict[Split, dict[str, str]] = {'train': {}, 'val': {}}
   for split, path in lists.items():
@@ -96,10 +99,13 @@ def divided(source: Path, listing: Listing) -> Division:
         f'Image {both[0]!r}{more} stands both in {lists["train"]} and in {lists["val"]}: strike it '
         'out in one of them.'
       )
-    neither = len(set(names) - found['train'] - found['val'])
     sentence = f'{_listed(source, lists.values())} divide the images'
+    neither = {sample.id for sample in listing.samples} - found['train'] - found['val']
     if neither:
-      sentence += f'; {neither:,} are in neither list and left out'
+      warning = (
+        f'{len(neither):,} labeled images of {source} are in neither list, such as '
+        f'{min(neither)!r}, and are left out.'
+      )
   else:
     ((split, path),) = lists.items()
     other: Split = 'val' if split == 'train' else 'train'
@@ -113,7 +119,7 @@ def divided(source: Path, listing: Listing) -> Division:
         f'{path} names all images of {source}, so that none is left for {other}: strike some out.'
       )
   listings = {split: _part(listing, found[split], missing[split]) for split in found}
-  return Division(listings, sentence)
+  return Division(listings, sentence, warning)
 
 
 def _part(listing: Listing, names: set[str], missing: Mapping[str, str]) -> Listing:
@@ -199,6 +205,8 @@ def _write_lists(source: Path, listing: Listing, names: Sequence[str]) -> None:
   """
   if not listing.samples:
     raise UserError(next(iter(listing.incomplete.values())))
+  if wrong := next((name for name in names if '\n' in name or not is_utf8(name)), None):
+    raise UserError(f'The name {wrong!a} has a line break or is not UTF-8: rename the file.')
   if len(names) < 2:
     raise UserError(
       f'Folder {source} has {len(names)} image, which cannot be divided into train and val: add '
