@@ -67,6 +67,10 @@ def panoptic(content):
     (set_segmentation([[1, 1, 9, 9, 3]]), POLYGON + 'a polygon that is no list of numbers x, y'),
     (set_segmentation([['1', 1, 9, 9, 3, 3]]), POLYGON + 'a polygon that is no list of numbers'),
     (set_segmentation([1, 1, 9, 9, 3, 3]), POLYGON + 'a polygon that is no list of numbers'),
+    (
+      set_segmentation([[0, 0, 48, 40] * 200]),
+      POLYGON + 'an outline of 19,200 pixels, longer than',
+    ),
     (set_segmentation('polygon'), POLYGON + 'a segmentation that is no list of polygons'),
     (
       set_segmentation([[1, 1, 5000, 1, 5, 5]]),
@@ -156,6 +160,10 @@ def assert_sentence(complaint, sentence):
 SHAPE = "Shape 1 in .*0.json, a polygon of 'road', "
 
 
+def base64_of(shape):
+  return base64.b64encode(trees.png_of(np.ones(shape, np.uint8))).decode()
+
+
 def set_shape(**values):
   return lambda content: content['shapes'][0].update(values)
 
@@ -180,11 +188,19 @@ def set_shape(**values):
     (set_shape(shape_type='points'), "a points of 'road', is of a kind that labelme does not dra"),
     (
       set_shape(shape_type='mask', points=[[1, 1], [5, 5]], mask='!'),
-      "a mask of 'road', has a mask that is no image in base64, or broken",
+      "a mask of 'road', has a mask that is not in base64",
     ),
     (
       set_shape(shape_type='mask', points=[[1, 1], [5, 5]], mask=None),
-      "a mask of 'road', has a mask that is no image in base64, or broken",
+      "a mask of 'road', has a mask that is not in base64",
+    ),
+    (
+      set_shape(shape_type='mask', points=[[1, 1], [5, 5]], mask='\u00e9'),
+      "a mask of 'road', has a mask that is not in base64",
+    ),
+    (
+      set_shape(shape_type='mask', points=[[1, 1], [5, 5]], mask=base64_of((4, 5))),
+      "a mask of 'road', has a mask of 5x4 pixels, and not 5x5",
     ),
     (set_shape(label='lorry'), r"0.json has the label 'lorry', which .*/labels.txt lacks: add it"),
     (set_shape(label=None), 'Shape 1 in .*0.json has no label: mend it, or take it out'),
@@ -334,6 +350,7 @@ def set_task(**values):
     (set_value(2, rle=[0, 0, 0, 1]), REGION + 'has an rle of 0.25 pixels, and not 1920'),
     (set_value(2, rle=[0, 0]), REGION + 'has an rle that breaks off'),
     (set_value(2, rle=[300]), REGION + 'has an rle that is no list of bytes'),
+    (set_value(2, rle=[255] * 20000), REGION + 'has an rle that is longer than one of single val'),
     (set_value(2, rle='abc'), REGION + 'has an rle that is no list of bytes'),
     (
       set_result(0, image_rotation=90),
@@ -414,14 +431,21 @@ ZIP_BOMB = base64.b64encode(zlib.compress(bytes(50_000_000), 9)).decode()
     ),
     (set_object(0, classTitle='lorry'), OBJECT + 'has a class that meta.json lacks'),
     (set_object(0, geometryType='cuboid_3d'), OBJECT + 'is of a kind that is not read'),
-    (set_object(1, bitmap={'data': '!', 'origin': [1, 1]}), OBJECT + 'has a bitmap that is no PNG'),
+    (
+      set_object(1, bitmap={'data': '\u00e9', 'origin': [1, 1]}),
+      OBJECT + 'has a mask that is no',
+    ),
+    (
+      set_object(1, bitmap={'data': '!', 'origin': [1, 1]}),
+      OBJECT + 'has a mask that is n',
+    ),
     (
       set_object(1, bitmap={'data': ZIP_BOMB, 'origin': [1, 1]}),
-      OBJECT + 'has a bitmap that is no PN',
+      OBJECT + 'has a mask that is no PNG',
     ),
     (
       set_object(1, bitmap={'data': png(np.ones((99, 99), np.uint8)), 'origin': [1, 1]}),
-      OBJECT + 'has a bitmap of 99x99 pixels, which is larger than the image',
+      OBJECT + 'has a mask of 99x99 pixels, which is larger than the image',
     ),
     (
       set_object(1, bitmap={'data': png(np.ones((9, 9), np.uint8)), 'origin': [45, 1]}),

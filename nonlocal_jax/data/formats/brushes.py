@@ -27,6 +27,8 @@ def alpha_in(data: Any, pixels: int) -> np.ndarray:
   """
   if not isinstance(data, list) or not all(type(byte) is int and 0 <= byte < 256 for byte in data):
     raise ValueError('has an rle that is no list of bytes')
+  if len(data) > 100 + 7 * pixels:
+    raise ValueError('has an rle that is longer than one of single values')
   bits = ''.join(map(_BITS.__getitem__, data))
   position = 0
 

@@ -269,4 +269,4 @@ def _paint(label: np.ndarray, segmentation: Any, value: int) -> None:
   for part in segmentation:
     if not isinstance(part, array.array) or len(part) % 2:
       raise ValueError('has a polygon that is no list of numbers x, y, x, y, ...')
-    shapes.paint_polygons(label, [shapes.points_in(np.reshape(part, (-1, 2)), label.shape)], value)
+    shapes.paint_polygon(label, shapes.points_in(np.reshape(part, (-1, 2)), label.shape), value)

@@ -172,7 +172,7 @@ def _paint(label: np.ndarray, shape: Element, values: Mapping[str, int]) -> None
   value = values[shape.get('label', '')]
   if shape.tag == 'polygon':
     pairs = [_numbers(pair, 'points') for pair in (shape.get('points') or '').split(';')]
-    shapes.paint_polygons(label, [shapes.points_in(pairs, label.shape)], value)
+    shapes.paint_polygon(label, shapes.points_in(pairs, label.shape), value)
   elif shape.tag == 'box':
     _paint_box(label, shape, value)
   elif shape.tag == 'ellipse':
@@ -189,7 +189,7 @@ def _paint_box(label: np.ndarray, shape: Element, value: int) -> None:
     center = (corners[0] + corners[2]) / 2
     cosine, sine = math.cos(angle), math.sin(angle)
     corners = (corners - center) @ np.array([[cosine, sine], [-sine, cosine]]) + center
-  shapes.paint_polygons(label, [shapes.points_in(corners, label.shape)], value)
+  shapes.paint_polygon(label, shapes.points_in(corners, label.shape), value)
 
 
 def _paint_ellipse(label: np.ndarray, shape: Element, value: int) -> None:

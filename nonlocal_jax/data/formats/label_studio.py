@@ -261,7 +261,7 @@ def _paint(label: np.ndarray, region: _Region, values: Mapping[str, int]) -> Non
   if kind == 'polygons':
     if region.value.get('closed') is False:
       raise ValueError('has a polygon that is not closed')
-    shapes.paint_polygons(label, [_pixels(region.value['points'], label.shape)], value)
+    shapes.paint_polygon(label, _pixels(region.value['points'], label.shape), value)
   elif kind == 'brushes':
     label[brushes.alpha_in(region.value['rle'], label.size).reshape(label.shape)] = value
   elif kind == 'rectangles':
@@ -270,7 +270,7 @@ def _paint(label: np.ndarray, region: _Region, values: Mapping[str, int]) -> Non
     cosine, sine = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     sides = np.array([[0, 0], [0, down * h], [across * w, down * h], [across * w, 0]]) / 100
     corners = sides @ np.array([[cosine, sine], [-sine, cosine]]) + [x * w / 100, y * h / 100]
-    shapes.paint_polygons(label, [shapes.points_in(corners, label.shape)], value)
+    shapes.paint_polygon(label, shapes.points_in(corners, label.shape), value)
   elif kind == 'ellipses':
     _paint_ellipse(label, region.value, value)
   else:

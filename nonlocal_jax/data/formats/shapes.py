@@ -1,9 +1,11 @@
 """Draws annotated shapes into label maps: polygons and run lengths as pycocotools does."""
 
-from collections.abc import Sequence
+import base64
+import io
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from nonlocal_jax.errors import needs_packages
 
@@ -36,7 +38,8 @@ def points_in(values: Any, size: tuple[int, int]) -> np.ndarray:
     (n, 2) float64, x and y.
 
   Raises:
-    ValueError: If they are no finite numbers, or all of them or some far outside the image.
+    ValueError: If they are no finite numbers, all of them or some far outside the image, or their
+      outline is longer than one through all pixels, for which drawing takes endless memory.
   """
   points = numbers_in(values)
   if points.ndim != 2 or points.shape[1] != 2:
@@ -52,6 +55,9 @@ def points_in(values: Any, size: tuple[int, int]) -> np.ndarray:
     raise ValueError(
       f'has the point ({x:g}, {y:g}), {where} the image of {size[1]}x{size[0]} pixels'
     )
+  outline = np.abs(points - np.roll(points, 1, 0)).max(1).sum()
+  if outline > size[0] * size[1] + 10 * (size[0] + size[1]):
+    raise ValueError(f'has an outline of {outline:,.0f} pixels, longer than one through all pixels')
   return points
 
 
@@ -73,25 +79,24 @@ def numbers_in(values: Any) -> np.ndarray:
   return array.astype(np.float64)
 
 
-def paint_polygons(label: np.ndarray, polygons: Sequence[np.ndarray], value: int) -> None:
-  """Paints the union of polygons as `pycocotools.coco.COCO.annToMask` does.
+def paint_polygon(label: np.ndarray, points: np.ndarray, value: int) -> None:
+  """Paints a polygon as `pycocotools.coco.COCO.annToMask` does.
 
   Args:
     label: (h, w) uint8 of `empty_label`, painted in place.
-    polygons: The points of each, (n, 2) float64 of `points_in`.
-    value: Its new value inside.
+    points: Its points, (n, 2) float64 of `points_in`.
+    value: The new value inside.
 
   Raises:
-    ValueError: If a polygon has less than three points.
+    ValueError: If there are less than three points.
   """
   with needs_packages('labels drawn from polygons', extra='train'):
     from pycocotools import mask as coco_mask
 
-  if any(len(points) < 3 for points in polygons):
+  if len(points) < 3:
     raise ValueError('has a polygon of less than three points')
-  for points in polygons:
-    (encoded,) = coco_mask.frPyObjects([points.ravel().tolist()], *label.shape)
-    paint_counts(label, counts_in(encoded['counts']), value)
+  (encoded,) = coco_mask.frPyObjects([points.ravel().tolist()], *label.shape)
+  paint_counts(label, counts_in(encoded['counts']), value)
 
 
 def paint_counts(label: np.ndarray, counts: np.ndarray, value: int) -> None:
@@ -198,3 +203,43 @@ def paint_mask(label: np.ndarray, mask: np.ndarray, left: int, top: int, value: 
       f'of {width}x{height}'
     )
   label[top : top + rows, left : left + columns][mask] = value
+
+
+def bytes_in(data: Any) -> bytes:
+  """Decodes base64.
+
+  Raises:
+    ValueError: If it is none.
+  """
+  try:
+    return base64.b64decode(data, validate=True)
+  except (TypeError, ValueError) as error:
+    raise ValueError('has a mask that is not in base64') from error
+
+
+def decoded_mask(data: bytes, size: tuple[int, ...]) -> np.ndarray:
+  """Decodes a mask that is a PNG file.
+
+  Args:
+    data: The file.
+    size: (height, width) of the image, which it may not exceed.
+
+  Returns:
+    (rows, columns) bool: where its opacity, or without that its value, is not 0.
+
+  Raises:
+    ValueError: If it is none, larger, or has colors without opacity.
+  """
+  pixels = None
+  try:
+    with Image.open(io.BytesIO(data), formats=['PNG']) as image:
+      width, height, mode = *image.size, image.mode
+      if height <= size[0] and width <= size[1]:
+        pixels = np.asarray(image)
+  except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+    raise ValueError('has a mask that is no PNG file, or broken') from error
+  if pixels is None:
+    raise ValueError(f'has a mask of {width}x{height} pixels, which is larger than the image')
+  if mode not in ('1', 'L', 'P', 'LA', 'RGBA'):
+    raise ValueError(f'has a mask of mode {mode}, not of one channel')
+  return (pixels[..., -1] if pixels.ndim == 3 else pixels).astype(bool)

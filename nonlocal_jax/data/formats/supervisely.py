@@ -4,11 +4,8 @@ Described in https://developer.supervisely.com/getting-started/supervisely-annot
 are drawn as the package `supervisely` does (`supervisely/geometry`).
 """
 
-import base64
-import binascii
 import collections
 import functools
-import io
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +14,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from nonlocal_jax.data.formats import shapes
 from nonlocal_jax.data.formats.annotations import (
@@ -179,27 +175,15 @@ def _whole(points: Any, size: tuple[int, ...]) -> np.ndarray:
   return np.floor(shapes.points_in(points, (size[0], size[1]))).astype(np.int32)
 
 
-def _decoded_bitmap(data: Any, size: Sequence[int]) -> np.ndarray:
-  """Decodes a bitmap: a PNG file, packed with zlib, in base64, whose opacity or value counts.
+def _decoded_bitmap(data: Any, size: tuple[int, ...]) -> np.ndarray:
+  """Decodes a bitmap: a PNG file, packed with zlib, in base64.
 
   Raises:
     ValueError: If it is none, or larger than the image.
   """
+  limit = 4096 + 8 * size[0] * size[1]  # bytes, more than a PNG file of the image can have
   try:
-    packed = base64.b64decode(data, validate=True)
-    unpacker = zlib.decompressobj()
-    limit = 4096 + 8 * size[0] * size[1]  # bytes, more than a PNG file of the image can have
-    unpacked = unpacker.decompress(packed, limit)
-    with Image.open(io.BytesIO(unpacked)) as image:
-      if image.width > size[1] or image.height > size[0]:
-        raise ValueError(
-          f'has a bitmap of {image.width}x{image.height} pixels, which is larger than the image'
-        )
-      pixels = np.asarray(image)
-      if pixels.ndim == 3 and pixels.shape[2] not in (2, 4):
-        raise ValueError(f'has a bitmap in mode {image.mode}')
-  except (TypeError, binascii.Error, zlib.error, OSError, SyntaxError) as error:
-    raise ValueError('has a bitmap that is no PNG file, packed and in base64, or broken') from error
-  except Image.DecompressionBombError as error:
-    raise ValueError('has a bitmap of more pixels than Pillow reads') from error
-  return (pixels[..., -1] if pixels.ndim == 3 else pixels).astype(bool)
+    unpacked = zlib.decompressobj().decompress(shapes.bytes_in(data), limit)
+  except zlib.error as error:
+    raise ValueError('has a mask that is not packed with zlib') from error
+  return shapes.decoded_mask(unpacked, size)
