@@ -355,6 +355,7 @@ def test_jpeg_label_maps_are_refused_with_the_reason(tmp_path):
     ('labelmap.txt', 'a:0,0,0::\nb:0,0,0::\n', '(it has (0, 0, 0) twice among its colors)'),
     ('labelmap.txt', 'a:0,0,0::\nb:0,0,256::\n', '(color (0, 0, 256) is beyond 255)'),
     ('labelmap.txt', '# nothing\n', '(it is empty)'),
+    ('classes.txt', '\n'.join(map(str, range(256))), '(it has 256 names, and 255 classes are pos'),
     ('class_dict.csv', 'a,0,0,0\n', '(its first line is not name,r,g,b)'),
     ('class_dict.csv', 'name,r,g,b\na,0,0\n', "('a,0,0' is not name,r,g,b)"),
     ('_classes.csv', 'Pixel Value, Class\n0, a\n2, b\n', '(its pixel values are not 0, 1, ... wi'),
@@ -423,6 +424,7 @@ def test_images_and_label_maps_are_found_in_the_usual_folders(arrangement, tmp_p
   for listing in found.values():
     assert not listing.incomplete
     assert not listing.passed_over
+    assert not listing.unused_labels
   assert sum(len(listing.samples) for listing in found.values()) == 6
   if 'SPLIT' in ARRANGEMENTS[arrangement][0]:
     assert {name_of(sample.id) for sample in found['val'].samples} == {

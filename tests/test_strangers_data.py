@@ -250,3 +250,106 @@ def test_what_people_have_is_prepared_and_trained_on(case, script, program, tmp_
   assert metrics['step'] == 10
   assert metrics['images'] == len(splits['val'])
   assert list(metrics['classes']) == truth.classes
+
+
+def write_plain(root: Path, *, encode=lambda label: label, suffix: str = '.png') -> None:
+  for scene in SCENES:
+    write(root / f'images/{scene.name}.jpg', scene.image)
+    write(root / f'masks/{scene.name}{suffix}', encode(scene.label))
+
+
+def with_transparency(label: np.ndarray) -> np.ndarray:
+  return np.dstack([in_colors(label), np.where(label, 255, 0).astype(np.uint8)])
+
+
+def spoilt(write_files: Callable[..., object], name: str, text: str | None) -> Callable:
+  def write_and_spoil(root: Path) -> None:
+    write_files(root)
+    if text is None:
+      (root / name).unlink()
+    else:
+      (root / name).write_text(text)
+
+  return write_and_spoil
+
+
+BAD = {  # what people have, and what is said of it
+  'JPEG label maps': (
+    lambda root: write_plain(root, encode=in_colors, suffix='.jpg'),
+    'has no label map: expected {root}/masks/scene_0.png, found {root}/masks/scene_0.jpg, a format '
+    'whose compression changes labels: export PNG files.',
+  ),
+  'colors without a table': (
+    lambda root: write_plain(root, encode=in_colors),
+    '"palette": [[0, 0, 0], [20, 160, 40], [128, 64, 128]]}}',
+  ),
+  'a table without one of the colors': (
+    spoilt(write_cvat_masks, 'labelmap.txt', 'background:0,0,0::\nroad:128,64,128::\n'),
+    'has colors of no class, [20, 160, 40] (484 pixels): add them to {root}/labelmap.txt, or',
+  ),
+  'a broken table': (
+    spoilt(write_camvid, 'class_dict.csv', 'name,r,g,b\nroad,1,2\n'),
+    "File {root}/class_dict.csv is no table of classes ('road,1,2' is not name,r,g,b): mend it.",
+  ),
+  'pixel values with a gap': (
+    spoilt(write_roboflow_masks, 'train/_classes.csv', 'Pixel Value, Class\n0, a\n3, b\n'),
+    'File {root}/train/_classes.csv is no table of classes (its pixel values are not 0, 1, ... wit',
+  ),
+  'more values than names': (
+    spoilt(write_mmsegmentation, 'classes.txt', 'background\nroad\n'),
+    'Label value 2 (',
+  ),
+  'transparency': (
+    lambda root: write_plain(root, encode=with_transparency),
+    'is a label map with transparent pixels: replace it.',
+  ),
+  'values of 16 bits': (
+    lambda root: write_plain(root, encode=lambda label: label.astype(np.uint16) * 300),
+    'is a label map of 16 bits whose values reach 600, over 255: replace it.',
+  ),
+  'a list of nothing': (
+    spoilt(write_one_folder, 'val.txt', '\n'),
+    'There are no image names in {root}/val.txt: add them, or delete the list.',
+  ),
+  'a list with a missing image': (
+    spoilt(write_one_folder, 'val.txt', 'scene_3\r\nscene_9\r\n'),
+    "There is no image 'scene_9' in {root}, which {root}/val.txt names in line 2: add it, or",
+  ),
+  'an image in both lists': (
+    spoilt(spoilt(write_one_folder, 'val.txt', 'scene_3\nscene_4\n'), 'train.txt', 'scene_4.png\n'),
+    "Image 'scene_4' stands both in {root}/train.txt and in {root}/val.txt: strike it out in one",
+  ),
+  'a missing label map': (
+    spoilt(write_folders_without_list, 'Masks/scene_2.PNG', None),
+    'Image {root}/Images/scene_2.JPG has no label map: expected {root}/Masks/scene_2.png. Or leave',
+  ),
+  'label maps without images': (
+    lambda root: [write(root / f'SegmentationClass/{s.name}.png', s.label) for s in SCENES],
+    'Folder {root}/SegmentationClass has label maps, but there are no images beside it: put them',
+  ),
+  'images alone': (
+    lambda root: [write(root / f'{scene.name}.png', scene.image) for scene in SCENES],
+    'Folder {root} holds no images with labels in a format that is known: put images into images/',
+  ),
+  'one image': (
+    lambda root: [write(root / f'{kind}/a.png', SCENES[0].label) for kind in ('images', 'masks')],
+    'Folder {root} has 1 image, which cannot be divided into train and val: add more.',
+  ),
+  'two folders of label maps': (
+    lambda root: [write_plain(root), write(root / 'labels/a.png', SCENES[0].label)],
+    'Folders labels and masks in {root} could both be that of the label maps: move one of them awa',
+  ),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_data_is_a_sentence_and_leaves_nothing_unfinished(case, script, tmp_path):
+  write_files, sentence = BAD[case]
+  source, data_dir = tmp_path / 'source', tmp_path / 'tfds'
+  write_files(source)
+  arguments = ['--dataset=custom', '--source', source, '--data-dir', data_dir]
+  status, said = script(prepare, *arguments)
+  assert status == 1
+  assert said.startswith('error: ')
+  assert sentence.format(root=source) in said
+  assert not list(data_dir.rglob('incomplete*'))

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from nonlocal_jax.data.datasets import Color
 from nonlocal_jax.data.paths import read_text
+from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import parse_object
 
@@ -73,6 +74,8 @@ def _checked(
       raise ValueError(f'color {wrong} is beyond 255')
     if not names:
       raise ValueError('it is empty')
+    if len(names) > IGNORE:
+      raise ValueError(f'it has {len(names):,} names, and 255 classes are possible')
   except ValueError as error:
     raise UserError(f'File {path} is no table of classes ({error}): mend it.') from error
   return ClassTable(tuple(names), tuple(colors), str(path))

@@ -91,6 +91,9 @@ def _read(source: Path, own: Mapping[str, Any], places: Places) -> Found:
     except UserError as error:
       wrong[split] = error
   samples = [sample for listing in listings.values() for sample in listing.samples]
+  if len({pair.labels for pairs in places.pairs.values() for pair in pairs}) < len(places.pairs):
+    # Label maps of one split have no images in the other.
+    listings = {split: listing._replace(unused_labels=0) for split, listing in listings.items()}
   pairs = [pair for pairs in places.pairs.values() for pair in pairs]
   parents = dict.fromkeys(folder for pair in pairs for folder in (pair.labels, pair.labels.parent))
   table = _own_table(own, source) or find_table([source, *(f for f in parents if f != source)])

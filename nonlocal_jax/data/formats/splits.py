@@ -118,15 +118,22 @@ def divided(source: Path, listing: Listing) -> Division:
       raise UserError(
         f'{path} names all images of {source}, so that none is left for {other}: strike some out.'
       )
-  listings = {split: _part(listing, found[split], missing[split]) for split in found}
+  listings = {
+    split: _part(listing, found[split], missing[split], of_all=split == 'train') for split in found
+  }
   return Division(listings, sentence, warning)
 
 
-def _part(listing: Listing, names: set[str], missing: Mapping[str, str]) -> Listing:
+def _part(
+  listing: Listing, names: set[str], missing: Mapping[str, str], *, of_all: bool
+) -> Listing:
+  """Some of the images; with what was found of all of them, to be told once."""
   incomplete = {name: reason for name, reason in listing.incomplete.items() if _stem(name) in names}
   return listing._replace(
     samples=[sample for sample in listing.samples if sample.id in names],
     incomplete={**incomplete, **missing},
+    unused_labels=listing.unused_labels if of_all else 0,
+    passed_over=listing.passed_over if of_all else (),
   )
 
 
