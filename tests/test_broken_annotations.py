@@ -62,8 +62,8 @@ def panoptic(content):
     (set_segmentation([[1, 1, float('nan'), 1, 5, 5]]), POLYGON + 'a coordinate that is no finite'),
     (set_segmentation([[1, 1, 1e999, 1, 5, 5]]), POLYGON + 'a coordinate that is no finite number'),
     (set_segmentation([]), POLYGON + 'no segmentation, perhaps only a box: mend it, or take it o'),
-    (set_segmentation([[]]), POLYGON + 'a polygon of less than three points'),
-    (set_segmentation([[1, 1, 9, 9]]), POLYGON + 'a polygon of less than three points'),
+    (set_segmentation([[]]), POLYGON + 'a polygon of fewer than three points'),
+    (set_segmentation([[1, 1, 9, 9]]), POLYGON + 'a polygon of fewer than three points'),
     (set_segmentation([[1, 1, 9, 9, 3]]), POLYGON + 'a polygon that is no list of numbers x, y'),
     (set_segmentation([['1', 1, 9, 9, 3, 3]]), POLYGON + 'a polygon that is no list of numbers'),
     (set_segmentation([1, 1, 9, 9, 3, 3]), POLYGON + 'a polygon that is no list of numbers'),
@@ -256,7 +256,7 @@ BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b;"
     ),
     (
       replace('points="2.00,20.00;30.00,20.00;30.00,34.00;2.00,34.00', 'points="2.00,20.00;9,9'),
-      CVAT + 'has a polygon of less than three points',
+      CVAT + 'has a polygon of fewer than three points',
     ),
     (replace('rle="0, 60"', 'rle="0, 61"'), CVAT + 'has run lengths for 61 pixels, and not 60'),
     (replace('rle="0, 60"', 'rle="0, 60.5"'), CVAT + 'has run lengths that are no whole numbers'),
@@ -326,7 +326,7 @@ def set_task(**values):
 @pytest.mark.parametrize(
   ('change', 'sentence'),
   [
-    (set_value(0, points=[[1, 1], [2, 2]]), REGION + 'has a polygon of less than three points'),
+    (set_value(0, points=[[1, 1], [2, 2]]), REGION + 'has a polygon of fewer than three points'),
     (
       set_value(0, points=[[1, 1], [2, 2], [float('nan'), 1]]),
       REGION + 'has a coordinate that is no',

@@ -156,7 +156,7 @@ def test_missing_extras(tmp_path):
   assert (result.returncode, result.stderr) == (0, '')
   assert (
     '- The commands train, eval, prepare, browse and benchmark need array_record, clu, grain, '
-    "tensorboardX, tensorflow_datasets; in a clone, run: pip install '.[train]'\n"
+    "pycocotools, tensorboardX, tensorflow_datasets; in a clone, run: pip install '.[train]'\n"
   ) in result.stdout
   assert '- Curves, legends and pictures of an evaluation need matplotlib; ' in result.stdout
   assert '- ONNX and safetensors files need onnx, onnxruntime, safetensors; ' in result.stdout

@@ -24,7 +24,15 @@ from nonlocal_jax.weights.run_checkpoints import chosen_weights
 # Import names of the packages that only extras install; `train` has those of `plot`.
 PLOT_PACKAGES = frozenset(('matplotlib',))
 TRAIN_PACKAGES = frozenset(
-  ('array_record', 'clu', 'grain', 'matplotlib', 'tensorboardX', 'tensorflow_datasets')
+  (
+    'array_record',
+    'clu',
+    'grain',
+    'matplotlib',
+    'pycocotools',
+    'tensorboardX',
+    'tensorflow_datasets',
+  )
 )
 
 EXPORT_PACKAGES = frozenset(('onnx', 'onnxruntime', 'safetensors'))

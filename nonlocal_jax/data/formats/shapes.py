@@ -88,13 +88,13 @@ def paint_polygon(label: np.ndarray, points: np.ndarray, value: int) -> None:
     value: The new value inside.
 
   Raises:
-    ValueError: If there are less than three points.
+    ValueError: If there are fewer than three points.
   """
   with needs_packages('labels drawn from polygons', extra='train'):
     from pycocotools import mask as coco_mask
 
   if len(points) < 3:
-    raise ValueError('has a polygon of less than three points')
+    raise ValueError('has a polygon of fewer than three points')
   (encoded,) = coco_mask.frPyObjects([points.ravel().tolist()], *label.shape)
   paint_counts(label, counts_in(encoded['counts']), value)
 
