@@ -1,4 +1,4 @@
-"""Segments images and writes a label map and an overlay for each.
+"""Segments images and videos and writes label maps and overlays.
 
 python scripts/predict.py --checkpoint=WEIGHTS INPUT... --out=DIR
 """

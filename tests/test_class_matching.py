@@ -32,13 +32,13 @@ def checkpoint():
 
 
 def start(checkpoint, path=CHECKPOINT, *, keep_ema=False, **options):
-  """The state that a run on `OURS` starts from, as a pure dictionary, and what is said."""
+  """The network of `OURS`, its random state, the one that a run starts from, and what is said."""
   description, _ = checkpoint
   network = dataclasses.replace(description.config, num_classes=len(OURS))
   mesh = data_mesh(jax.devices()[:1])
   random = initial_state(network, optax.sgd(0.1), seed=3, keep_ema=keep_ema, mesh=mesh)
   initial = read_initial_weights(network, description.protocol, checkpoint=path, **options)
-  return network, started_from(random, initial), initial.source
+  return network, random, started_from(random, initial), initial.source
 
 
 def logits_of(config, weights, images):
@@ -49,8 +49,7 @@ def logits_of(config, weights, images):
 
 def test_classes_of_the_same_name_keep_their_part_of_both_heads(checkpoint):
   description, given = checkpoint
-  network, state, said = start(checkpoint, match_classes=OURS, keep_ema=True)
-  _, random, _ = start(checkpoint, new_classifier=True)
+  network, random, state, said = start(checkpoint, match_classes=OURS, keep_ema=True)
   found, new, known = (
     {name: np.asarray(array) for name, array in to_arrays(x).items()}
     for x in (state.variables, random.variables, given)

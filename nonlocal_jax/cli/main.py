@@ -20,7 +20,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
   'train': ('train', 'Train a network, or resume where a run was stopped.'),
   'eval': ('evaluate', 'Evaluate weights on the val images of a dataset.'),
   'report': ('report', 'Write the report of an evaluation again, or compare two evaluations.'),
-  'predict': ('predict', 'Segment images: write label maps and overlays.'),
+  'predict': ('predict', 'Segment images and videos: write label maps and overlays.'),
   'attention': ('attention', 'Draw where pixels look, over an image.'),
   'convert': ('convert', 'Convert .pth checkpoints, and weights trained here to .pth files.'),
   'demo': ('demo', 'Serve a page that segments images and shows where pixels look.'),
