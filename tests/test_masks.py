@@ -94,6 +94,65 @@ def test_colors_in_a_palette_with_one_of_them_twice(tmp_path):
   check(prepared_labels(tmp_path / 'source', tmp_path))
 
 
+def write_palette(source, colors):
+  """Writes label maps with a palette: index 1 of its first 3 colors is class 2, and 2 class 1."""
+  for index, scene in enumerate(SCENES):
+    split = 'val' if index < 2 else 'train'
+    write(source / f'images/{split}/{scene.name}.jpg', scene.image)
+    image = Image.fromarray(np.array([0, 2, 1], np.uint8)[scene.label])
+    image.putpalette(np.ravel(colors).tolist())
+    path = source / f'labels/{split}/{scene.name}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
+def test_a_palette_in_another_order_than_the_table(tmp_path):
+  write_palette(tmp_path / 'source', [COLORS[0], COLORS[2], COLORS[1]])
+  (tmp_path / 'source/labelmap.txt').write_text(TABLES['labelmap.txt'])
+  check(prepared_labels(tmp_path / 'source', tmp_path))
+
+
+def test_a_palette_with_a_color_that_the_table_lacks_is_refused(tmp_path):
+  write_palette(tmp_path / 'source', [COLORS[0], (9, 9, 9), COLORS[1]])
+  (tmp_path / 'source/labelmap.txt').write_text(TABLES['labelmap.txt'])
+  assert 'has colors of no class, [9, 9, 9] (484 pixels)' in complaint(
+    tmp_path / 'source', tmp_path
+  )
+
+
+def test_indices_of_a_palette_in_the_order_of_the_table_leave_255_without_a_class(tmp_path):
+  """As VOC's own files, whose borders are 255."""
+  source = tmp_path / 'source'
+  write_palette(source, [COLORS[0], COLORS[1], COLORS[2], *[(1, 1, 1)] * 252, (224, 224, 192)])
+  (source / 'labelmap.txt').write_text(TABLES['labelmap.txt'])
+  for path in (source / 'labels').rglob('*.png'):
+    with Image.open(path) as image:
+      pixels, palette = np.array(image), image.getpalette()
+    pixels[:2] = 255
+    image = Image.fromarray(pixels)
+    image.putpalette(palette)
+    image.save(path)
+  assert detection.read_folder(source).reading == ''
+  found = prepared_labels(source, tmp_path)
+  for scene in SCENES:
+    expected = np.array([0, 2, 1], np.uint8)[scene.label]
+    expected[:2] = 255
+    np.testing.assert_array_equal(found[scene.name], expected)
+
+
+@pytest.mark.parametrize('mode', ['L', 'RGB'])
+def test_shades_of_gray_by_a_table(mode, tmp_path):
+  """As Supervisely's machine masks with colors of one's own."""
+  shades = np.array([0, 100, 200], np.uint8)
+  write_scenes(tmp_path / 'source', encode=lambda label: shades[label], mode=mode)
+  table = tmp_path / 'source/obj_class_to_machine_color.json'
+  table.write_text('{"road": [100, 100, 100], "tree": [200, 200, 200]}')
+  assert detection.read_folder(tmp_path / 'source').description['classes'] == list(NAMES)
+  check(prepared_labels(tmp_path / 'source', tmp_path))
+  table.write_text('{"road": [100, 100, 100]}')
+  assert '[200, 200, 200] (484 pixels)' in complaint(tmp_path / 'source', tmp_path)
+
+
 @pytest.mark.parametrize('table', ['dataset.json', 'classes.txt'])
 def test_indices_of_a_palette_count_where_its_colors_are_those_of_no_table(table, tmp_path):
   """As always for the palette of `dataset.json`, which pictures are drawn with."""

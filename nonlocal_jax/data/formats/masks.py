@@ -219,20 +219,23 @@ def _reading(
 
 
 def _is_by_color(found: Scan, table: ClassTable) -> bool:
-  """Whether label files show classes by the colors of a table."""
-  if found.kind == 'colors':
+  """Whether label files show classes by the colors of a table.
+
+  Gray files and palettes do if some color but black is in the table, unless indices mean the same.
+  """
+  if found.kind == 'colors' or not table.colors:
     return bool(table.colors)
-  if found.is_colored:  # gray ones, such as (1, 1, 1)
-    seen = {(value, value, value) for value in found.values}
-    return bool(seen) and seen <= set(table.colors)
-  if table.file.endswith(DESCRIPTION):
+  if not found.is_colored and table.file.endswith(DESCRIPTION):
     return False  # for pictures
   seen = found.palette or [(value, value, value) for value in found.values]
-  is_index = all(
+  if not found.is_colored and all(
     table.colors[value : value + 1] == (color,)
     for value, color in zip(found.values, seen, strict=True)
-  )
-  return set(seen) <= set(table.colors) and not is_index
+    if value != IGNORE
+  ):
+    return False
+  shown = set(seen) - {(0, 0, 0)} or set(seen)
+  return not shown.isdisjoint(table.colors)
 
 
 def _may_be_binary(own: Mapping[str, Any], names: Sequence[str]) -> bool:
