@@ -58,8 +58,10 @@ class EvalProtocol:
     align_corners: Corner convention of every resize of logits, see `resize.bilinear_taps`.
     channel_order: Order of the channels that the network takes. Images are RGB; for 'bgr' they are
       reversed before normalization.
-    mean: Subtracted from each channel, in [0, 255] and in the order of the network.
+    mean: Subtracted from each channel, in the range of the samples and in the order of the network.
     std: Each channel is divided by it.
+    bits: Of a sample of the images, 8 or 16. Images of three channels of 8 bits are RGB, whatever
+      their files are; others are read as they are.
 
   Raises:
     ValueError: If a value is out of range or two do not fit together.
@@ -80,6 +82,7 @@ class EvalProtocol:
   channel_order: Literal['rgb', 'bgr'] = 'rgb'
   mean: tuple[float, ...] = IMAGENET_MEAN
   std: tuple[float, ...] = IMAGENET_STD
+  bits: Literal[8, 16] = 8
 
   def __post_init__(self):
     """Checks the values."""
@@ -122,6 +125,8 @@ class EvalProtocol:
       raise ValueError(f'mean is {self.mean!r}, expected finite numbers')
     if not all(0 < std < math.inf for std in self.std):
       raise ValueError(f'std is {self.std!r}, expected positive numbers')
+    if self.bits not in (8, 16):
+      raise ValueError(f'bits is {self.bits!r}, expected 8 or 16')
 
   @classmethod
   def from_version(

@@ -58,6 +58,12 @@ def base_config() -> ConfigDict:
   config.data.reduce_zero_label = config_dict.placeholder(bool)
   # For any dataset: class k becomes label_map[k]; 255 and classes beyond its end are ignored.
   config.data.label_map = ()
+  # Of the images; None: RGB of 8 bits, which any file is converted to. Other images are read as
+  # they are, and mean and std are needed, which `nonlocal-jax prepare` measures.
+  config.data.channels = config_dict.placeholder(int)
+  config.data.bits = config_dict.placeholder(int)  # of a sample, 8 or 16
+  config.data.mean = ()  # of each channel; empty: ImageNet's, for RGB
+  config.data.std = ()
   config.data.skip_bad = False  # leaves out samples with a missing or broken file
   config.data.workers = 0  # processes that load batches; 0: threads of the main process
 

@@ -16,6 +16,7 @@ from PIL import Image
 import nonlocal_jax
 from nonlocal_jax.cli.prediction_files import check_not_replaced, save
 from nonlocal_jax.cli.program import Parser, add_ema, path_option, say_weights
+from nonlocal_jax.data.pixel_formats import PixelFormat, displayable
 from nonlocal_jax.errors import UsageError, UserError
 from nonlocal_jax.evaluation.attention_picture import attention_picture
 from nonlocal_jax.inference.images import read_image
@@ -54,24 +55,25 @@ def main(arguments: Sequence[str]) -> None:
   points = list(dict.fromkeys(options.point))
   targets = [options.out / f'{options.image.stem}_attention_{x}_{y}.png' for x, y in points]
   check_not_replaced(targets)
-  image = read_image(options.image)
+  say_weights(options.checkpoint)
+  model = nonlocal_jax.load(options.checkpoint, ema=options.ema, precision=options.precision)
+  if not model.description.config.non_local:
+    raise UserError(f'{options.checkpoint} has no non-local block: give weights that have one.')
+  image = read_image(options.image, pixels=PixelFormat.of_protocol(model.protocol))
   height, width = image.shape[:2]
   for x, y in points:
     if not (0 <= x < width and 0 <= y < height):
       raise UserError(
         f'--point={x},{y} lies outside {options.image}, which has {width}x{height} pixels.'
       )
-  say_weights(options.checkpoint)
-  model = nonlocal_jax.load(options.checkpoint, ema=options.ema, precision=options.precision)
-  if not model.description.config.non_local:
-    raise UserError(f'{options.checkpoint} has no non-local block: give weights that have one.')
   labels = model.predict(image)
   look = model.image_attention(image)
   make_folder(options.out)
   for point, target in zip(points, targets, strict=True):
     x, y = point
     caption = f'({x}, {y}), predicted as {model.classes[labels[y, x]]}'
-    save(Image.fromarray(attention_picture(image, look(point), caption=caption)), target)
+    picture = attention_picture(displayable(image), look(point), caption=caption)
+    save(Image.fromarray(picture), target)
     print(target)
 
 

@@ -15,6 +15,7 @@ from nonlocal_jax.cli.config import read_config
 from nonlocal_jax.cli.program import Parser, path_option
 from nonlocal_jax.data.datasets import Dataset
 from nonlocal_jax.data.label_values import class_shares
+from nonlocal_jax.data.pixel_formats import displayable
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.recipes import base_config, config_names, fields_of
 from nonlocal_jax.runtime.files import write_whole
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
 
   batches = experiment.train_batches(split)
   samples = (
-    (str(split[index]['id']), image[:h, :w], label[:h, :w])
+    (str(split[index]['id']), displayable(image[:h, :w]), label[:h, :w])
     for batch in batches
     for index, (h, w), image, label in zip(
       *(batch[key] for key in ('index', 'size', 'image', 'label')), strict=True

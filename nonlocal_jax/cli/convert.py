@@ -130,6 +130,11 @@ def write_pth(
   """
   description, state = read_weights(source, align_corners=align_corners, ema=ema)
   classes, palette = list(description.classes), list(map(list, description.palette))
+  if description.protocol.bits != 8:
+    raise UserError(
+      f'{source} takes images of {description.protocol.bits} bits, and the config in a .pth file '
+      'cannot say so: export it with nonlocal-jax export --format=safetensors.'
+    )
   text = config_text(description.config, description.protocol)
   meta = {
     'dataset_meta': {'classes': classes, 'palette': palette},

@@ -28,6 +28,7 @@ from nonlocal_jax.cli.program import (
   path_option,
   say_weights,
 )
+from nonlocal_jax.data.pixel_formats import RGB, PixelFormat
 from nonlocal_jax.errors import UsageError, UserError, needs_packages
 from nonlocal_jax.inference.pretrained import Precision
 from nonlocal_jax.runtime.devices import say_devices
@@ -79,11 +80,11 @@ def main(arguments: Sequence[str]) -> None:
       ema=options.ema,
       precision=options.precision,
     )
-    channels = model.description.config.in_channels
-    if channels != 3:
+    pixels = PixelFormat.of_protocol(model.protocol)
+    if pixels != RGB:
       raise UserError(
-        f'{options.checkpoint} takes images of {channels} channels, and the page has such of '
-        'three: use nonlocal_jax.load.'
+        f'{options.checkpoint} takes images of {pixels}, and the page has such of {RGB}: use '
+        'nonlocal_jax.load.'
       )
     if options.scale:
       protocol = dataclasses.replace(model.protocol, scale=tuple(options.scale), scale_factor=None)

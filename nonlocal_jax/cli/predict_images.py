@@ -20,6 +20,7 @@ from nonlocal_jax.cli.prediction_files import (
   with_palette,
 )
 from nonlocal_jax.data.datasets import PUBLISHED
+from nonlocal_jax.data.pixel_formats import displayable
 from nonlocal_jax.data.validation import CITYSCAPES_IDS
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import overlay
@@ -110,7 +111,7 @@ def predict_images(
         path = Path(f'{target}{_PROBABILITIES}')
         save_probabilities(prediction.probabilities, model.classes, path)
       if wanted[_OVERLAY]:
-        picture = overlay(image, label, classes=model.classes, palette=model.palette)
+        picture = overlay(displayable(image), label, classes=model.classes, palette=model.palette)
         path = Path(f'{target}{_OVERLAY}')
         if max(picture.shape) > JPEG_MAX_SIDE:
           path = path.with_suffix('.png')

@@ -16,6 +16,7 @@ from nonlocal_jax.cli.prediction_files import (
   remove_predictions,
 )
 from nonlocal_jax.cli.prediction_videos import video_file
+from nonlocal_jax.data.pixel_formats import RGB, PixelFormat
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.pictures import frame_overlay
 from nonlocal_jax.inference.images import ImageTooLargeError
@@ -108,9 +109,9 @@ def _camera_name(options: argparse.Namespace) -> str:
 
 
 def _check_channels(model: PretrainedModel) -> None:
-  channels = model.description.config.in_channels
-  if channels != 3:
-    raise UserError(f'Videos have 3 channels, and the network takes {channels}: predict images.')
+  pixels = PixelFormat.of_protocol(model.protocol)
+  if pixels != RGB:
+    raise UserError(f'Videos have {RGB}, and the network takes {pixels}: predict images.')
 
 
 def _predict(

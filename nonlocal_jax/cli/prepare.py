@@ -25,6 +25,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nonlocal_jax.cli.pixel_options import pixel_options
 from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.data.datasets import DESCRIPTION, PUBLISHED, Dataset, custom_dataset
 from nonlocal_jax.data.formats.detection import read_folder, with_splits
@@ -94,9 +95,10 @@ def main(arguments: Sequence[str]) -> None:
     report_split(split, dataset)
     print(f'\n{split.name}: {len(split):,} images in {split.directory}')
     print(shares_table(split, dataset))
+  more = pixel_options(splits['train']) if 'train' in splits else []
   if counted:
     print(f'\nDescribe the label values in {DESCRIPTION} in {options.source}, see --help.')
-  print(f'\nTo train on it:\n  {training_command(options, dataset if counted else None)}')
+  print(f'\nTo train on it:\n  {training_command(options, dataset if counted else None, more)}')
 
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:
@@ -169,12 +171,15 @@ def shares_table(split: 'PreparedSplit', dataset: Dataset) -> str:
   return class_shares(split.label_values, dataset).table(dataset)
 
 
-def training_command(options: argparse.Namespace, counted: Dataset | None) -> str:
+def training_command(
+  options: argparse.Namespace, counted: Dataset | None, more: Sequence[str]
+) -> str:
   """Returns the command that trains on the prepared dataset.
 
   Args:
     options: Those of this command.
     counted: The dataset whose classes were counted; None for a described one.
+    more: Further options.
   """
   words = [*program_name().split(), 'train']
   if options.dataset == 'custom':
@@ -185,4 +190,4 @@ def training_command(options: argparse.Namespace, counted: Dataset | None) -> st
     words += [f'--config.data.num_classes={counted.num_classes}']
   if options.data_dir:
     words += [f'--config.data.data_dir={options.data_dir}']
-  return shlex.join(words)
+  return shlex.join([*words, *more])

@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 
 from nonlocal_jax.data import transforms
+from nonlocal_jax.data.pixel_formats import RGB, PixelFormat, decode
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.pipeline import num_cores
 
@@ -135,6 +136,7 @@ def train_batches(
   batch_size: int,
   seed: int,
   label_lookup: np.ndarray | None = None,
+  pixels: PixelFormat = RGB,
   process_index: int = 0,
   process_count: int = 1,
   num_workers: int = 0,
@@ -152,6 +154,7 @@ def train_batches(
     batch_size: Samples in a global batch, over all processes.
     seed: 0 .. 2**32 - 1.
     label_lookup: See `transforms.label_lookup`; None where label files hold class indices.
+    pixels: The format of the images, see `pixel_formats.decode`.
     process_index: This process.
     process_count: How many processes share each batch.
     num_workers: Worker processes, which import the main module anew; 0 for threads of this one.
@@ -159,7 +162,7 @@ def train_batches(
 
   Returns:
     An iterator over dicts of arrays, where n is batch_size / process_count: `image` (n, crop_h,
-    crop_w, 3) uint8, `label` (n, crop_h, crop_w) uint8, `size` (n, 2) int32 (see
+    crop_w, channels) uint8 or uint16, `label` (n, crop_h, crop_w) uint8, `size` (n, 2) int32 (see
     `transforms.train_sample`) and `index` (n,) int32, the sample's place in `source`.
 
   Raises:
@@ -171,7 +174,7 @@ def train_batches(
     )
 
   def load(index: int, rng: np.random.Generator) -> dict[str, Any]:
-    image, label = _decode(source[index], label_lookup)
+    image, label = _decode(source[index], label_lookup, pixels)
     sample = transforms.train_sample(rng, image, label, augment)
     return {**sample, 'index': np.int32(index)}
 
@@ -194,7 +197,7 @@ class EvalSample(NamedTuple):
   Attributes:
     index: Its place in the source.
     name: Its id there.
-    views: The image at each size of the protocol, (h', w', 3) uint8 RGB.
+    views: The image at each size of the protocol, (h', w', channels) uint8 or uint16.
     label: (h, w) uint8, as in its file but for the lookup.
   """
 
@@ -210,6 +213,7 @@ def eval_batches(
   *,
   view_sizes: Callable[[tuple[int, int]], Sequence[tuple[int, int]]],
   label_lookup: np.ndarray | None = None,
+  pixels: PixelFormat = RGB,
   num_threads: int | None = None,
 ) -> Iterator[list[EvalSample]]:
   """Decodes and resizes the samples of batches, a few batches ahead.
@@ -219,6 +223,7 @@ def eval_batches(
     batches: The indices of each batch; a batch may be empty.
     view_sizes: From an image's (h, w) to the (h', w') at which it is tested.
     label_lookup: See `transforms.label_lookup`; None where label files hold class indices.
+    pixels: The format of the images, see `pixel_formats.decode`.
     num_threads: Decoding threads; None for one per core.
 
   Returns:
@@ -230,7 +235,7 @@ def eval_batches(
 
   def load_sample(index: int) -> EvalSample:
     record = source[index]
-    image, label = _decode(record, label_lookup)
+    image, label = _decode(record, label_lookup, pixels)
     views = [transforms.resize_to(image, size) for size in view_sizes(image.shape[:2])]
     return EvalSample(index, str(record['id']), views, label)
 
@@ -262,11 +267,13 @@ def _close(iterators: list[grain.DatasetIterator]) -> None:
     iterators.pop().close()
 
 
-def _decode(record: dict[str, Any], lookup: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+def _decode(
+  record: dict[str, Any], lookup: np.ndarray | None, pixels: PixelFormat
+) -> tuple[np.ndarray, np.ndarray]:
   label = transforms.decode_label(record['label'])
   if lookup is not None:
     label = cv2.LUT(label, lookup)
-  return transforms.decode_image(record['image']), label
+  return decode(record['image'], pixels), label
 
 
 def _prepare_worker(*_) -> None:

@@ -28,6 +28,7 @@ from nonlocal_jax.data.formats.found import Found
 from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.origins import absolute, record_origin
 from nonlocal_jax.data.paths import is_remote, is_utf8, version_of
+from nonlocal_jax.data.pixel_formats import format_name
 from nonlocal_jax.data.prepared import NAME, VERSION, PreparedSplit, record_files
 from nonlocal_jax.data.samples import Listing, Sample
 from nonlocal_jax.data.validation import AuditedSample, read_sample
@@ -211,6 +212,8 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
         sizes=[],
         left_out=[],
         label_values={},
+        pixel_formats={},
+        moments={},
         record_files={},
       ),
       disable_shuffling=True,
@@ -233,6 +236,7 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
           continue
         sample = self._samples[index]
         self.info.metadata['sizes'].append(audited.size)
+        self._count_pixels(audited)
         for value in np.flatnonzero(audited.pixels).tolist():
           pixels, first_file = label_values.get(value, (0, str(sample.label)))
           label_values[value] = (pixels + int(audited.pixels[value]), first_file)
@@ -246,6 +250,18 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
         )
     finally:
       pool.shutdown(cancel_futures=True)
+
+  def _count_pixels(self, audited: AuditedSample) -> None:
+    """Counts images by their format, and sums the samples of their channels."""
+    formats, moments = self.info.metadata['pixel_formats'], self.info.metadata['moments']
+    name = format_name(audited.pixel_format)
+    formats[name] = formats.get(name, 0) + 1
+    if audited.moments is not None:
+      new = [[audited.size[0] * audited.size[1]], *audited.moments]
+      old = moments.get(name, [[0] * len(part) for part in new])
+      moments[name] = [
+        [a + b for a, b in zip(*parts, strict=True)] for parts in zip(old, new, strict=True)
+      ]
 
   def _download_and_prepare(self, *arguments, **options) -> None:
     super()._download_and_prepare(*arguments, **options)

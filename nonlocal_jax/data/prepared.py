@@ -6,6 +6,7 @@ of SBD as PNG files of classes). TensorFlow is not needed.
 
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -17,7 +18,9 @@ import tensorflow_datasets as tfds
 from nonlocal_jax.data.datasets import Dataset, Split
 from nonlocal_jax.data.label_values import LabelValue, check_label_values, usual_mistakes
 from nonlocal_jax.data.origins import DAMAGED, ORIGINS, Origin, read_origins
+from nonlocal_jax.data.pixel_formats import RGB, PixelFormat, format_of_name
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.files import check_writable
 from nonlocal_jax.runtime.parallel import is_first_process
 
@@ -38,6 +41,7 @@ class PreparedSplit(Sequence):
     description: The `dataset.json` of that folder; None if an earlier version prepared the copy.
     sizes: (height, width) of each sample.
     label_values: For each raw label value that occurs, its `LabelValue`.
+    pixel_formats: Number of images of each format; empty for copies of earlier versions.
     left_out: A sentence on each sample that was bad and left out.
     unused_labels: Number of label maps without an image.
     passed_over: Number of files beside the images that are none by their names, and the first.
@@ -66,6 +70,10 @@ class PreparedSplit(Sequence):
       self.left_out: list[str] = metadata['left_out']
       self.unused_labels: int = metadata['unused_labels']
       self.passed_over: list = metadata.get('passed_over', [0])  # not in copies of earlier versions
+      self.pixel_formats = {
+        format_of_name(name): count for name, count in metadata.get('pixel_formats', {}).items()
+      }
+      self._moments: dict = metadata.get('moments', {})
       self.label_values = {
         int(value): LabelValue(*found) for value, found in metadata['label_values'].items()
       }
@@ -77,6 +85,22 @@ class PreparedSplit(Sequence):
   def __len__(self) -> int:
     """Returns the number of samples."""
     return self._size
+
+  def channel_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Mean and standard deviation of each channel, over all pixels.
+
+    Returns:
+      Both; None unless all images are of one format other than RGB of 8 bits.
+    """
+    if len(self.pixel_formats) != 1 or len(self._moments) != 1:
+      return None
+    ((pixels,), sums, squares), *_ = self._moments.values()
+    means = tuple(total / pixels for total in sums)
+    # In integers: the squares of large means would swallow small variances.
+    variances = [
+      (pixels * square - total**2) / pixels**2 for total, square in zip(sums, squares, strict=True)
+    ]
+    return means, tuple(math.sqrt(variance) for variance in variances)
 
   # No slices: samples are read one by one.
   def __getitem__(self, index: int) -> dict[str, str | bytes]:  # pyrefly: ignore[bad-override]
@@ -213,6 +237,39 @@ def check_split(split: PreparedSplit, dataset: Dataset) -> list[str]:
   return odd + usual_mistakes(split.label_values, dataset, split=split.name)
 
 
+def check_pixels(split: PreparedSplit, pixels: PixelFormat) -> list[str]:
+  """Checks that the images of a split can be read in a format.
+
+  Args:
+    split: The prepared split.
+    pixels: The format; RGB of 8 bits is made of gray images, of more bits and of transparency.
+
+  Returns:
+    A sentence on what reading them so leaves out.
+
+  Raises:
+    UserError: If they cannot.
+  """
+  if pixels != RGB:
+    fits = {pixels}
+  else:
+    fits = {found for found in split.pixel_formats if found.channels in (1, 3, 4)}
+  for found, count in split.pixel_formats.items():
+    if found not in fits:
+      raise UserError(
+        f'{split.name} has {counted(count, "image")} of {found}, and they are read as {pixels}: '
+        f'set config.data.channels={found.channels} and config.data.bits={found.bits}, with the '
+        'mean and std that nonlocal-jax prepare measures, or convert the images.'
+      )
+  deep = sum(count for found, count in split.pixel_formats.items() if found.bits == 16)
+  if pixels == RGB and deep:
+    return [
+      f'{counted(deep, "image")} of {split.name} have 16 bits, of which the upper 8 are read: '
+      'nonlocal-jax prepare prints the command that reads them all.'
+    ]
+  return []
+
+
 def check_data_dir(data_dir: str | os.PathLike[str] | None) -> None:
   """Checks that data can be prepared there, without writing.
 
@@ -312,17 +369,18 @@ def _damaged(name: str, directory: str | os.PathLike[str], reason: object) -> Us
   )
 
 
-def report_split(split: PreparedSplit, dataset: Dataset) -> None:
+def report_split(split: PreparedSplit, dataset: Dataset, *, pixels: PixelFormat = RGB) -> None:
   """Prints a summary of a prepared split and its warnings to stderr (first process only).
 
   Args:
     split: The split.
     dataset: The dataset whose classes its labels are checked against.
+    pixels: The format in which images are read.
 
   Raises:
-    UserError: If a label value is no class and not ignored.
+    UserError: If a label value is no class and not ignored, or images have another format.
   """
-  odd = check_split(split, dataset)
+  odd = check_pixels(split, pixels) + check_split(split, dataset)
   if not is_first_process():
     return
   print(

@@ -1,10 +1,11 @@
 """Transforms of an image and its label map between the file and the network.
 
-Pure functions on NumPy arrays. Images are RGB uint8 of shape (h, w, 3), label maps uint8 of shape
-(h, w) with 255 for pixels to ignore. A random function takes a `np.random.Generator` first and
-draws in the order of MMSegmentation 1.2.2: equal draws give equal pixels.
+Pure functions on NumPy arrays. Images are RGB uint8 of shape (h, w, 3), or of another
+`pixel_formats.PixelFormat`; label maps are uint8 of shape (h, w) with 255 for pixels to ignore. A
+random function takes a `np.random.Generator` first and draws in the order of MMSegmentation 1.2.2:
+equal draws give equal pixels.
 Resizing and color conversion are OpenCV's, because the published models were trained with its
-fixed-point arithmetic. Samples are uint8 until the device normalizes them.
+fixed-point arithmetic. Samples are integers until the device normalizes them.
 """
 
 import dataclasses
@@ -50,12 +51,12 @@ def train_sample(
 
   Args:
     rng: Source of all randomness.
-    image: (h, w, 3) uint8.
+    image: (h, w, c) uint8, or uint16; RGB for photometric distortion.
     label: (h, w) uint8, 255 = ignored.
     augment: The options.
 
   Returns:
-    `image` (crop_h, crop_w, 3) uint8 and `label` (crop_h, crop_w) uint8, padded at the bottom and
+    `image` (crop_h, crop_w, c) and `label` (crop_h, crop_w) uint8, padded at the bottom and
     right with 0 and 255, and `size` (2,) int32, the (h, w) before padding.
   """
   box = image.shape[:2] if augment.scale is None else augment.scale
@@ -183,19 +184,19 @@ def resize(image: np.ndarray, scale: tuple[int, int], *, keep_ratio: bool = True
   (512, 2048, 3)
 
   Args:
-    image: (h, w, c) uint8.
+    image: (h, w, c) uint8 or uint16.
     scale: (width, height) in pixels.
     keep_ratio: Whether the aspect ratio is kept and `scale` is a box that the image is fitted into,
       long side to long side, see `rescaled_size`.
 
   Returns:
-    (h', w', c) uint8.
+    (h', w', c) of the same dtype.
 
   Raises:
     ValueError: If `image` has another shape or dtype, or `scale` is not positive.
   """
   image = np.asarray(image)
-  if image.ndim != 3 or image.dtype != np.uint8:
+  if image.ndim != 3 or image.dtype not in (np.uint8, np.uint16):
     raise ValueError(f'image is {image.shape} {image.dtype}, expected (h, w, c) uint8')
   if min(scale) < 1:
     raise ValueError(f'scale is {scale}, expected a positive width and height')
@@ -207,11 +208,11 @@ def resize_to(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
   """Resizes an image, bilinearly (mmcv `imresize`).
 
   Args:
-    image: (h, w, c) uint8.
+    image: (h, w, c) uint8 or uint16.
     size: (h', w').
 
   Returns:
-    (h', w', c) uint8.
+    (h', w', c) of the same dtype.
   """
   resized = cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
   return resized.reshape(*size, image.shape[-1])  # OpenCV drops the axis of a single channel
@@ -263,7 +264,7 @@ def random_crop(
 
   Args:
     rng: Two integers are drawn per window.
-    image: (h, w, 3) uint8.
+    image: (h, w, c).
     label: (h, w) uint8.
     crop_size: (crop_h, crop_w); a smaller image is left smaller.
     cat_max_ratio: See above; 1 or more accepts every window.
@@ -287,7 +288,7 @@ def random_flip(
 
   Args:
     rng: One uniform number is drawn.
-    image: (h, w, 3) uint8.
+    image: (h, w, c).
     label: (h, w) uint8.
     prob: Probability of the flip.
 
@@ -333,15 +334,15 @@ def pad(
   """Pads at the bottom and right: the image with 0, the label with 255 (mmseg `stack_batch`).
 
   Args:
-    image: (h, w, 3) uint8.
+    image: (h, w, c).
     label: (h, w) uint8.
     size: (H, W) to pad to, at least (h, w).
 
   Returns:
-    New arrays of shapes (H, W, 3) and (H, W).
+    New arrays of shapes (H, W, c) and (H, W).
   """
   h, w = label.shape
-  padded_image = np.zeros((*size, 3), np.uint8)
+  padded_image = np.zeros((*size, image.shape[2]), image.dtype)
   padded_label = np.full(size, IGNORE, np.uint8)
   padded_image[:h, :w] = image
   padded_label[:h, :w] = label

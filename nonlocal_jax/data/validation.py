@@ -13,6 +13,7 @@ import scipy.io
 from PIL import Image
 
 from nonlocal_jax.data import transforms
+from nonlocal_jax.data.pixel_formats import RGB, PixelFormat, decode_any, format_of
 from nonlocal_jax.data.samples import Sample
 from nonlocal_jax.errors import UserError
 
@@ -31,12 +32,16 @@ class AuditedSample(NamedTuple):
     label: A PNG file of label values: as it is, or made of another kind of label file.
     size: (height, width) of both.
     pixels: How often each label value occurs, (256,) int64.
+    pixel_format: The image's own format.
+    moments: Sums of the samples of each channel and of their squares, unless it is RGB of 8 bits.
   """
 
   image: bytes
   label: bytes
   size: tuple[int, int]
   pixels: np.ndarray
+  pixel_format: PixelFormat
+  moments: tuple[list[int], list[int]] | None
 
 
 def read_sample(sample: Sample) -> AuditedSample:
@@ -56,6 +61,7 @@ def read_sample(sample: Sample) -> AuditedSample:
   """
   image_bytes = read_file(sample.image)
   image = decoded(sample.image, image_bytes, _decode_whole)
+  pixel_format = format_of(image_bytes)
   h, w = image.shape[:2]
   label, label_bytes = read_label(sample, h, w)
   if image.shape[:2] != label.shape:
@@ -67,7 +73,8 @@ def read_sample(sample: Sample) -> AuditedSample:
       'replace one of them.'
     )
   pixels = np.bincount(label.ravel(), minlength=256)
-  return AuditedSample(image_bytes, label_bytes, label.shape, pixels)
+  moments = None if pixel_format == RGB else _moments(image)
+  return AuditedSample(image_bytes, label_bytes, label.shape, pixels, pixel_format, moments)
 
 
 def read_label(sample: Sample, h: int, w: int) -> tuple[np.ndarray, bytes]:
@@ -135,7 +142,7 @@ def decoded(path: Path, data: bytes, decode: Callable[[bytes], T]) -> T:
 
 def _decode_whole(data: bytes) -> np.ndarray:
   """Decodes an image strictly: OpenCV accepts truncated files."""
-  image = transforms.decode_image(data)
+  image, _ = decode_any(data)
   if data.startswith(_JPEG_START) and not data.rstrip(b'\0').endswith(_JPEG_END):
     try:
       with Image.open(io.BytesIO(data)) as file:
@@ -143,6 +150,17 @@ def _decode_whole(data: bytes) -> np.ndarray:
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
       raise ValueError(f'cut off or broken ({error})') from error
   return image
+
+
+def _moments(image: np.ndarray) -> tuple[list[int], list[int]]:
+  """Sums the samples of each channel, and their squares."""
+  values = np.arange(np.iinfo(image.dtype).max + 1, dtype=np.int64)
+  sums, squares = [], []
+  for channel in np.moveaxis(image, -1, 0):
+    counts = np.bincount(channel.ravel(), minlength=len(values))
+    sums.append(int(counts @ values))
+    squares.append(int(counts @ values**2))
+  return sums, squares
 
 
 def _check_png(data: bytes) -> None:

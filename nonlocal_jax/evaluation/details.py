@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nonlocal_jax.data.pixel_formats import displayable
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.evaluation.calibration import BINS, Calibration
 from nonlocal_jax.evaluation.image_results import CERTAIN, ImageCounts, ImageResults
@@ -109,7 +110,8 @@ class Collector:
       labels, levels = local_rows(predictions), local_rows(statistics.levels)
       for place, sample in wanted:
         inside = (place, *map(slice, sample.label.shape))
-        example = Example(sample.views[0], sample.label, labels[inside], levels[inside])
+        image = displayable(sample.views[0])
+        example = Example(image, sample.label, labels[inside], levels[inside])
         self._showcase.keep(sample.index, example)
     return confusions.sum(axis=(0, 1), dtype=np.int64)
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from nonlocal_jax.data.loader import EvalSample, eval_batches
+from nonlocal_jax.data.pixel_formats import PixelFormat, displayable
 from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.evaluation.details import Collector, Details, Statistics, image_statistics
@@ -182,7 +183,7 @@ class Evaluator:
             sample = samples[place]
             height, width = sample.label.shape
             predicted = labels[place, :height, :width]
-            shown[sample.index] = (sample.views[0], sample.label, predicted)
+            shown[sample.index] = (displayable(sample.views[0]), sample.label, predicted)
         bar.set_postfix(mIoU=f'{scores(confusion).summary()["mIoU"]:.2f}', refresh=False)
         bar.update(len(indices))
         after_batch()
@@ -203,6 +204,7 @@ class Evaluator:
       ],
       view_sizes=lambda size: [view.size for view in views_of(self._predictor.protocol, size)],
       label_lookup=self._label_lookup,
+      pixels=PixelFormat.of_protocol(self._predictor.protocol),
     )
     for batch, size, samples in zip(self._batches, local_sizes, loaded, strict=True):
       logits = self._predictor.logits(

@@ -1,6 +1,7 @@
 """Reads a `ConfigDict`; no other module but `config_values` looks into one."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from nonlocal_jax.data import synthetic
 from nonlocal_jax.data.datasets import PUBLISHED, Dataset, custom_dataset, merge_classes
 from nonlocal_jax.data.formats.detection import NothingFound, read_folder
+from nonlocal_jax.data.pixel_formats import MAX_CHANNELS, RGB, PixelFormat
 from nonlocal_jax.data.prepared import prepared_description
 from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import UserError, explained_by
@@ -20,6 +22,7 @@ from nonlocal_jax.models.config import chosen_attention
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import BALANCED
+from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh
 from nonlocal_jax.training.loss import LossConfig, Ohem
@@ -99,9 +102,11 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
       f'{dataset.num_classes} classes: give one for each.'
     )
   train, evaluation = config.train, config.eval
+  pixels = _pixel_format(config)
   network = NonLocalNetConfig.from_depth(
     config.model.depth,
     num_classes=dataset.num_classes,
+    in_channels=pixels.channels,
     width=config.model.width,
     non_local=config.model.non_local,
     align_corners=config.model.align_corners,
@@ -124,6 +129,8 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
     multi_scale_flip=evaluation.multi_scale_flip,
     pad_windows=evaluation.pad_windows,
     align_corners=config.model.align_corners,
+    bits=pixels.bits,
+    **_normalization(config, pixels),
   )
   ohem = Ohem(train.ohem_threshold, train.ohem_min_kept) if train.ohem else None
   return {
@@ -176,6 +183,7 @@ def read_config(config: ConfigDict, devices: Sequence[jax.Device] | None) -> dic
       ema_decay=train.ema_decay,
       mean=protocol.mean,
       std=protocol.std,
+      bits=protocol.bits,
     ),
     'balance_classes': is_balanced,
     'optimizer': OptimizerConfig(**config.optimizer),
@@ -244,6 +252,43 @@ def _dataset(config: ConfigDict) -> Dataset:
       'colors: give one for each.'
     )
   return dataset
+
+
+def _pixel_format(config: ConfigDict) -> PixelFormat:
+  """Returns the format of the images.
+
+  Raises:
+    UserError: If it is out of range.
+  """
+  channels, bits = config.data.channels or RGB.channels, config.data.bits or RGB.bits
+  if not 1 <= channels <= MAX_CHANNELS:
+    raise UserError(f'config.data.channels is {channels}; it must be from 1 to {MAX_CHANNELS}.')
+  if bits not in (8, 16):
+    raise UserError(f'config.data.bits is {bits}; it must be 8 or 16.')
+  return PixelFormat(channels, bits)
+
+
+def _normalization(config: ConfigDict, pixels: PixelFormat) -> dict[str, tuple[float, ...]]:
+  """Returns mean and standard deviation of the channels, none for ImageNet's.
+
+  Raises:
+    UserError: If they are not given, and the images are not RGB, or are not those of each channel.
+  """
+  given = {name: tuple(map(float, config.data[name])) for name in ('mean', 'std')}
+  if pixels == RGB and not any(given.values()):
+    return {}
+  for name, values in given.items():
+    if len(values) != pixels.channels:
+      raise UserError(
+        f'config.data.{name} has {counted(len(values), "value")}, and the images have {pixels}: '
+        'give one for each channel; nonlocal-jax prepare measures them.'
+      )
+  if not all(map(math.isfinite, given['mean'])) or not all(0 < x < math.inf for x in given['std']):
+    raise UserError(
+      f'config.data.mean is {given["mean"]} and config.data.std {given["std"]}; they must be '
+      'finite numbers, and std positive.'
+    )
+  return given
 
 
 def _description(data: ConfigDict) -> dict[str, Any]:

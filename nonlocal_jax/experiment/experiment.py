@@ -17,6 +17,7 @@ from nonlocal_jax.data.formats.detection import read_folder, with_splits
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.loader import TrainIterator, restored_opencv_threads, train_batches
+from nonlocal_jax.data.pixel_formats import RGB, PixelFormat
 from nonlocal_jax.data.preparation import prepare
 from nonlocal_jax.data.prepared import PreparedSplit, open_prepared, report_split
 from nonlocal_jax.data.transforms import AugmentConfig
@@ -251,6 +252,12 @@ class Experiment:
         'ones only: give one of the two.'
       )
     self._check_batch()
+    pixels = PixelFormat.of_protocol(self.protocol)
+    if self.augment.photometric and pixels != RGB:
+      raise UserError(
+        'config.train.photometric_distortion changes saturation and hue of RGB, and the images '
+        f'have {pixels}: set it to False.'
+      )
     if is_first_process():
       for kind, name in (
         (WandbService, self.wandb_project),
@@ -360,7 +367,7 @@ class Experiment:
       )
     except UserError as error:
       raise UserError(f'config.model.{error}') from error
-    split = self.open_splits(workdir, ['val'])['val']
+    split = self.open_splits(workdir, ['val'], protocol=protocol)['val']
     evaluator = self.evaluator(split, network=network, protocol=protocol)
     weights = evaluator.prepared(state)
     del state  # frees the host copy of the weights
@@ -524,18 +531,22 @@ class Experiment:
       for split in splits:
         list_samples(self.dataset, source_dir, split, found)
 
-  def open_splits(self, workdir: Path, splits: Sequence[Split]) -> dict[Split, PreparedSplit]:
+  def open_splits(
+    self, workdir: Path, splits: Sequence[Split], *, protocol: EvalProtocol | None = None
+  ) -> dict[Split, PreparedSplit]:
     """Prepares splits if needed, checks them and reports unusual labels.
 
     Args:
       workdir: Directory in which the demo dataset is generated, if that is the dataset.
       splits: Names of the splits.
+      protocol: How images are tested, which tells their format; None for the config's.
 
     Returns:
       The splits by name.
 
     Raises:
-      UserError: If images or labels are missing or unreadable, or labels are not class indices.
+      UserError: If images or labels are missing, unreadable or of another format, or labels are not
+        class indices.
     """
     source_dir, data_dir = self.data.source_dir, self.data.data_dir
     if self.dataset.name == synthetic.DEMO.name and source_dir is None:
@@ -553,7 +564,7 @@ class Experiment:
           skip_bad=self.data.skip_bad,
         )
       for split in opened.values():
-        report_split(split, self.dataset)
+        report_split(split, self.dataset, pixels=PixelFormat.of_protocol(protocol or self.protocol))
     return opened
 
   def train_batches(self, split: PreparedSplit) -> TrainIterator:
@@ -564,6 +575,7 @@ class Experiment:
       batch_size=self.schedule.batch_size,
       seed=self.schedule.seed,
       label_lookup=self.dataset.label_lookup,
+      pixels=PixelFormat.of_protocol(self.protocol),
       process_index=jax.process_index(),
       process_count=jax.process_count(),
       num_workers=self.data.workers,

@@ -20,6 +20,8 @@ _FIELDS = {
   'eval.protocol': ('version',),
   'model.align_corners': ('align_corners',),
 }
+# Fields of a config that weights decide: images are normalized as in training.
+_OF_IMAGES = {'data.mean': 'mean', 'data.std': 'std', 'data.bits': 'bits'}
 _OF_AVERAGING = ('eval.multi_scale_flip', 'eval.protocol')
 
 
@@ -42,9 +44,16 @@ def protocol_of_evaluation(
     source: What to call the weights in errors.
 
   Raises:
-    UserError: If another field of the config differs from what is recorded.
+    UserError: If another field of the config differs from what is recorded, or one that says how
+      images are normalized.
   """
   recorded, chosen, differences = description.protocol, {}, {}
+  for key, name in _OF_IMAGES.items():
+    here, there = getattr(configured, name), getattr(recorded, name)
+    if key in overrides and here != there:
+      raise UserError(
+        f'{source} takes images of {name} {there}, but config.{key} is {here}: leave it out.'
+      )
   averages = configured.averages if 'eval.multi_scale_flip' in overrides else recorded.averages
   for key, names in _FIELDS.items():
     here = {name: getattr(configured, name) for name in names}

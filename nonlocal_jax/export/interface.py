@@ -56,6 +56,11 @@ class Interface:
     return interface
 
   def _check(self) -> None:
+    if self.protocol.bits != 8:
+      raise UserError(
+        f'The network takes images of {self.protocol.bits} bits, and programs take such of 8: '
+        'export its weights with format="safetensors".'
+      )
     height, width = self.size
     if min(height, width) < 1:
       raise UserError(f'size is {height},{width}; give height and width in pixels, at least 1.')

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from nonlocal_jax import viewer
+from nonlocal_jax.data.pixel_formats import RGB, PixelFormat
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.export.interface import Interface
 from nonlocal_jax.runtime.download import download
@@ -51,11 +52,9 @@ SOFTWARE.
 
 def check_channels(description: ModelDescription) -> None:
   """Raises a `UserError` if the network does not take images as browsers have them."""
-  channels = description.config.in_channels
-  if channels != 3:
-    raise UserError(
-      f'The network takes {channels} channels, and a browser reads images of three; use onnx.'
-    )
+  pixels = PixelFormat.of_protocol(description.protocol)
+  if pixels != RGB:
+    raise UserError(f'The network takes {pixels}, and a browser reads {RGB}; use onnx.')
 
 
 def runtime_files() -> list[Path]:

@@ -197,7 +197,7 @@ class ImageAttention:
     """Computes nothing yet.
 
     Args:
-      image: (h, w, channels) uint8.
+      image: (h, w, channels) uint8 or uint16.
       protocol: How images are tested.
       config: The network.
       programs: Its programs.
@@ -243,7 +243,7 @@ class ImageAttention:
     (padded_view,) = shape.views
     height, width = window.view.crop
     resized = resize_to(self._image, window.view.size)
-    images = np.zeros((1, *padded_view.network, self._image.shape[2]), np.uint8)
+    images = np.zeros((1, *padded_view.network, self._image.shape[2]), self._image.dtype)
     images[0, :height, :width] = resized[window.top :, window.left :][:height, :width]
     return self._programs.block_input(
       self._state,

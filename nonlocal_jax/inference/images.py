@@ -14,6 +14,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from nonlocal_jax.data.paths import not_a_file
+from nonlocal_jax.data.pixel_formats import RGB, PixelFormat, decode, pixels_in_tiff
 from nonlocal_jax.data.transforms import decode_image
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.protocol import Size
@@ -56,17 +57,18 @@ class ImageTooLargeError(UserError):
     return f'{name} has {num_pixels:,} pixels, more than {max_pixels:,}: {remedy}.'
 
 
-def as_array(image: ImageLike, *, channels: int = 3, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def as_array(
+  image: ImageLike, *, pixels: PixelFormat = RGB, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
   """Reads or converts an image.
 
   Args:
-    image: The path of an image file, a PIL image, or an array (h, w, channels) uint8 of NumPy or
-      JAX.
-    channels: Channels that the image must have; files and PIL images have 3.
+    image: The path of an image file, a PIL image, or an array (h, w, channels) of NumPy or JAX.
+    pixels: The format that the array has, see `pixel_formats.decode`; PIL images are RGB.
     max_pixels: Limit for files and PIL images.
 
   Returns:
-    (h, w, channels) uint8, of files and PIL images RGB with EXIF orientation applied.
+    (h, w, channels) uint8 or uint16, of files and PIL images with EXIF orientation applied.
 
   Raises:
     UserError: If a file cannot be read.
@@ -75,7 +77,7 @@ def as_array(image: ImageLike, *, channels: int = 3, max_pixels: int = MAX_PIXEL
     TypeError: If it is none of these.
   """
   if isinstance(image, str | os.PathLike):
-    array = read_image(Path(image), max_pixels=max_pixels)
+    array = read_image(Path(image), pixels=pixels, max_pixels=max_pixels)
   elif isinstance(image, Image.Image):
     if image.width * image.height > max_pixels:
       raise ImageTooLargeError('image', image.width * image.height, max_pixels)
@@ -87,23 +89,27 @@ def as_array(image: ImageLike, *, channels: int = 3, max_pixels: int = MAX_PIXEL
       f'image has the type {type(image).__name__}, expected a path, a PIL image or an array; put '
       'several into a list'
     )
-  if array.ndim != 3 or array.shape[-1] != channels or array.dtype != np.uint8 or not array.size:
-    kind = 'uint8 RGB' if channels == 3 else 'uint8'
+  channels, dtype = pixels.channels, pixels.dtype
+  if array.ndim != 3 or array.shape[-1] != channels or array.dtype != dtype or not array.size:
+    kind = f'{dtype} RGB' if channels == 3 else str(dtype)
     raise ValueError(
       f'image is {array.shape} {array.dtype}, expected (h, w, {channels}) {kind}; convert it first'
     )
   return array
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def read_image(
+  path: Path, *, pixels: PixelFormat = RGB, max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
   """Reads an image file, EXIF orientation applied.
 
   Args:
     path: The file.
+    pixels: The format that the array has, see `pixel_formats.decode`.
     max_pixels: Limit of its number of pixels; OpenCV's own is `DECODER_MAX_PIXELS`.
 
   Returns:
-    (h, w, 3) uint8 RGB.
+    (h, w, channels) uint8 or uint16.
 
   Raises:
     UserError: If it cannot be read.
@@ -115,7 +121,10 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     num_pixels, limit = _pixels_in_header(path), min(max_pixels, DECODER_MAX_PIXELS)
     if num_pixels > limit:
       raise ImageTooLargeError(f'File {path}', num_pixels, limit)
-    return decode_image(path.read_bytes())
+    data = path.read_bytes()
+    if not num_pixels and pixels_in_tiff(data) > limit:
+      raise ImageTooLargeError(f'File {path}', pixels_in_tiff(data), limit)
+    return decode(data, pixels)
   except OSError as error:
     raise UserError(f'File {path} cannot be read: {error.strerror}.') from error
   except ValueError as error:

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from nonlocal_jax.data.pixel_formats import PixelFormat
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.buckets import PaddedShape, ViewShape
 from nonlocal_jax.inference.views import View, axis_matrix, feature_size, views_of
@@ -163,7 +164,7 @@ class Predictor:
     Args:
       state: Parameters and running statistics, on the mesh.
       shape: The padded shape, see `buckets.shapes_for`.
-      views: Each image (h, w, channels) uint8, resized to every size of `views_of`.
+      views: Each image (h, w, channels) uint8 or uint16, resized to every size of `views_of`.
       sizes: (height, width) of each image and of its label map.
       batch_size: Batch size of this process, to which fewer images are padded; None for the
         number of images.
@@ -239,10 +240,10 @@ class Predictor:
     """Yields the windows of a view in chunks, the mirrored ones last."""
     rows, columns = shape.windows
     count = self.protocol.flips * rows * columns
-    channels = len(self.protocol.mean)
+    pixels = PixelFormat.of_protocol(self.protocol)
     at_once = min(max(_PIXELS_AT_ONCE // (shape.network[0] * shape.network[1]), 1), count)
     for start in range(0, count, at_once):
-      chunk = np.zeros((n, at_once, *shape.network, channels), np.uint8)
+      chunk = np.zeros((n, at_once, *shape.network, pixels.channels), pixels.dtype)
       sizes = np.ones((n, at_once, 2), np.int32)
       extents = np.ones((n, at_once, 2), np.int32)
       for number, (image, view) in enumerate(zip(images, geometry, strict=True)):
@@ -303,7 +304,7 @@ def normalized_windows(
   """Converts padded windows to the network's input.
 
   Args:
-    images: (n, h, w, channels) uint8, RGB where there are three channels.
+    images: (n, h, w, channels) uint8 or uint16, RGB where there are three channels.
     sizes: (n, 2) int32, height and width of the part of the image in each.
     protocol: Says the order of the channels, and their means and standard deviations.
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from nonlocal_jax.data.datasets import custom_dataset
+from nonlocal_jax.data.pixel_formats import PixelFormat
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.export.files import Exported, Format, export_network
 from nonlocal_jax.inference.attention import AttentionPrograms, ImageAttention, Point
@@ -307,7 +308,9 @@ class PretrainedModel:
 
     Args:
       image: A path, a PIL image or an array (h, w, 3) uint8 RGB, or a list of them. Files and PIL
-        images are turned by their EXIF orientation. Arrays have the network's number of channels.
+        images are turned by their EXIF orientation. Networks of other images (`protocol.mean` has
+        a value for each channel, `protocol.bits` are those of a sample) take such files and arrays,
+        (h, w, channels) uint8 or uint16.
       multi_scale_flip: Whether to average over six sizes, each mirrored as well: better, and some
         17 times the work. None for what the protocol says.
       max_pixels: Limit of the pixels of a file or PIL image, which bounds the memory that it takes.
@@ -331,15 +334,14 @@ class PretrainedModel:
       labels = labels.astype(np.int32)
       return (labels, np.require(rest[0], requirements=['C', 'W'])) if rest else labels
 
-    channels, state = self.description.config.in_channels, self._prediction_state
+    state = self._prediction_state
     predictor = self._predictor_of(multi_scale_flip)
     if isinstance(image, list | tuple):
-      several = predictions(
-        image, predictor, state, channels=channels, result=result, max_pixels=max_pixels
-      )
+      several = predictions(image, predictor, state, result=result, max_pixels=max_pixels)
       found = {prediction.index: returned(prediction) for prediction in several}
       return [found[index] for index in range(len(image))]
-    array = as_array(cast(ImageLike, image), channels=channels, max_pixels=max_pixels)
+    pixels = PixelFormat.of_protocol(self.protocol)
+    array = as_array(cast(ImageLike, image), pixels=pixels, max_pixels=max_pixels)
     return returned(prediction_of(array, predictor, state, result=result))
 
   @overload
@@ -399,7 +401,6 @@ class PretrainedModel:
       images,
       self._predictor_of(multi_scale_flip),
       self._prediction_state,
-      channels=self.description.config.in_channels,
       result=_result(confidence=return_confidence, probabilities=return_probabilities),
       max_pixels=max_pixels,
       on_error=on_error,
@@ -422,7 +423,7 @@ class PretrainedModel:
     [(0, (64, 96)), (1, (64, 96)), (2, (64, 96))]
 
     Args:
-      frames: Each (h, w, 3) uint8 RGB, or with the network's number of channels.
+      frames: Each (h, w, 3) uint8 RGB, or as the network takes them, see `predict`.
       multi_scale_flip: See `predict`.
       return_confidence: See `predict_many`.
 
@@ -477,7 +478,8 @@ class PretrainedModel:
     config = self.description.config
     if not config.non_local:
       raise ValueError('this network has no non-local block; load one with it')
-    array = as_array(image, channels=config.in_channels, max_pixels=max_pixels)
+    pixels = PixelFormat.of_protocol(self.protocol)
+    array = as_array(image, pixels=pixels, max_pixels=max_pixels)
     return ImageAttention(
       array, self.protocol, config, self._attention_programs, self._prediction_state
     )

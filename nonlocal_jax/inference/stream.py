@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from nonlocal_jax.data.pixel_formats import PixelFormat
 from nonlocal_jax.data.transforms import resize_to
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.batches import batches_of, images_at_once
@@ -29,7 +30,7 @@ class Prediction(NamedTuple):
 
   Attributes:
     index: The image's place among the images that were given.
-    image: (h, w, channels) uint8, as it was read.
+    image: (h, w, channels) uint8 or uint16, as it was read.
     labels: (h, w) uint8, class of each pixel.
   """
 
@@ -137,7 +138,7 @@ def _collected(
 def prediction_of(
   image: np.ndarray, predictor: Predictor, state: nnx.State, *, result: Result = 'labels'
 ) -> AnyPrediction:
-  """Predicts one image, (h, w, channels) uint8."""
+  """Predicts one image, (h, w, channels) uint8 or uint16."""
   size, protocol = image.shape[:2], predictor.protocol
   shape = PaddedShape.from_image(size, protocol).with_room(networks=protocol.window_crop is None)
   views = _views(image, protocol)
@@ -152,7 +153,6 @@ def predictions(
   predictor: Predictor,
   state: nnx.State,
   *,
-  channels: int,
   result: Result = 'labels',
   max_pixels: int = MAX_PIXELS,
   on_error: Callable[[int, UserError], object] | None = None,
@@ -163,7 +163,6 @@ def predictions(
     images: Paths, PIL images or arrays.
     predictor: Predicts on the devices of its mesh.
     state: The network's weights, on the mesh.
-    channels: Channels that each image must have.
     result: What to predict: 'labels', also their 'confidence', or also the 'probabilities' of all
       classes.
     max_pixels: See `PretrainedModel.predict`.
@@ -173,7 +172,7 @@ def predictions(
     A prediction of each image that could be read.
   """
   for read, computed in one_behind(
-    _computing(images, predictor, state, channels, result, max_pixels, on_error)
+    _computing(images, predictor, state, result, max_pixels, on_error)
   ):
     yield from computed.of_images(read, predictor)
 
@@ -188,7 +187,7 @@ def predictions_of_frames(
   """Predicts frames of one size in their order, of which it holds a few batches at a time.
 
   Args:
-    frames: Each (h, w, channels) uint8, read as they are needed.
+    frames: Each (h, w, channels) uint8 or uint16, read as they are needed.
     predictor: Predicts on the devices of its mesh.
     state: The network's weights, on the mesh.
     result: See `predictions`.
@@ -208,12 +207,13 @@ def _computing_frames(
 ) -> Iterator[tuple[list[_Read], _Computed]]:
   """Yields batches and their results."""
   protocol, mesh = predictor.protocol, predictor.mesh
+  pixels = PixelFormat.of_protocol(protocol)
   first_size: Size | None = None
   batch_size, shape = 0, None
 
   def read(numbered: tuple[int, np.ndarray]) -> _Read:
     index, frame = numbered
-    image = as_array(frame, channels=len(protocol.mean))
+    image = as_array(frame, pixels=pixels)
     return _Read(index, image, _views(image, protocol))
 
   loaded = in_threads(
@@ -259,20 +259,20 @@ def _computing(
   images: Sequence[ImageLike],
   predictor: Predictor,
   state: nnx.State,
-  channels: int,
   result: Result,
   max_pixels: int,
   on_error: Callable[[int, UserError], object] | None,
 ) -> Iterator[tuple[list[_Read], _Computed]]:
   """Yields batches and their results."""
   protocol, mesh = predictor.protocol, predictor.mesh
+  pixels = PixelFormat.of_protocol(protocol)
   shapes_for_sizes = functools.partial(
     shapes_with_room, protocol=protocol, platform=platform_of_mesh(mesh)
   )
 
   def read(index: int) -> _Read | UserError:
     try:
-      image = as_array(images[index], channels=channels, max_pixels=max_pixels)
+      image = as_array(images[index], pixels=pixels, max_pixels=max_pixels)
     except UserError as error:
       return error
     return _Read(index, image, _views(image, protocol))

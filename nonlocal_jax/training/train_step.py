@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +115,7 @@ class StepConfig:
     ema_decay: Decay rate of `TrainState.ema`; 0 for no average.
     mean: Mean of each image channel, see `normalize`.
     std: Standard deviation of each image channel.
+    bits: Of a sample of the images, 8 or 16.
   """
 
   loss: LossConfig = dataclasses.field(default_factory=LossConfig)
@@ -124,6 +125,7 @@ class StepConfig:
   ema_decay: float = 0.0
   mean: tuple[float, ...] = IMAGENET_MEAN
   std: tuple[float, ...] = IMAGENET_STD
+  bits: Literal[8, 16] = 8
 
 
 class BatchShape(NamedTuple):
@@ -154,8 +156,8 @@ def make_train_step(
 
   Returns:
     A function from the state and a batch to the next state and scalar metrics. The batch has
-    `image` (n, h, w, 3) uint8 RGB, `label` (n, h, w) uint8 and `size` (n, 2) int32 (see
-    `normalize`). Metrics are `loss`, `loss_decode`, `loss_auxiliary`, `accuracy` (over labeled
+    `image` (n, h, w, channels) uint8 or uint16, `label` (n, h, w) uint8 and `size` (n, 2) int32
+    (see `normalize`). Metrics are `loss`, `loss_decode`, `loss_auxiliary`, `accuracy` (over labeled
     pixels) and `update_norm` (L2 norm of the parameter updates).
   """
   graphdef = nnx.graphdef(NonLocalNet.abstract(config, execution))
@@ -314,7 +316,9 @@ def lower_train_step(
   )
   images = batch.size, *batch.crop
   arrays = {
-    'image': jax.ShapeDtypeStruct((*images, config.in_channels), jnp.uint8),
+    'image': jax.ShapeDtypeStruct(
+      (*images, config.in_channels), jnp.uint8 if options.bits == 8 else jnp.uint16
+    ),
     'label': jax.ShapeDtypeStruct(images, jnp.uint8),
     'size': jax.ShapeDtypeStruct((batch.size, 2), jnp.int32),
   }
