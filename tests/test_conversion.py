@@ -304,7 +304,7 @@ def test_a_backbone_alone(peer_model, tmp_path, prefix):
   arrays |= {'fc.weight': torch.zeros(5, 3), 'fc.bias': torch.zeros(5)} if not prefix else {}
   torch.save(arrays, tmp_path / 'resnet50_v1c-2cccc1ad.pth')
   config = NonLocalNetConfig.from_depth(50, width=8, num_classes=3)
-  state = read_backbone(tmp_path / 'resnet50_v1c-2cccc1ad.pth', config)
+  state, _ = read_backbone(tmp_path / 'resnet50_v1c-2cccc1ad.pth', config)
   read = to_arrays(state)
   _, whole = read_torch_weights_of(peer_model, tmp_path)
   expected = {name: x for name, x in to_arrays(whole).items() if name.startswith('backbone.')}

@@ -25,6 +25,7 @@ def test_json_holds_every_field():
     channel_order='bgr',
     mean=(1.0, 2.0, 3.0, 4.0),
     std=(5.0, 6.0, 7.0, 8.0),
+    bits=16,
   )
   defaults = EvalProtocol()
   # These exclude others.

@@ -8,6 +8,12 @@ if TYPE_CHECKING:
   from nonlocal_jax.data.prepared import PreparedSplit
 
 
+def format_to_read(split: 'PreparedSplit') -> PixelFormat:
+  """Returns the format in which the images of a split lose nothing that RGB of 8 bits would."""
+  (first, *others) = split.pixel_formats or {RGB: len(split)}
+  return RGB if others or first in (PixelFormat(1, 8), PixelFormat(4, 8)) else first
+
+
 def pixel_options(split: 'PreparedSplit') -> list[str]:
   """Returns the options to train on a split, and says why.
 
@@ -30,7 +36,7 @@ def pixel_options(split: 'PreparedSplit') -> list[str]:
     '--config.train.photometric_distortion=False',
   ]
   print(f'\nThe images have {pixels}, with mean {mean} and standard deviation {std}.')
-  if pixels in (PixelFormat(1, 8), PixelFormat(4, 8)):
+  if format_to_read(split) == RGB:
     what = 'repeated' if pixels.channels == 1 else 'without the fourth channel'
     print(
       f'They are read as RGB, {what}, as pretrained backbones take it. To read them as they are, '

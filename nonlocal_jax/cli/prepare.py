@@ -25,7 +25,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nonlocal_jax.cli.pixel_options import pixel_options
+from nonlocal_jax.cli.pixel_options import format_to_read, pixel_options
 from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.data.datasets import DESCRIPTION, PUBLISHED, Dataset, custom_dataset
 from nonlocal_jax.data.formats.detection import read_folder, with_splits
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
   if counted:
     dataset = one_class_per_value(splits.values(), dataset, description)
   for split in splits.values():
-    report_split(split, dataset)
+    report_split(split, dataset, pixels=format_to_read(split))
     print(f'\n{split.name}: {len(split):,} images in {split.directory}')
     print(shares_table(split, dataset))
   more = pixel_options(splits['train']) if 'train' in splits else []

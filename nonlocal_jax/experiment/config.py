@@ -260,7 +260,10 @@ def _pixel_format(config: ConfigDict) -> PixelFormat:
   Raises:
     UserError: If it is out of range.
   """
-  channels, bits = config.data.channels or RGB.channels, config.data.bits or RGB.bits
+  channels, bits = (
+    default if value is None else value
+    for value, default in zip((config.data.channels, config.data.bits), RGB, strict=True)
+  )
   if not 1 <= channels <= MAX_CHANNELS:
     raise UserError(f'config.data.channels is {channels}; it must be from 1 to {MAX_CHANNELS}.')
   if bits not in (8, 16):

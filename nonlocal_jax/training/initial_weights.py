@@ -12,6 +12,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import NonLocalNetConfig
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.training.class_matching import describe_matches, matched_classes
+from nonlocal_jax.weights.first_convolution import with_channels
 from nonlocal_jax.weights.loading import read_backbone, read_weights
 from nonlocal_jax.weights.names import find_backbone, find_weights, named_release
 from nonlocal_jax.weights.released import ReleasedBackbone
@@ -85,10 +86,15 @@ def read_initial_weights(
     if backbone is None:
       return InitialWeights(None, 'scratch')
     path = _find_backbone(backbone, network)
-    return InitialWeights(read_backbone(path, network), f'the backbone in {path}')
+    state, channels = read_backbone(path, network)
+    return InitialWeights(state, f'the backbone in {path}{_adapted(channels, network)}')
   checkpoint = find_weights(checkpoint)
   description, state = read_weights(checkpoint, align_corners=network.align_corners, ema=ema)
   found, tested = description.config, description.protocol
+  adapted = _adapted(found.in_channels, network)
+  if adapted:
+    state = with_channels(state, network.in_channels)
+    found = dataclasses.replace(found, in_channels=network.in_channels)
   with_their_classes = dataclasses.replace(network, num_classes=found.num_classes)
   of_other_classes = new_classifier or match_classes is not None
   if not found.predicts_like(with_their_classes if of_other_classes else network):
@@ -100,16 +106,18 @@ def read_initial_weights(
     )
     listed = '; '.join(found.differences(network))
     raise UserError(
-      f'{checkpoint} holds {found}, but the config describes {network}{hint} ({listed}).'
+      f'{checkpoint} holds {description.config}, but the config describes {network}{hint} '
+      f'({listed}).'
     )
   inputs = ('channel_order', 'mean', 'std')
   there, here = ({name: getattr(of, name) for name in inputs} for of in (tested, protocol))
-  if there != here:
+  # Other images are normalized by their own mean and standard deviation.
+  if there != here and not adapted and tested.bits == protocol.bits:
     raise UserError(
       f'{checkpoint} takes images normalized by {there}, but training normalizes them by {here}; '
       'start from other weights.'
     )
-  source = str(checkpoint)
+  source = f'{checkpoint}{adapted}'
   if not found.auxiliary_head:
     source += ' but for a new auxiliary head'
   if match_classes is not None:
@@ -124,6 +132,13 @@ def read_initial_weights(
   classes = f'{found.num_classes} classes there, {network.num_classes} here'
   joint = ' but for' if found.auxiliary_head else ' and'
   return InitialWeights(kept, f'{source}{joint} new classifiers in both heads ({classes})')
+
+
+def _adapted(channels: int, network: NonLocalNetConfig) -> str:
+  """Says that the first convolution is adapted to another number of channels, if it is."""
+  if channels == network.in_channels:
+    return ''
+  return f', its first convolution adapted from {channels} to {network.in_channels} channels'
 
 
 def _find_backbone(backbone: Path, network: NonLocalNetConfig) -> Path:

@@ -19,6 +19,7 @@ from nonlocal_jax.torch_format.reader import read_torch_checkpoint
 from nonlocal_jax.weights.checkpoints import load_weights
 from nonlocal_jax.weights.config_literals import MAX_CHARACTERS
 from nonlocal_jax.weights.description import ModelDescription
+from nonlocal_jax.weights.first_convolution import with_channels
 from nonlocal_jax.weights.foreign_arrays import as_two_classes, choose_average, without_wrappers
 from nonlocal_jax.weights.mmseg_config import (
   RecordedSettings,
@@ -176,7 +177,7 @@ def read_torch_weights(
   return TorchWeights(description, state, released, reasons, tuple(notes))
 
 
-def read_backbone(path: Path, config: NonLocalNetConfig) -> nnx.State:
+def read_backbone(path: Path, config: NonLocalNetConfig) -> tuple[nnx.State, int]:
   """Reads the backbone alone, from a file of its own or of a whole segmentation network.
 
   Args:
@@ -185,7 +186,8 @@ def read_backbone(path: Path, config: NonLocalNetConfig) -> nnx.State:
     config: The network that it is for.
 
   Returns:
-    The part of the network's state below 'backbone', as float32 host arrays.
+    The part of the network's state below 'backbone', as float32 host arrays, its first convolution
+    adapted to the network's number of channels; and the number that it had.
 
   Raises:
     UserError: If the file does not hold that backbone.
@@ -196,7 +198,13 @@ def read_backbone(path: Path, config: NonLocalNetConfig) -> nnx.State:
   inside = {name: array for name, array in arrays.items() if name.startswith(prefix)}
   if not inside:
     inside = {f'{prefix}{name}': array for name, array in arrays.items()}
-  return from_state_dict(inside, config, source=str(path), part='backbone')
+  stem = inside.get('backbone.stem.0.weight')
+  channels = stem.shape[1] if stem is not None and stem.ndim == 4 else config.in_channels
+  of_file = dataclasses.replace(config, in_channels=channels or config.in_channels)
+  state = from_state_dict(inside, of_file, source=str(path), part='backbone')
+  if of_file == config:
+    return state, config.in_channels
+  return with_channels(state, config.in_channels), channels
 
 
 def _swaps_averages(meta: Mapping[str, Any]) -> bool:
