@@ -313,3 +313,59 @@ def test_classes_txt_gives_the_order_and_may_have_more(name, tmp_path):
   assert complaint.endswith(
     "classes.txt lacks the class 'car', which the annotations have: add it, or delete the file."
   )
+
+
+def test_subsets_of_a_cvat_project_are_splits(tmp_path):
+  trees.write_cvat(tmp_path)
+  path = tmp_path / 'annotations.xml'
+  text = path.read_text()
+  for index in range(6):
+    subset = ['Train', 'Validation', 'Test'][max(0, index - 3)]
+    text = text.replace(f'<image id="{index}"', f'<image id="{index}" subset="{subset}"')
+    (tmp_path / f'images/{subset}').mkdir(exist_ok=True)
+    (tmp_path / f'images/{index}.jpg').rename(tmp_path / f'images/{subset}/{index}.jpg')
+  path.write_text(text)
+  found = detection.read_folder(tmp_path)
+  assert not isinstance(found.listing, Listing)
+  assert [sample.id for sample in found.listing('val').samples] == ['images/Validation/4']
+  assert len(found.listing('train').samples) == 4
+  assert 'left out: 5 tags without an area, 1 image for testing' in found.sentence
+
+
+def test_datasets_of_supervisely_called_after_splits_are_splits(tmp_path):
+  trees.write_supervisely(tmp_path)
+  (tmp_path / 'day').rename(tmp_path / 'train')
+  (tmp_path / 'night').rename(tmp_path / 'val')
+  listing = detection.read_folder(tmp_path).listing
+  assert not isinstance(listing, Listing)
+  assert [sample.id for sample in listing('val').samples] == ['val/img/4', 'val/img/5']
+
+
+def test_a_project_in_a_folder_of_its_own_is_found(tmp_path):
+  """As an unpacked archive is."""
+  trees.write_supervisely(tmp_path / 'project')
+  assert len(labels_of(tmp_path)) == 6
+
+
+@pytest.mark.parametrize('name', trees.EXPORTS)
+def test_annotations_need_not_lie_at_the_top(name, tmp_path):
+  write, ends = trees.EXPORTS[name]
+  write(tmp_path / 'export 1')
+  names = detection.read_folder(tmp_path).description['classes']
+  assert names[1:] == (sorted(trees.NAMES) if name == 'label_studio' else trees.NAMES)
+  labels = labels_of(tmp_path)
+  assert len(labels) == (5 if name == 'roboflow' else 6)
+  for stem, label in labels.items():
+    expected = trees.expected_label(
+      int(stem.split()[-1]), ends=ends, names=['background', *names[1:]]
+    )
+    np.testing.assert_array_equal(label, expected)
+
+
+def test_two_lists_of_labelme_that_differ_are_refused(tmp_path):
+  trees.write_labelme(tmp_path / 'one')
+  trees.write_labelme(tmp_path / 'two')
+  assert complaints_of(tmp_path) == []
+  (tmp_path / 'two/labels.txt').write_text('car\nroad\n')
+  (complaint,) = complaints_of(tmp_path)
+  assert complaint.endswith('two/labels.txt differ: take one away.')

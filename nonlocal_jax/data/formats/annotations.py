@@ -198,14 +198,14 @@ def split_named(names: Iterable[str]) -> str:
   return found.pop() if len(found) == 1 else ''
 
 
-def ordered_classes(source: Path, names: Iterable[str], default: str = BACKGROUND) -> list[str]:
+def ordered_classes(source: Path, files: Iterable[Path], names: Iterable[str]) -> list[str]:
   """Orders classes; the first is the one of what no shape covers, under the name that it has there.
 
   Args:
-    source: The folder. Where it has classes.txt, with a name in each line, that gives the order,
-      and may name further classes.
+    source: The folder.
+    files: The annotation files. Where classes.txt lies beside one of them or in a folder above,
+      with a name in each line, that gives the order, and may name further classes.
     names: The classes in the order of the tool.
-    default: Name of the first class, if none of the others is called so.
 
   Returns:
     Their names.
@@ -214,7 +214,7 @@ def ordered_classes(source: Path, names: Iterable[str], default: str = BACKGROUN
     UserError: If classes.txt lacks one.
   """
   names = list(names)
-  table = find_table([source], _LISTS)
+  table = find_table(folders_of(source, files), _LISTS)
   if table is not None:
     missing = [name for name in names if name not in table.names and not _is_background(name)]
     if missing:
@@ -223,8 +223,14 @@ def ordered_classes(source: Path, names: Iterable[str], default: str = BACKGROUN
         'delete the file.'
       )
     names = list(table.names)
-  own = next(filter(_is_background, names), default)
+  own = next(filter(_is_background, names), BACKGROUND)
   return [own, *(name for name in names if name != own)]
+
+
+def folders_of(source: Path, files: Iterable[Path]) -> list[Path]:
+  """Lists the folders of some files below a folder, and those between, that one first."""
+  parents = {folder for file in files for folder in file.relative_to(source).parents}
+  return [source / folder for folder in sorted(parents, key=lambda folder: len(folder.parts))]
 
 
 def _is_background(name: str) -> bool:

@@ -93,9 +93,8 @@ def _read(source: Path, paths: Sequence[Path], evidence: str) -> Found:
       'boxes or keypoints: export polygons or masks.'
     )
   names_of = _names(files)
-  classes = ordered_classes(
-    source, dict.fromkeys(name for names in names_of for name in names.values())
-  )
+  listed = dict.fromkeys(name for names in names_of for name in names.values())
+  classes = ordered_classes(source, paths, listed)
   values = {name: value for value, name in enumerate(classes)}
   entries = [
     Entry(

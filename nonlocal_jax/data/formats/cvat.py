@@ -67,7 +67,7 @@ def _read(source: Path, files: Sequence[Path], evidence: str) -> Found:
     for label in root.iterfind('meta//labels/label'):
       if label.find('parent') is None:  # else it is a part of a skeleton
         colors.setdefault(label.findtext('name') or '', label.findtext('color') or '')
-  classes = ordered_classes(source, colors)
+  classes = ordered_classes(source, files, colors)
   values = {name: value for value, name in enumerate(classes)}
   entries = []
   for found in documents:

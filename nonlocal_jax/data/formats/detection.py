@@ -100,7 +100,7 @@ def _nothing(source: Path, wanted: str | None) -> str:
   return (
     f'Folder {source} holds no images with labels in a format that is known: put images into '
     'images/train and images/val, and label maps of the same names into labels/train and '
-    'labels/val.'
+    'labels/val; or put what COCO, CVAT, Label Studio, labelme or Supervisely export beside images.'
   )
 
 

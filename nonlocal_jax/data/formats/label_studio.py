@@ -112,7 +112,7 @@ def _read(source: Path, files: Sequence[Path], evidence: str) -> Found:
   tasks: list[tuple[Document, _Task]] = [(f, task) for f in documents for task in f.content]
   regions = [region for _, task in tasks for region in task.regions]
   labels = {label for region in regions if region.kind() for label in region.labels or ()}
-  classes = ordered_classes(source, sorted(labels))
+  classes = ordered_classes(source, files, sorted(labels))
   values = {name: value for value, name in enumerate(classes)}
   entries = [
     Entry(

@@ -24,6 +24,7 @@ from nonlocal_jax.data.formats.annotations import (
   check_size,
   document,
   evidence_of,
+  folders_of,
   found_annotations,
   ordered_classes,
   read_json,
@@ -64,7 +65,7 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
 def _read(source: Path, paths: Sequence[Path], evidence: str) -> Found:
   files = [document(path, _parse) for path in paths]
   used = {shape['label']: file.path for file in files for shape in file.content['shapes']}
-  names = _names(source, used)
+  names = _names(source, paths, used)
   values = {name: value for value, name in enumerate(names)} | {_IGNORED: IGNORE}
   entries = [
     Entry(
@@ -85,16 +86,20 @@ def _read(source: Path, paths: Sequence[Path], evidence: str) -> Found:
   )
 
 
-def _names(source: Path, used: Mapping[str, Path]) -> list[str]:
+def _names(source: Path, files: Sequence[Path], used: Mapping[str, Path]) -> list[str]:
   """Orders the classes as labels.txt does, else as classes.txt does, else by name.
 
   Raises:
-    UserError: If labels.txt lacks one, or has it twice.
+    UserError: If labels.txt lacks one or has it twice, or several folders have that file.
   """
-  path = source / LABELS
   names = sorted(used.keys() - {_IGNORED})
-  if not path.is_file():
-    return ordered_classes(source, names)
+  lists = [folder / LABELS for folder in folders_of(source, files)]
+  lists = [path for path in lists if path.is_file()]
+  if not lists:
+    return ordered_classes(source, files, names)
+  if len({read_text(path) for path in lists}) > 1:
+    raise UserError(f'Files {lists[0]} and {lists[1]} differ: take one away.')
+  path = lists[0]
   lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
   twice = [name for name, count in collections.Counter(lines).items() if count > 1]
   if twice:

@@ -50,7 +50,7 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
 
 def _read(source: Path, meta: Path) -> Found:
   colors = _classes(meta)
-  classes = ordered_classes(source, colors)
+  classes = ordered_classes(source, [meta], colors)
   values = {name: value for value, name in enumerate(classes)}
   files = [
     document(path, _parse)
