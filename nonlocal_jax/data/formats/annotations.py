@@ -230,7 +230,7 @@ def ordered_classes(source: Path, files: Iterable[Path], names: Iterable[str]) -
 def folders_of(source: Path, files: Iterable[Path]) -> list[Path]:
   """Lists the folders of some files below a folder, and those between, that one first."""
   parents = {folder for file in files for folder in file.relative_to(source).parents}
-  return [source / folder for folder in sorted(parents, key=lambda folder: len(folder.parts))]
+  return [source / folder for folder in sorted(parents, key=lambda folder: folder.parts)]
 
 
 def _is_background(name: str) -> bool:
