@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nonlocal_jax.cli import prepare
 from nonlocal_jax.data import datasets, prepared
@@ -107,6 +108,33 @@ def write_mmsegmentation(root: Path) -> Truth:
     histogram(SCENES),
     'label maps of class indices in ann_dir/train, ann_dir/val; images in img_dir/train, '
     'img_dir/val; 3 classes of classes.txt.',
+  )
+
+
+def write_voc(root: Path) -> Truth:
+  """VOC's folders and lists: palettes, borders of 255, and images that are in no list."""
+  for scene in SCENES:
+    label = scene.label.copy()
+    label[:2] = 255
+    image = Image.fromarray(label)
+    image.putpalette(np.ravel([*COLORS, *[(0, 0, 0)] * 252, (224, 224, 192)]).tolist())
+    path = root / f'SegmentationClass/{scene.name}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+    write(root / f'JPEGImages/{scene.name}.jpg', scene.image)
+    write(root / f'JPEGImages/other_{scene.name}.jpg', scene.image)
+  lists = root / 'ImageSets/Segmentation'
+  lists.mkdir(parents=True)
+  for split in ('train', 'val'):
+    names = [s.name for index, s in enumerate(SCENES) if split_of(index) == split]
+    (lists / f'{split}.txt').write_text('\n'.join(names) + '\n')
+  (lists / 'trainval.txt').write_text('\n'.join(scene.name for scene in SCENES) + '\n')
+  counts = sum(np.bincount(scene.label[2:].ravel(), minlength=3) for scene in SCENES)
+  return Truth(
+    [f'class {value}' for value in range(3)],
+    counts.tolist(),
+    'label maps of class indices in SegmentationClass; images in JPEGImages. ImageSets/'
+    'Segmentation/train.txt and ImageSets/Segmentation/val.txt divide the images.',
   )
 
 
@@ -210,6 +238,7 @@ CASES: dict[str, Callable[[Path], Truth]] = {
   'Roboflow semantic masks': write_roboflow_masks,
   'Supervisely machine masks': write_supervisely_masks,
   'MMSegmentation': write_mmsegmentation,
+  'VOC lists': write_voc,
   'one folder with a list': write_one_folder,
   'folders without a list': write_folders_without_list,
   'black and white': write_black_and_white,
