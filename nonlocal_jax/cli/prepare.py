@@ -33,6 +33,7 @@ from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.paths import as_path, is_remote
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import explained_by
+from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.files import given_path
 
 if TYPE_CHECKING:
@@ -88,17 +89,17 @@ def main(arguments: Sequence[str]) -> None:
     source = fetched(options) if options.download else options.source
     with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
       splits = prepare(dataset, source, skip_bad=options.skip_bad, **where)
-  counted = dataset.name == 'custom' and not described
-  if counted:
+  is_counted = dataset.name == 'custom' and not described
+  if is_counted:
     dataset = one_class_per_value(splits.values(), dataset, description)
   for split in splits.values():
     report_split(split, dataset, pixels=format_to_read(split))
-    print(f'\n{split.name}: {len(split):,} images in {split.directory}')
+    print(f'\n{split.name}: {counted(len(split), "image")} in {split.directory}')
     print(shares_table(split, dataset))
   more = pixel_options(splits['train']) if 'train' in splits else []
-  if counted:
+  if is_counted:
     print(f'\nDescribe the label values in {DESCRIPTION} in {options.source}, see --help.')
-  print(f'\nTo train on it:\n  {training_command(options, dataset if counted else None, more)}')
+  print(f'\nTo train on it:\n  {training_command(options, dataset if is_counted else None, more)}')
 
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:
@@ -172,13 +173,13 @@ def shares_table(split: 'PreparedSplit', dataset: Dataset) -> str:
 
 
 def training_command(
-  options: argparse.Namespace, counted: Dataset | None, more: Sequence[str]
+  options: argparse.Namespace, by_value: Dataset | None, more: Sequence[str]
 ) -> str:
   """Returns the command that trains on the prepared dataset.
 
   Args:
     options: Those of this command.
-    counted: The dataset whose classes were counted; None for a described one.
+    by_value: The dataset whose classes were counted; None for a described one.
     more: Further options.
   """
   words = [*program_name().split(), 'train']
@@ -186,8 +187,8 @@ def training_command(
     words += ['--config=custom', f'--config.data.source_dir={options.source}']
   else:
     words += [f'--config={options.dataset}_r50']
-  if counted:
-    words += [f'--config.data.num_classes={counted.num_classes}']
+  if by_value:
+    words += [f'--config.data.num_classes={by_value.num_classes}']
   if options.data_dir:
     words += [f'--config.data.data_dir={options.data_dir}']
   return shlex.join([*words, *more])

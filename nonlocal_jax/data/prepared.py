@@ -384,7 +384,8 @@ def report_split(split: PreparedSplit, dataset: Dataset, *, pixels: PixelFormat 
   if not is_first_process():
     return
   print(
-    f'{split.name}: {len(split):,} images, from {split.source}, prepared in {split.directory}',
+    f'{split.name}: {counted(len(split), "image")}, from {split.source}, prepared in '
+    f'{split.directory}',
     file=sys.stderr,
   )
   for sentence in odd:

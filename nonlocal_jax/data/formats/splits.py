@@ -20,8 +20,9 @@ from nonlocal_jax.data.paths import (
   read_text,
   without_suffix,
 )
+from nonlocal_jax.data.pixel_formats import decode_any
 from nonlocal_jax.data.samples import Listing, Sample
-from nonlocal_jax.data.transforms import IGNORE, decode_image
+from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.data.validation import decoded, read_file, read_label
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import write_whole
@@ -292,7 +293,7 @@ def _size(path: Path) -> tuple[int, int]:
     with path.open('rb') as file, Image.open(file) as image:
       (w, h), orientation = image.size, image.getexif().get(0x0112, 1)
   except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError):
-    image = decoded(path, read_file(path), decode_image)
+    image = decoded(path, read_file(path), lambda data: decode_any(data)[0])
     return image.shape[:2]
   return (w, h) if orientation > 4 else (h, w)
 
