@@ -1,10 +1,11 @@
-r"""NonLocalNet on your own dataset: images/{train,val} and labels/{train,val}, equal stems.
+r"""NonLocalNet on your own dataset, whose format is found out: see nonlocal-jax prepare --help.
 
     python main.py --config=configs/custom.py --config.data.source_dir=DIR \
       --config.data.num_classes=11 --config.data.ignore_labels='(11,)'
 
-Labels are one-channel PNG files of class indices; 255 and `ignore_labels` have no class. By
-default, sizes and schedule are those of the Pascal VOC models, and whole images are evaluated.
+Where nothing in the folder names the classes, give their number. Label 255 and `ignore_labels` have
+no class. By default, sizes and schedule are those of the Pascal VOC models, and whole images are
+evaluated.
 """
 
 from ml_collections import ConfigDict

@@ -49,7 +49,8 @@ def base_config() -> ConfigDict:
   # that was prepared before.
   config.data.source_dir = ''
   config.data.data_dir = ''  # where the prepared copy goes; empty: ~/tensorflow_datasets
-  # For a custom dataset; fields not set here are read from dataset.json in its folder, if present.
+  # For a custom dataset; fields not set here are what its folder is found to hold, and what
+  # dataset.json in it says.
   config.data.num_classes = config_dict.placeholder(int)
   config.data.classes = ()  # names; empty: 'class 0', 'class 1', ...
   config.data.palette = ()  # (red, green, blue) of each class; empty: generated
