@@ -52,6 +52,11 @@ def keypoints_only(content):
     annotation['keypoints'] = [1, 2, 2]
 
 
+def too_many_classes(content):
+  content['categories'] += [{'id': index, 'name': f'{index}'} for index in range(100, 400)]
+  first(content)['category_id'] = 399
+
+
 def panoptic(content):
   content['annotations'] = [{'image_id': 0, 'file_name': '0.png', 'segments_info': []}]
 
@@ -129,6 +134,7 @@ def panoptic(content):
       set_in('images', 0, width=480),
       'has image 0.jpg with 480x40 pixels, but it has 48x40: replace one of them',
     ),
+    (too_many_classes, 'have 303 classes with the one of the background, and 255 are'),
     (boxes_only, 'is for detection: its 18 annotations have no segmentation, only boxes or keyp'),
     (keypoints_only, 'is for detection: its 18 annotations have no segmentation, only boxes or k'),
     (panoptic, 'is of COCO, but for panoptic segmentation, whose labels are PNG files: convert'),

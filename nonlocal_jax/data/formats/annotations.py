@@ -17,6 +17,7 @@ from nonlocal_jax.data.formats.image_index import ImageIndex
 from nonlocal_jax.data.formats.splits import SPLIT_NAMES
 from nonlocal_jax.data.paths import in_one_form, version_of
 from nonlocal_jax.data.samples import Listing, Sample, no_files
+from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import parse_json
 
@@ -90,6 +91,11 @@ def found_annotations(
   for entry in used:
     shapes.update(entry.shapes)
     left_out.update(entry.left_out)
+  if len(classes) > IGNORE:
+    raise UserError(
+      f'The {title} in {source} have {len(classes)} classes with the one of the background, and '
+      f'{IGNORE} are possible: merge some, or take those out that no shape has.'
+    )
   for name in classes:
     if name != name.encode('utf-8', 'replace').decode() or not name.isprintable():
       raise UserError(
