@@ -369,3 +369,14 @@ def test_two_lists_of_labelme_that_differ_are_refused(tmp_path):
   (tmp_path / 'two/labels.txt').write_text('car\nroad\n')
   (complaint,) = complaints_of(tmp_path)
   assert complaint.endswith('two/labels.txt differ: take one away.')
+
+
+def test_one_split_alone_is_all_images(tmp_path):
+  trees.write_roboflow(tmp_path)
+  for path in (tmp_path / 'valid').iterdir():
+    path.unlink()
+  found = detection.read_folder(tmp_path)
+  assert isinstance(found.listing, Listing)
+  assert [sample.id for sample in found.listing.samples] == ['train/0', 'train/1', 'train/2']
+  assert '3 images with 3 polygons and 6 masks of 2 classes;' in found.sentence
+  assert found.sentence.endswith('left out: 1 image for testing')
