@@ -120,7 +120,7 @@ def test_bad_samples_end_the_script_unless_left_out(described, script, tmp_path,
   assert script(prepare, *arguments, '--skip-bad') == (None, '')
   printed = capsys.readouterr()
   assert 'warning: 1 bad samples of custom-val were left out.' in printed.err
-  assert 'custom-val: 1 images in' in printed.out
+  assert 'custom-val: 1 image in' in printed.out
 
 
 @pytest.mark.slow

@@ -58,9 +58,7 @@ def test_without_lists_they_are_chosen_and_written_down(source, capsys):
   assert listed(source) == first
   capsys.readouterr()
   preparation.prepare(datasets.custom_dataset(3), source, data_dir=source / '.prepared')
-  told = (
-    f"warning: 1 labeled images of {source} are in neither list, such as 'new', and are left out."
-  )
+  told = f"warning: 1 labeled image of {source} left out, which neither list has, such as 'new'."
   assert capsys.readouterr().err.splitlines().count(told) == 1
 
 

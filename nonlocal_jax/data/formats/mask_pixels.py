@@ -13,6 +13,7 @@ from nonlocal_jax.data.datasets import Color
 from nonlocal_jax.data.transforms import IGNORE, decode_label
 from nonlocal_jax.data.validation import decoded, read_file
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.devices import counted
 
 MOST_COLORS = 255
 _PNG_BITS = 24  # where the first chunk of a file has the bits of a sample
@@ -160,7 +161,9 @@ def _counted(codes: np.ndarray) -> dict[Color, int]:
 
 def describe_colors(counts: dict[Color, int]) -> str:
   """Lists the first colors with their numbers of pixels."""
-  listed = ', '.join(f'{list(color)} ({count:,} pixels)' for color, count in [*counts.items()][:5])
+  listed = ', '.join(
+    f'{list(color)} ({counted(count, "pixel")})' for color, count in [*counts.items()][:5]
+  )
   return f'{listed} and {len(counts) - 5:,} more' if len(counts) > 5 else listed
 
 

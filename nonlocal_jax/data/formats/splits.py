@@ -25,6 +25,7 @@ from nonlocal_jax.data.samples import Listing, Sample
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.data.validation import decoded, read_file, read_label
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.runtime.progress import progress_bar
@@ -104,8 +105,8 @@ def divided(source: Path, listing: Listing) -> Division:
     neither = {sample.id for sample in listing.samples} - found['train'] - found['val']
     if neither:
       warning = (
-        f'{len(neither):,} labeled images of {source} are in neither list, such as '
-        f'{min(neither)!r}, and are left out.'
+        f'{counted(len(neither), "labeled image")} of {source} left out, which neither list has, '
+        f'such as {min(neither)!r}.'
       )
   else:
     ((split, path),) = lists.items()
