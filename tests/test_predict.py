@@ -253,7 +253,7 @@ def test_images_that_cannot_be_read_are_listed_and_the_others_done(
   arguments = [f'--checkpoint={peer_checkpoint}', f'--out={out}', '--no-overlays', *SCALE]
   status, said = script(predict, f'{folder}/*.png', *arguments)
   assert status == 1
-  assert said == (f'error: 1 images failed:\n  File {folder}/bad.png is not an image, or broken.')
+  assert said == (f'error: 1 image failed:\n  File {folder}/bad.png is not an image, or broken.')
   assert [path.name for path in out.iterdir()] == ['a.png']
   said = capsys.readouterr().out
   assert re.fullmatch(rf'1 of 2 images were predicted in \d+\.\d s, to {out}\.', said.strip())
@@ -285,7 +285,7 @@ def test_what_is_no_file_is_listed_and_never_opened(
     f'{folder}/notes' in printed.err
   )
   status, said = script(predict, folder / 'pipe.png', *arguments)
-  assert said == f'error: 1 images failed:\n  File {folder}/pipe.png is a pipe or device, no file.'
+  assert said == f'error: 1 image failed:\n  File {folder}/pipe.png is a pipe or device, no file.'
   model = in_box(nonlocal_jax.load(peer_checkpoint))
   with pytest.raises(UserError, match='is a pipe or device, no file'):
     model.predict(folder / 'pipe.png')
@@ -348,7 +348,7 @@ def test_a_name_that_is_too_long_stops_no_other(folder, peer_checkpoint, script,
   out = tmp_path / 'out'
   status, said = script(predict, folder, f'--checkpoint={peer_checkpoint}', f'--out={out}', *SCALE)
   failure = f'{out}/{"n" * 247}_overlay.jpg cannot be written: File name too long.'
-  assert (status, said) == (1, f'error: 1 images failed:\n  {failure}')
+  assert (status, said) == (1, f'error: 1 image failed:\n  {failure}')
   written = {path.name for path in out.rglob('*.jpg')}
   assert written == {f'{stem}_overlay.jpg' for stem in ('a', 'b', 'ü c', 'n' * 236)}
 
