@@ -35,7 +35,7 @@ from nonlocal_jax.cli.predict_videos import check_video_results, predict_camera,
 from nonlocal_jax.cli.program import say_weights
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import Execution
-from nonlocal_jax.runtime.devices import say_devices
+from nonlocal_jax.runtime.devices import counted, say_devices
 from nonlocal_jax.runtime.files import make_folder
 from nonlocal_jax.runtime.parallel import data_mesh
 
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     'video': predict_videos(videos, model, options) if videos else [],
   }
   said = [
-    '\n  '.join([f'{len(listed)} {kind}s failed:', *listed])
+    '\n  '.join([f'{counted(len(listed), kind)} failed:', *listed])
     for kind, listed in failures.items()
     if listed
   ]
