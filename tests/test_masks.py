@@ -293,7 +293,7 @@ def test_a_palette_with_a_color_twice_is_for_pictures_alone(tmp_path):
     detection.read_folder(tmp_path / 'b')
 
 
-@pytest.mark.parametrize('layout', ['SPLIT/images', 'images/SPLIT'])
+@pytest.mark.parametrize('layout', ['SPLIT/images', 'images/SPLIT', 'SPLIT_images'])
 def test_without_val_images_something_to_do_is_named(layout, tmp_path):
   def add(split):
     for scene in SCENES:
@@ -302,13 +302,14 @@ def test_without_val_images_something_to_do_is_named(layout, tmp_path):
       write(tmp_path / folder.replace('images', 'labels') / f'{scene.name}.png', scene.label)
 
   add('train')
+  name = 'train_images' if layout == 'SPLIT_images' else 'train'
   missing = (
     f'There is no folder {layout.replace("SPLIT", "val")} in {tmp_path}: add the val images '
   )
   with pytest.raises(UserError) as error:
     layouts.list_samples(datasets.custom_dataset(3), tmp_path, 'val')
   assert str(error.value) == (
-    f'{missing}there, or take all out of the folder train, to have them divided.'
+    f'{missing}there, or take all out of the folder {name}, to have them divided.'
   )
   add('test')
   with pytest.raises(UserError) as error:

@@ -8,7 +8,7 @@ import pytest
 from etils.epath import backend
 
 from nonlocal_jax.data import datasets, layouts, preparation
-from nonlocal_jax.data.formats import detection, splits
+from nonlocal_jax.data.formats import automatic_split, detection, splits
 from nonlocal_jax.errors import UserError
 from tests.scenes import make_scenes, write
 from tests.test_prepared import Bucket
@@ -237,11 +237,23 @@ def test_a_bucket_that_cannot_be_written_is_a_sentence(bucket, monkeypatch):
     raise PermissionError('403 Forbidden')
 
   monkeypatch.setattr(bucket, 'open', refuse)
-  monkeypatch.setattr(
-    splits, '_present_classes', lambda samples: np.ones((len(samples), 255), bool)
-  )
+  monkeypatch.setattr(splits, 'present_classes', lambda samples: np.ones((len(samples), 255), bool))
   with pytest.raises(UserError, match=r'the list train\.txt cannot be written there \(403 Forb'):
     layouts.list_samples(datasets.custom_dataset(3), 'gs://bucket/scenes', 'val')
+
+
+def test_of_two_lists_none_stays_where_one_cannot_be_written(source, monkeypatch):
+  write_whole = splits.write_whole
+
+  def refuse(path, text):
+    if path.name == 'val.txt':
+      raise UserError(f'{path} cannot be written: No space left on device.')
+    write_whole(path, text)
+
+  monkeypatch.setattr(splits, 'write_whole', refuse)
+  with pytest.raises(UserError, match=r'the list val\.txt cannot be written there'):
+    listed(source)
+  assert sorted(path.name for path in source.iterdir()) == ['images', 'labels']
 
 
 def present_in(generator, images, classes, share):
@@ -254,7 +266,7 @@ def test_every_class_is_in_both_parts_where_possible():
   for _ in range(300):
     images, classes = int(rng.integers(2, 9)), int(rng.integers(1, 6))
     present = present_in(rng, images, classes, rng.choice([0.2, 0.4, 0.6]))
-    is_val = splits.choose_val([f'{index}' for index in range(images)], present)
+    is_val = automatic_split.choose_val([f'{index}' for index in range(images)], present)
     assert 0 < is_val.sum() <= max(1, images // 2)
 
     def in_both(choice, present=present):
@@ -276,13 +288,13 @@ def test_every_class_is_in_both_parts_where_possible():
 def test_a_fifth_is_for_validation_whatever_the_order(images):
   present = present_in(np.random.default_rng(images), images, 4, 0.7)
   names = [f'image {index}' for index in range(images)]
-  is_val = splits.choose_val(names, present)
+  is_val = automatic_split.choose_val(names, present)
   assert is_val.sum() == max(1, round(images / 5))
   order = np.random.default_rng(1).permutation(images)
-  again = splits.choose_val([names[index] for index in order], present[order])
+  again = automatic_split.choose_val([names[index] for index in order], present[order])
   np.testing.assert_array_equal(again, is_val[order])
   if images > 10:
-    other = splits.choose_val(names, present, seed=1)
+    other = automatic_split.choose_val(names, present, seed=1)
     assert (other != is_val).any()
 
 
@@ -290,7 +302,7 @@ def test_a_class_of_one_image_stays_in_training():
   present = np.zeros((50, 3), bool)
   present[:, 0], present[7, 1], present[[3, 9], 2] = True, True, True
   for seed in range(20):
-    is_val = splits.choose_val([f'{index}' for index in range(50)], present, seed=seed)
+    is_val = automatic_split.choose_val([f'{index}' for index in range(50)], present, seed=seed)
     assert not is_val[7]
     assert is_val[[3, 9]].sum() == 1
 

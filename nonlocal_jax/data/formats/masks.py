@@ -28,6 +28,7 @@ from nonlocal_jax.data.formats.mask_pixels import (
   read_gray,
 )
 from nonlocal_jax.data.formats.mask_scan import Scan, all_colors, scan
+from nonlocal_jax.data.formats.splits import SPLIT_NAMES
 from nonlocal_jax.data.samples import Listing, Sample
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
@@ -140,11 +141,17 @@ def _with_reader(sample: Sample, read: Callable[[Path], np.ndarray]) -> Sample:
 
 
 def _no_split(source: Path, places: Places, split: Split | None) -> str:
+  """A sentence on the split that has no folder, where the other one has."""
   pair = next(iter(places.pairs.values()))[0]
   there = pair.images.relative_to(source).parts
-  (other,) = places.pairs
-  name = next(part for part in there if part.lower().startswith(str(other)[:3]))
-  missing = '/'.join(str(split) if part == name else part for part in there)
+  (other,) = (found for found in places.pairs if found)
+  name, rest = next(
+    (part, part[len(word) :])
+    for part in there
+    for word in sorted(SPLIT_NAMES[other], key=len, reverse=True)
+    if part.lower().startswith(word)
+  )
+  missing = '/'.join(f'{split}{rest}' if part == name else part for part in there)
   if places.unused:
     remedy = f'or rename {places.unused[0]}, which is not used'
   else:
@@ -204,14 +211,14 @@ def _reading(
     raise UserError(_palette_to_paste(paths, source))
   # The palette of `dataset.json` is for pictures then, and its classes are joined later.
   is_own = table is not None and table.file == str(source / DESCRIPTION)
-  colors = table.colors if table and not is_own else ()
   names = () if is_own else names
   if len(names) == 1:  # a background goes without saying
     names = (_BLACK, *names)
+  colors = table.colors if table and len(table.colors) == len(names) else ()
   if found.kind == 'binary' and _may_be_binary(own, names):
     names = names or (_BLACK, _WHITE)
     what = f'black-and-white label maps (0 is {names[0]}, 255 is {names[1]})'
-    return _Reading(what, names, colors if len(colors) == 2 else (), read_binary, 'binary')
+    return _Reading(what, names, colors, read_binary, 'binary')
   if found.is_colored or found.kind == 'gray':
     what = 'label maps of class indices in three equal channels or 16 bits'
     return _Reading(what, names, colors, read_gray, 'gray')
