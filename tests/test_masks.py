@@ -314,7 +314,10 @@ def test_without_val_images_something_to_do_is_named(layout, tmp_path):
   add('test')
   with pytest.raises(UserError) as error:
     layouts.list_samples(datasets.custom_dataset(3), tmp_path, 'val')
-  assert str(error.value) == f'{missing}there, or rename test, which is not used.'
+  assert (
+    str(error.value)
+    == f'{missing}there, or rename {name.replace("train", "test")}, which is not used.'
+  )
 
 
 def complaint(source, tmp_path, **options):

@@ -145,7 +145,8 @@ def _splits(folder: Path, ending: str = '') -> dict[Split, Path]:
 
 
 def _tests(folder: Path) -> list[str]:
-  return [path.name for path in _folders(folder) if path.name.lower() in ('test', 'testing')]
+  names = ('test', 'testing', 'test_images')
+  return [path.name for path in _folders(folder) if path.name.lower() in names]
 
 
 def _one(folder: Path, names: Iterable[str], what: str) -> Path | None:
