@@ -10,6 +10,7 @@ import nbclient
 import nbformat
 import numpy as np
 import pytest
+from jupyter_client.manager import AsyncKernelManager
 from PIL import Image
 
 import nonlocal_jax
@@ -75,7 +76,9 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
   monkeypatch.setenv('PYTHONPATH', f'{ROOT}{os.pathsep}{os.environ.get("PYTHONPATH", "")}')
   monkeypatch.chdir(tmp_path)  # where its kernel starts
   notebook = nbformat.read(ROOT / 'docs/own_data.ipynb', as_version=4)
-  nbclient.NotebookClient(notebook, timeout=600).execute()
+  # Sockets in the folder: free ports may be taken by somebody else before the kernel opens them.
+  kernel = AsyncKernelManager(kernel_name='python3', transport='ipc')
+  nbclient.NotebookClient(notebook, km=kernel, timeout=600).execute(cleanup_kc=True)
   text = ''.join(
     output.text
     for cell in notebook.cells
