@@ -120,6 +120,58 @@ def test_a_palette_with_a_color_that_the_table_lacks_is_refused(tmp_path):
   )
 
 
+def write_sorted_palettes(source: Path) -> list[Path]:
+  """Palette files as programs save them that sort colors, in each file in another order."""
+  paths = []
+  for index, scene in enumerate(SCENES):
+    order = np.roll(np.arange(3), index)  # of the classes' colors in the palette
+    split = 'val' if index < 2 else 'train'
+    write(source / f'images/{split}/{scene.name}.jpg', scene.image)
+    image = Image.fromarray(np.argsort(order).astype(np.uint8)[scene.label])
+    image.putpalette(np.ravel(np.array(COLORS)[order]).tolist())
+    paths.append(source / f'labels/{split}/{scene.name}.png')
+    paths[-1].parent.mkdir(parents=True, exist_ok=True)
+    image.save(paths[-1])
+  return paths
+
+
+def test_palettes_that_differ_are_read_by_their_colors(tmp_path):
+  write_sorted_palettes(tmp_path / 'source')
+  (tmp_path / 'source/classes.txt').write_text(TABLES['classes.txt'])
+  check(prepared_labels(tmp_path / 'source', tmp_path))
+
+
+@pytest.mark.parametrize('names', ['', 'background\nroad\ntree\n'])
+def test_palettes_that_differ_without_a_table_of_colors_are_refused(names, tmp_path):
+  source = tmp_path / 'source'
+  write_sorted_palettes(source)
+  if names:
+    (source / 'classes.txt').write_text(names)
+  said = complaint(source, tmp_path)
+  assert 'The palettes of label maps differ: value 0 is [' in said
+  assert 'classes.txt (name r g b)' in said
+
+
+def test_palettes_that_differ_where_they_are_not_used_are_one(tmp_path):
+  source = tmp_path / 'source'
+  write_palette(source, COLORS)
+  path = next((source / 'labels/train').iterdir())
+  with Image.open(path) as image:
+    image.load()
+  image.putpalette([*np.ravel(COLORS).tolist(), 7, 7, 7])  # value 3 does not occur
+  image.save(path)
+  assert prepared_labels(source, tmp_path).keys() == {scene.name for scene in SCENES}
+
+
+def test_comments_and_running_numbers_in_classes_txt_are_no_names(tmp_path):
+  for text in ('# mine\nbackground\nroad\n\ntree\n', '0 background\n1: road\n2, tree\n'):
+    source = tmp_path / str(len(text))
+    write_scenes(source, encode=lambda label: label)
+    (source / 'classes.txt').write_text(text)
+    assert detection.read_folder(source).description['classes'] == [*NAMES]
+    check(prepared_labels(source, tmp_path))
+
+
 def test_indices_of_a_palette_in_the_order_of_the_table_leave_255_without_a_class(tmp_path):
   """As VOC's own files, whose borders are 255."""
   source = tmp_path / 'source'
@@ -423,6 +475,7 @@ def test_jpeg_label_maps_are_refused_with_the_reason(tmp_path):
     ('class_dict.csv', 'name,r,g,b\na,0,0\n', "('a,0,0' is not name,r,g,b)"),
     ('_classes.csv', 'Pixel Value, Class\n0, a\n2, b\n', '(its pixel values are not 0, 1, ... wi'),
     ('_classes.csv', 'Pixel Value, Class\nx, a\n', "('x,a' is not a new pixel value and a class)"),
+    ('classes.txt', '1 a\n2 b\n', '(its lines begin with the numbers 1, 2, ...'),
     ('classes.txt', 'a 0 0 0\nb\n', "('b' is not name r g b, as others are)"),
     ('label_colors.txt', 'a 0 0 0\n', "('a 0 0 0' is not r g b name)"),
     ('obj_class_to_machine_color.json', '{"a": [1, 2]}', "(the color of 'a' is not [r, g, b])"),

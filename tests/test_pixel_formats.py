@@ -63,6 +63,44 @@ def test_tiff_files_have_the_samples_that_tifffile_wrote(rng, channels, bits, pl
 
 
 @pytest.mark.parametrize('bits', [8, 16])
+@pytest.mark.parametrize('channels', [2, 3, 4, 5])
+def test_equal_pages_of_a_tiff_file_are_its_channels(rng, channels, bits):
+  pages = rng.integers(0, 2**bits, (channels, *SIZE), dtype=f'uint{bits}')
+  file = io.BytesIO()
+  tifffile.imwrite(file, pages, photometric='minisblack')  # a page for each
+  assert len(tifffile.TiffFile(io.BytesIO(file.getvalue())).pages) == channels
+  decoded, found = decode_any(file.getvalue())
+  assert found == PixelFormat(channels, bits)
+  np.testing.assert_array_equal(decoded, np.moveaxis(pages, 0, -1))
+  if found == RGB:
+    np.testing.assert_array_equal(decode(file.getvalue(), RGB), np.moveaxis(pages, 0, -1))
+  else:
+    with pytest.raises(ValueError, match='and not with 3 channels of 8 bits'):
+      decode(file.getvalue(), RGB)
+
+
+def test_pages_that_are_images_of_their_own_are_refused(rng):
+  file = io.BytesIO()
+  with tifffile.TiffWriter(file) as writer:
+    for size in (SIZE, (20, 26)):
+      writer.write(rng.integers(0, 9, size, dtype=np.uint8), photometric='minisblack')
+  for read in (decode_any, decode):
+    with pytest.raises(ValueError, match='a TIFF file of 2 images'):
+      read(file.getvalue())
+
+
+def test_smaller_copies_in_a_tiff_file_are_left_out(rng):
+  image, file = samples(rng, 5, 16), io.BytesIO()
+  with tifffile.TiffWriter(file) as writer:
+    writer.write(image, photometric='minisblack', planarconfig='contig')
+    small = np.ascontiguousarray(image[::2, ::2])
+    writer.write(small, photometric='minisblack', planarconfig='contig', subfiletype=1)
+  decoded, found = decode_any(file.getvalue())
+  assert found == PixelFormat(5, 16)
+  np.testing.assert_array_equal(decoded, image)
+
+
+@pytest.mark.parametrize('bits', [8, 16])
 @pytest.mark.parametrize('channels', [1, 3, 4])
 def test_png_files(rng, channels, bits):
   image = samples(rng, channels, bits)

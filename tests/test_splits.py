@@ -118,6 +118,14 @@ def test_two_lists_and_names_with_spaces_and_of_any_script(source):
       {'val.txt': 'scene_1', 'valid.txt': 'scene_2'},
       '{source}/val.txt and {source}/valid.txt both list val images: delete one.',
     ),
+    (
+      {'val.txt': 'images/scene_1.jpg labels/scene_2.png'},
+      "{source}/val.txt has 'labels/scene_2.png' after the image 'scene_1' in line 1, which is not",
+    ),
+    (
+      {'val.txt': 'scene_0 1\nscene_1 -1\n'},
+      "{source}/val.txt has '1' after the image 'scene_0' in",
+    ),
     ({'train.txt': 'nothing\nscene_3'}, None),
   ],
 )

@@ -387,7 +387,7 @@ def test_an_address_that_is_none_is_a_sentence(monkeypatch):
     MlflowService.check()
   assert re.fullmatch(
     r'config.log.mlflow needs MLflow, which cannot open file:///tmp/runs \(.{,130}\): set '
-    r'MLFLOW_TRACKING_URI to the address of a server.',
+    r'MLFLOW_TRACKING_URI to the address of a server; or, for files, .*FILE_STORE=true; or, .*',
     str(caught.value),
   )
   monkeypatch.setenv('MLFLOW_TRACKING_URI', 'nowhere://place')

@@ -1,6 +1,7 @@
 """Images of other formats than RGB of 8 bits: one to many channels, 8 or 16 bits."""
 
 import io
+import logging
 from typing import Literal, NamedTuple, cast
 
 import cv2
@@ -12,6 +13,9 @@ from nonlocal_jax.data.transforms import decode_image
 from nonlocal_jax.protocol import EvalProtocol
 
 MAX_CHANNELS = 128  # of an image
+
+# What it says of broken files is said by errors; without a handler Python prints it.
+logging.getLogger('tifffile').addHandler(logging.NullHandler())
 
 _PNG_START = b'\x89PNG\r\n\x1a\n'
 _TIFF_STARTS = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
@@ -106,7 +110,7 @@ def decode(data: bytes, pixels: PixelFormat = RGB) -> np.ndarray:
   Raises:
     ValueError: If it is no image, broken, or of another format.
   """
-  if pixels == RGB:
+  if pixels == RGB and not _has_pages(data):
     return decode_image(data)
   found = format_of(data)
   if found != pixels:
@@ -124,12 +128,12 @@ def decode_any(data: bytes) -> tuple[np.ndarray, PixelFormat]:
     ValueError: If it is no image, broken, or of a format that is not supported.
   """
   found = format_of(data)
-  if found == RGB:
+  if found == RGB and not _has_pages(data):
     return decode_image(data), RGB
   try:
     return _decode_as_it_is(data, found), found
   except ValueError:
-    if found not in (PixelFormat(1, 8), PixelFormat(4, 8)):
+    if _has_pages(data) or found not in (PixelFormat(1, 8), PixelFormat(4, 8)):
       raise
     return decode_image(data), RGB  # of a compression or orientation that only RGB is read of
 
@@ -161,19 +165,26 @@ def pixels_in_tiff(data: bytes) -> int:
   """
   if not data.startswith(_TIFF_STARTS):
     return 0
-  page = _first_page(data)
+  page = _pages(data)[0]
   return page.imagewidth * page.imagelength
 
 
 def _format_of_tiff(data: bytes) -> PixelFormat:
-  page = _first_page(data)
-  if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+  page, *others = _pages(data)
+  if others and (
+    page.samplesperpixel != 1 or any((p.shape, p.dtype) != (page.shape, page.dtype) for p in others)
+  ):
+    raise ValueError(
+      f'a TIFF file of {1 + len(others)} images: save the one that is meant, or equal pages of one '
+      'channel'
+    )
+  if page.photometric == tifffile.PHOTOMETRIC.PALETTE and not others:
     return RGB
-  channels, dtype = int(page.samplesperpixel), page.dtype
+  channels, dtype = int(page.samplesperpixel) + len(others), page.dtype
   if page.photometric == tifffile.PHOTOMETRIC.YCBCR and dtype == np.uint8:
     return RGB
   if page.bitspersample == 1:
-    return PixelFormat(1, 8)
+    return PixelFormat(channels, 8)
   if dtype not in (np.uint8, np.uint16) or page.bitspersample not in (8, 16):
     kind = f'{page.bitspersample} bits' if dtype is None else str(dtype)
     raise ValueError(f'a TIFF file of {kind}, and not of unsigned integers of 8 or 16 bits')
@@ -182,14 +193,19 @@ def _format_of_tiff(data: bytes) -> PixelFormat:
   return PixelFormat(channels, 8 if dtype == np.uint8 else 16)
 
 
-def _first_page(data: bytes) -> tifffile.TiffPage:
+def _pages(data: bytes) -> list[tifffile.TiffPage]:
+  """The images of a TIFF file, without smaller copies of them; at least one."""
   try:
-    page = tifffile.TiffFile(io.BytesIO(data)).pages.first
+    pages = [page.aspage() for page in tifffile.TiffFile(io.BytesIO(data)).pages]
+    found = [page for page in pages if not page.is_reduced] or [pages[0]]
   except Exception as error:  # tifffile raises many types on broken files
     raise ValueError('not an image, or broken') from error
-  if not isinstance(page, tifffile.TiffPage):
-    raise ValueError('not an image, or broken')
-  return page
+  return found
+
+
+def _has_pages(data: bytes) -> bool:
+  """Whether it is a TIFF file of several pages, of which other readers see the first."""
+  return data.startswith(_TIFF_STARTS) and len(_pages(data)) > 1
 
 
 def _decode_as_it_is(data: bytes, pixels: PixelFormat) -> np.ndarray:
@@ -224,13 +240,20 @@ def _decode_by_opencv(data: bytes, flags: int) -> np.ndarray:
 
 
 def _decode_tiff(data: bytes) -> np.ndarray:
-  page = _first_page(data)
+  pages = _pages(data)
+  if len(pages) > 1:
+    return np.stack([_decode_page(page, data) for page in pages], axis=-1)
+  return _decode_page(pages[0], data)
+
+
+def _decode_page(page: tifffile.TiffPage, data: bytes) -> np.ndarray:
   orientation = page.tags.get('Orientation')
   if orientation is not None and orientation.value not in (0, 1):
     raise ValueError('a TIFF file that is to be turned (tag Orientation)')
   needs_codecs = page.compression not in _BUILT_IN
   plain = page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
-  if needs_codecs and plain and page.samplesperpixel in (1, 3) and page.planarconfig == 1:
+  alone = not _has_pages(data)
+  if needs_codecs and alone and plain and page.samplesperpixel in (1, 3) and page.planarconfig == 1:
     return _decode_by_opencv(data, cv2.IMREAD_UNCHANGED)
   try:
     image = page.asarray()

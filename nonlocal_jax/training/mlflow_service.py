@@ -51,7 +51,8 @@ class MlflowService:
       reason, *_ = re.split(r'\. |\n', str(error).strip())  # the first sentence
       raise UserError(
         f'config.log.mlflow needs MLflow, which cannot open {_address()} ({reason.rstrip(".")}): '
-        'set MLFLOW_TRACKING_URI to the address of a server.'
+        'set MLFLOW_TRACKING_URI to the address of a server; or, for files, to file:FOLDER, and '
+        'MLFLOW_ALLOW_FILE_STORE=true; or, for a database on this machine, pip install mlflow.'
       ) from error
 
   def open(self, run: Mapping[str, Any], *, was_closed: bool) -> Opened:

@@ -120,13 +120,31 @@ def _values(text: str) -> tuple[list[str], list[Color]]:
 
 
 def _names(text: str) -> tuple[list[str], list[Color]]:
-  lines = _lines(text)
+  lines = _without_numbers([line for line in _lines(text) if not line.startswith('#')])
   number = r'[\s,;:]+(?P<{}>\d{{1,3}})'.format
   colored = rf'(?P<name>.*?\S){number("r")}{number("g")}{number("b")}'
   has_colors = [re.fullmatch(colored, line) is not None for line in lines]
   if not any(has_colors):
     return lines, []
   return _matched(lines, colored, 'name r g b, as others are')
+
+
+def _without_numbers(lines: list[str]) -> list[str]:
+  """Takes running numbers off names, as in '0 road' and '1: car'.
+
+  Raises:
+    ValueError: If all lines have numbers that are not 0, 1, ...
+  """
+  numbered = [re.fullmatch(r'(\d{1,3})(?:[.:,;)]\s*|\s+)(\S.*)', line) for line in lines]
+  if not lines or not all(numbered):
+    return lines
+  numbers = [int(match[1]) for match in numbered if match]
+  if numbers != list(range(len(lines))):
+    raise ValueError(
+      f'its lines begin with the numbers {", ".join(map(str, numbers[:3]))}, ..., and classes are '
+      '0, 1, ...'
+    )
+  return [match[2] for match in numbered if match]
 
 
 def _colors_first(text: str) -> tuple[list[str], list[Color]]:

@@ -11,7 +11,10 @@ from nonlocal_jax.data.samples import Listing, Sample, by_stem, no_files
 from nonlocal_jax.errors import UserError
 
 # Names of folders, in lower case.
-_IMAGE_FOLDERS = ('images', 'image', 'imgs', 'img', 'img_dir', 'jpegimages')
+_IMAGE_FOLDERS = (
+  *('images', 'image', 'imgs', 'img', 'img_dir', 'jpegimages'),
+  *('photos', 'photo', 'pictures', 'rgb'),
+)
 _LABEL_FOLDERS = (
   *(
     'labels',

@@ -16,6 +16,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.devices import counted
 
 MOST_COLORS = 255
+_PNG_START = b'\x89PNG\r\n\x1a\n'
 _PNG_BITS = 24  # where the first chunk of a file has the bits of a sample
 T = TypeVar('T')
 
@@ -117,6 +118,28 @@ def contents(path: Path) -> Contents:
     UserError: If the file cannot be read.
   """
   return _decoded(path, _contents)
+
+
+def palette_chunk(path: Path) -> bytes | None:
+  """Reads the palette of a PNG file, which stands before its pixels.
+
+  Returns:
+    Its RGB colors, 3 bytes each; None if it has none.
+
+  Raises:
+    OSError: If the file cannot be read.
+  """
+  with path.open('rb') as file:
+    if file.read(len(_PNG_START)) != _PNG_START:
+      return None
+    while len(head := file.read(8)) == 8:
+      length, kind = int.from_bytes(head[:4], 'big'), head[4:]
+      if kind == b'PLTE':
+        return file.read(min(length, 3 * 256))
+      if kind == b'IDAT':
+        break
+      file.seek(length + 4, 1)
+  return None
 
 
 def _contents(data: bytes) -> Contents:

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 from nonlocal_jax.data.datasets import Color
-from nonlocal_jax.data.formats.mask_pixels import MOST_COLORS, Contents, contents, count_colors
+from nonlocal_jax.data.formats.mask_pixels import (
+  MOST_COLORS,
+  Contents,
+  contents,
+  count_colors,
+  palette_chunk,
+)
 from nonlocal_jax.data.paths import is_remote, version_of
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
@@ -82,6 +88,44 @@ def all_colors(paths: Sequence[Path]) -> Counter[Color]:
   return counts
 
 
+class Conflict(NamedTuple):
+  """An index that two label files show in different colors.
+
+  Attributes:
+    value: The index.
+    colors: Its color in each file.
+    paths: The files.
+  """
+
+  value: int
+  colors: tuple[Color, Color]
+  paths: tuple[Path, Path]
+
+
+def conflict_of_palettes(paths: Sequence[Path]) -> Conflict | None:
+  """Finds an index that label files show in different colors, as programs do that sort palettes.
+
+  Reads the pixels of the files only if their palettes differ: what differs may not be used.
+
+  Args:
+    paths: The label files, PNG.
+
+  Returns:
+    The first conflict, None if there is none. Files without a palette have none.
+  """
+  with contextlib.closing(_read_all(paths, _palette_or_none)) as read:
+    if len(set(read) - {None}) < 2:
+      return None
+  seen: dict[int, tuple[Color, Path]] = {}
+  with contextlib.closing(_read_all(paths, _contents)) as read:
+    for path, found in zip(paths, read, strict=True):
+      for value, color in found.palette.items() if found else ():
+        first, where = seen.setdefault(value, (color, path))
+        if first != color:
+          return Conflict(value, (first, color), (where, path))
+  return None
+
+
 def _summary(read: Iterable[Contents | None], *, is_all: bool) -> Scan | None:
   """Sums up files, up to the first that tells their kind; None if none does and more follow."""
   values: set[int] = set()
@@ -112,6 +156,13 @@ def _contents(path: Path) -> Contents | None:
   try:
     return contents(path)
   except UserError:  # told when the sample is prepared
+    return None
+
+
+def _palette_or_none(path: Path) -> bytes | None:
+  try:
+    return palette_chunk(path)
+  except OSError:  # told when the sample is prepared
     return None
 
 

@@ -27,7 +27,13 @@ from nonlocal_jax.data.formats.mask_pixels import (
   read_colors,
   read_gray,
 )
-from nonlocal_jax.data.formats.mask_scan import Scan, all_colors, scan
+from nonlocal_jax.data.formats.mask_scan import (
+  Conflict,
+  Scan,
+  all_colors,
+  conflict_of_palettes,
+  scan,
+)
 from nonlocal_jax.data.formats.splits import SPLIT_NAMES
 from nonlocal_jax.data.samples import Listing, Sample
 from nonlocal_jax.data.transforms import IGNORE
@@ -78,8 +84,8 @@ def find(source: Path, own: Mapping[str, Any]) -> Candidate | None:
 
 def _refuse_lonely(labels: Path) -> Found:
   raise UserError(
-    f'Folder {labels} has label maps, but there are no images beside it: put them into a folder '
-    'images there, or export the dataset with its images.'
+    f'Folder {labels} has label maps, but there is no folder of images beside it: put them into a '
+    'folder images there, or export the dataset with its images.'
   )
 
 
@@ -202,7 +208,10 @@ def _reading(
   """
   found = scan(paths)
   names = table.names if table else ()
-  if table and _is_by_color(found, table):
+  conflict = conflict_of_palettes(paths) if found.palette else None
+  if conflict and not (table and table.colors):
+    raise UserError(_palettes_differ(conflict, source))
+  if table and (conflict or _is_by_color(found, table)):
     _check_distinct(table)
     key = f'colors {json.dumps(table.colors)}'
     read = functools.partial(read_colors, palette=table.colors, where=table.file)
@@ -261,6 +270,15 @@ def _check_distinct(table: ClassTable) -> None:
   twice = next((list(color) for color in table.colors if table.colors.count(color) > 1), None)
   if twice:
     raise UserError(f'Two classes have the color {twice} in {table.file}: give each its own.')
+
+
+def _palettes_differ(conflict: Conflict, source: Path) -> str:
+  (first, second), (one, other) = conflict.colors, conflict.paths
+  return (
+    f'The palettes of label maps differ: value {conflict.value} is {list(first)} in {one} and '
+    f'{list(second)} in {other}: if colors tell the classes, list them in {source / DESCRIPTION} '
+    '("palette") or classes.txt (name r g b); if values do, write the files anew without palettes.'
+  )
 
 
 def _palette_to_paste(paths: Sequence[Path], source: Path) -> str:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -71,12 +71,18 @@ def divided(source: Path, listing: Listing) -> Division:
     _write_lists(source, listing, names)
     lists = _find_lists(source)
   known, warning = _Names(names), ''
+  labels = {sample.id: sample.label for sample in listing.samples}
   found: dict[Split, set[str]] = {}
   missing: dict[Split, dict[str, str]] = {'train': {}, 'val': {}}
   for split, path in lists.items():
     found[split] = set()
     for number, line in _lines(path):
-      name = known.find(line)
+      name, rest = known.find(line)
+      if name is not None and rest and not _is_label(rest, labels.get(name)):
+        raise UserError(
+          f'{path} has {rest!r} after the image {name!r} in line {number}, which is not its label '
+          'map: a list names images, and their label maps are found by their names.'
+        )
       if name is None:
         missing[split][line] = (
           f'There is no image {line.strip()!r} in {source}, which {path} names in line {number}: '
@@ -182,18 +188,35 @@ class _Names:
     for name in names:
       self._by_last.setdefault(name.rpartition('/')[2], []).append(name)
 
-  def find(self, line: str) -> str | None:
-    """Finds a whole line or its first word, with or without leading folders and suffix."""
-    for text in (line, line.strip(), line.split()[0], line.strip().split(',')[0]):
-      path = in_one_form(text).replace('\\', '/').strip('/')
+  def find(self, line: str) -> tuple[str | None, str]:
+    """Finds a whole line or its first word, with or without leading folders and suffix.
+
+    Returns:
+      The image's name, None if there is none; and what follows in the line.
+    """
+    text = line.strip()
+    by_space, by_comma = text.split(maxsplit=1), text.split(',', maxsplit=1)
+    for parts in ([line], [text], by_space, by_comma):
+      path = in_one_form(parts[0]).replace('\\', '/').strip('/')
       for name in dict.fromkeys((path, without_suffix(path, IMAGE_SUFFIXES) or path)):
-        while name not in self._names and '/' in name:
+        while name not in self._names and '/' in name and not _holds_image(name):
           name = name.partition('/')[2]
-        if name in self._names:
-          return name
-        if len(same := self._by_last.get(name, [])) == 1:
-          return same[0]
-    return None
+        same = [name] if name in self._names else self._by_last.get(name, [])
+        if len(same) == 1:
+          return same[0], parts[-1].strip() if len(parts) > 1 else ''
+    return None, ''
+
+
+def _holds_image(name: str) -> bool:
+  """Whether a folder's name ends an image's and goes on: the line has two paths."""
+  folder, *_ = name.partition('/')
+  return any(without_suffix(word, IMAGE_SUFFIXES) for word in folder.split()[:-1])
+
+
+def _is_label(text: str, label: Path | None) -> bool:
+  """Whether text is the path of a label map, or the end of it, perhaps without suffix."""
+  path = PurePosixPath(in_one_form(text).replace('\\', '/'))
+  return label is not None and in_one_form(label.stem) in (path.name, path.stem)
 
 
 def _write_lists(source: Path, listing: Listing, names: Sequence[str]) -> None:
