@@ -295,6 +295,15 @@ class Camera:
     self.capture.release()
 
 
+@pytest.fixture
+def interruptible():
+  """Lets SIGINT through, which is ignored in background jobs."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('interruptible')
 def test_a_camera_is_recorded_until_a_signal(clip, predicted, tmp_path, monkeypatch, capfd):
   def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
