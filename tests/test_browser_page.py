@@ -206,5 +206,5 @@ def test_bad_requests(script, mirror, tmp_path, monkeypatch):
 
   description = nonlocal_jax.load(WEIGHTS).description
   config = dataclasses.replace(description.config, in_channels=4)
-  with pytest.raises(UserError, match='takes 4 channels, and a browser reads images of three'):
+  with pytest.raises(UserError, match='takes 4 channels of 8 bits, and a browser reads 3 channels'):
     check_channels(dataclasses.replace(description, config=config))

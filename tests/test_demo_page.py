@@ -383,7 +383,7 @@ def test_bad_options(script, monkeypatch):
   monkeypatch.setattr(nonlocal_jax, 'load', lambda *_, **options: gray)
   status, said = script(command, checkpoint, '--port=0')
   assert status == 1
-  assert 'takes images of 1 channels, and the page has such of three' in said
+  assert 'takes images of 1 channel of 8 bits, and the page has such of 3 channels' in said
 
 
 def test_addresses():

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
       ema=options.ema,
       precision=options.precision,
     )
-    pixels = PixelFormat.of_protocol(model.protocol)
+    pixels = PixelFormat(model.description.config.in_channels, model.protocol.bits)
     if pixels != RGB:
       raise UserError(
         f'{options.checkpoint} takes images of {pixels}, and the page has such of {RGB}: use '

@@ -109,7 +109,7 @@ def _camera_name(options: argparse.Namespace) -> str:
 
 
 def _check_channels(model: PretrainedModel) -> None:
-  pixels = PixelFormat.of_protocol(model.protocol)
+  pixels = PixelFormat(model.description.config.in_channels, model.protocol.bits)
   if pixels != RGB:
     raise UserError(f'Videos have {RGB}, and the network takes {pixels}: predict images.')
 

@@ -52,7 +52,7 @@ SOFTWARE.
 
 def check_channels(description: ModelDescription) -> None:
   """Raises a `UserError` if the network does not take images as browsers have them."""
-  pixels = PixelFormat.of_protocol(description.protocol)
+  pixels = PixelFormat(description.config.in_channels, description.protocol.bits)
   if pixels != RGB:
     raise UserError(f'The network takes {pixels}, and a browser reads {RGB}; use onnx.')
 
