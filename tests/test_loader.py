@@ -28,7 +28,7 @@ def prepared(tmp_path_factory):
   root = tmp_path_factory.mktemp('prepared')
   samples = write_tree('custom', root / 'source')['train']
   for index in range(9):
-    image, label = (path.with_name(f'y{index}{path.suffix}') for path in samples[0][1:])
+    image, label = (path.with_name(f'y{index}{path.suffix}') for path in samples[0][1:3])
     write_sample(layouts.Sample(f'y{index}', image, label), seed=100 + index)
   return preparation.prepare(
     datasets.custom_dataset(CLASSES), root / 'source', data_dir=root / 'tfds'

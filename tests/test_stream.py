@@ -152,7 +152,7 @@ class _Predictor:
 def test_devices_have_the_next_batch_before_a_result_is_waited_for(monkeypatch):
   predictor = _Predictor()
   images = [np.full((64, 64, 3), value, np.uint8) for value in range(5)]
-  found = list(stream.predictions(images, predictor, None, channels=3))
+  found = list(stream.predictions(images, predictor, None))
   assert [x.index for x in found] == list(range(5))
   assert [set(x.labels.ravel().tolist()) for x in found] == [{value} for value in range(5)]
   order = [('dispatch', 0)]
@@ -175,7 +175,7 @@ def test_few_images_are_in_memory(monkeypatch):
 
   monkeypatch.setattr(stream, 'as_array', counted)
   images = [np.full((64, 64, 3), value, np.uint8) for value in range(40)]
-  for prediction in stream.predictions(images, _Predictor(), None, channels=3):
+  for prediction in stream.predictions(images, _Predictor(), None):
     seen.add(prediction.index)
   assert seen == set(range(40))
   assert max(held) <= 3 + 2 + 2  # that wait, of the next batch, and of the one before it
@@ -186,7 +186,7 @@ def test_sizes_that_headers_do_not_tell_are_those_of_the_pixels(monkeypatch):
   images = [np.full((60 + value, 64, 3), value, np.uint8) for value in range(5)]
   told = [(60, 64), None, (62, 64), (90, 20), (64, 64)]
   monkeypatch.setattr(stream, 'sizes_of', lambda _, **__: told)
-  found = {x.index: x.labels for x in stream.predictions(images, _Predictor(), None, channels=3)}
+  found = {x.index: x.labels for x in stream.predictions(images, _Predictor(), None)}
   for index, image in enumerate(images):
     np.testing.assert_array_equal(found[index], image[..., 0])
 
