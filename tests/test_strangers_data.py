@@ -354,7 +354,8 @@ BAD = {  # what people have, and what is said of it
   ),
   'label maps without images': (
     lambda root: [write(root / f'SegmentationClass/{s.name}.png', s.label) for s in SCENES],
-    'Folder {root}/SegmentationClass has label maps, but there is no folder of images beside it: put them',
+    'Folder {root}/SegmentationClass has label maps, but there is no folder of images beside it: '
+    'put them',
   ),
   'images alone': (
     lambda root: [write(root / f'{scene.name}.png', scene.image) for scene in SCENES],

@@ -67,10 +67,10 @@ def main(arguments: Sequence[str]) -> None:
   from nonlocal_jax.data.preparation import prepare
   from nonlocal_jax.data.prepared import check_data_dir, published_copies, report_split
 
-  description = {}
+  description, holds = {}, ''
   if options.dataset == 'custom':
     found = read_folder(options.source)
-    print(f'{options.source} holds {with_splits(options.source, found).sentence}.')
+    holds = f'{options.source} holds {with_splits(options.source, found).sentence}.'
     description = found.description
   described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
   if options.dataset != 'custom':
@@ -89,6 +89,8 @@ def main(arguments: Sequence[str]) -> None:
     source = fetched(options) if options.download else options.source
     with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
       splits = prepare(dataset, source, skip_bad=options.skip_bad, **where)
+  if holds:  # once the result is there, which a closed output must not cost
+    print(holds)
   is_counted = dataset.name == 'custom' and not described
   if is_counted:
     dataset = one_class_per_value(splits.values(), dataset, description)
