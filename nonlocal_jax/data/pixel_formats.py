@@ -17,7 +17,7 @@ MAX_CHANNELS = 128  # of an image
 # What it says of broken files is said by errors; without a handler Python prints it.
 logging.getLogger('tifffile').addHandler(logging.NullHandler())
 
-_PNG_START = b'\x89PNG\r\n\x1a\n'
+PNG_START = b'\x89PNG\r\n\x1a\n'  # of a file
 _TIFF_STARTS = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 3, 6: 4}  # by color type; gray with alpha is read as RGB
 _MODES = {'1': (1, 8), 'L': (1, 8), 'I;16': (1, 16), 'RGBA': (4, 8)}  # of Pillow
@@ -84,7 +84,7 @@ def format_of(data: bytes) -> PixelFormat:
   """
   if data.startswith(_TIFF_STARTS):
     return _format_of_tiff(data)
-  if data.startswith(_PNG_START) and len(data) > 25:
+  if data.startswith(PNG_START) and len(data) > 25:
     return PixelFormat(_PNG_CHANNELS.get(data[25], 3), 16 if data[24] == 16 else 8)
   try:
     with Image.open(io.BytesIO(data)) as file:
@@ -98,7 +98,7 @@ def decode(data: bytes, pixels: PixelFormat = RGB) -> np.ndarray:
   """Decodes an image file, EXIF orientation applied.
 
   RGB of 8 bits is what `transforms.decode_image` makes of any file: a gray channel is repeated, 16
-  bits become 8, and transparency is left out. For another format the file must have it.
+  bits become 8, and a fourth channel is left out. For another format the file must have it.
 
   Args:
     data: Contents of the file.
@@ -113,6 +113,9 @@ def decode(data: bytes, pixels: PixelFormat = RGB) -> np.ndarray:
   if pixels == RGB and not _has_pages(data):
     return decode_image(data)
   found = format_of(data)
+  if pixels == RGB and found.channels in (3, 4):  # pages, of which `decode_image` sees the first
+    image = _decode_as_it_is(data, found)[..., :3]
+    return np.ascontiguousarray(image if found.bits == 8 else (image >> 8).astype(np.uint8))
   if found != pixels:
     raise ValueError(f'an image with {found}, and not with {pixels}')
   return _decode_as_it_is(data, found)
@@ -240,25 +243,29 @@ def _decode_by_opencv(data: bytes, flags: int) -> np.ndarray:
 
 
 def _decode_tiff(data: bytes) -> np.ndarray:
-  pages = _pages(data)
-  if len(pages) > 1:
-    return np.stack([_decode_page(page, data) for page in pages], axis=-1)
-  return _decode_page(pages[0], data)
+  page, *others = pages = _pages(data)
+  if others:
+    return np.stack([_decode_page(page) for page in pages], axis=-1)
+  plain = page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
+  is_known_to_opencv = plain and page.samplesperpixel in (1, 3) and page.planarconfig == 1
+  if page.compression not in _BUILT_IN and is_known_to_opencv:
+    _check_orientation(page)
+    return _decode_by_opencv(data, cv2.IMREAD_UNCHANGED)
+  return _decode_page(page)
 
 
-def _decode_page(page: tifffile.TiffPage, data: bytes) -> np.ndarray:
+def _check_orientation(page: tifffile.TiffPage) -> None:
   orientation = page.tags.get('Orientation')
   if orientation is not None and orientation.value not in (0, 1):
     raise ValueError('a TIFF file that is to be turned (tag Orientation)')
-  needs_codecs = page.compression not in _BUILT_IN
-  plain = page.photometric in (tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB)
-  alone = not _has_pages(data)
-  if needs_codecs and alone and plain and page.samplesperpixel in (1, 3) and page.planarconfig == 1:
-    return _decode_by_opencv(data, cv2.IMREAD_UNCHANGED)
+
+
+def _decode_page(page: tifffile.TiffPage) -> np.ndarray:
+  _check_orientation(page)
   try:
     image = page.asarray()
   except Exception as error:  # tifffile raises many types on broken files
-    if needs_codecs:
+    if page.compression not in _BUILT_IN:
       kind = tifffile.COMPRESSION(page.compression).name
       raise ValueError(
         f'a TIFF file of compression {kind}, which is not supported for {page.samplesperpixel} '

@@ -256,16 +256,22 @@ def check_pixels(split: PreparedSplit, pixels: PixelFormat) -> list[str]:
     fits = {found for found in split.pixel_formats if found.channels in (1, 3, 4)}
   for found, count in split.pixel_formats.items():
     if found not in fits:
+      remedy = 'nonlocal-jax prepare prints the command that reads them as they are'
+      if len(split.pixel_formats) > 1:
+        remedy = f'the others have {next(x for x in split.pixel_formats if x != found)}, and all '
+        remedy += 'must have one format'
       raise UserError(
         f'{split.name} has {counted(count, "image")} of {found}, and they are read as {pixels}: '
-        f'set config.data.channels={found.channels} and config.data.bits={found.bits}, with the '
-        'mean and std that nonlocal-jax prepare measures, or convert the images.'
+        f'{remedy}; or convert them.'
       )
   deep = sum(count for found, count in split.pixel_formats.items() if found.bits == 16)
   if pixels == RGB and deep:
+    why = 'nonlocal-jax prepare prints the command that reads them all'
+    if len(split.pixel_formats) > 1:
+      why = 'images of other formats are among them'
     return [
       f'{counted(deep, "image")} of {split.name} have 16 bits, of which the upper 8 are read: '
-      'nonlocal-jax prepare prints the command that reads them all.'
+      f'{why}.'
     ]
   return []
 

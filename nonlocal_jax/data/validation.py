@@ -13,14 +13,13 @@ import scipy.io
 from PIL import Image
 
 from nonlocal_jax.data import transforms
-from nonlocal_jax.data.pixel_formats import RGB, PixelFormat, decode_any, format_of
+from nonlocal_jax.data.pixel_formats import PNG_START, RGB, PixelFormat, decode_any, format_of
 from nonlocal_jax.data.samples import Sample
 from nonlocal_jax.errors import UserError
 
 # Cityscapes' label ids of the 19 evaluated classes, in order; all others are ignored.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 _JPEG_START, _JPEG_END = b'\xff\xd8', b'\xff\xd9'
-_PNG_START = b'\x89PNG\r\n\x1a\n'
 T = TypeVar('T')
 
 
@@ -133,7 +132,7 @@ def decoded(path: Path, data: bytes, decode: Callable[[bytes], T]) -> T:
     UserError: If it cannot be decoded.
   """
   try:
-    if data.startswith(_PNG_START):
+    if data.startswith(PNG_START):
       _check_png(data)
     return decode(data)
   except ValueError as error:
@@ -169,7 +168,7 @@ def _check_png(data: bytes) -> None:
   Raises:
     ValueError: If one differs, or the file ends before its last chunk does.
   """
-  start, kind = len(_PNG_START), b''
+  start, kind = len(PNG_START), b''
   while kind != b'IEND':
     if start + 12 > len(data):
       raise ValueError('cut off or broken')

@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image
 
 from nonlocal_jax.data.datasets import Color
+from nonlocal_jax.data.pixel_formats import PNG_START
 from nonlocal_jax.data.transforms import IGNORE, decode_label
 from nonlocal_jax.data.validation import decoded, read_file
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.devices import counted
 
 MOST_COLORS = 255
-_PNG_START = b'\x89PNG\r\n\x1a\n'
 _PNG_BITS = 24  # where the first chunk of a file has the bits of a sample
 T = TypeVar('T')
 
@@ -130,7 +130,7 @@ def palette_chunk(path: Path) -> bytes | None:
     OSError: If the file cannot be read.
   """
   with path.open('rb') as file:
-    if file.read(len(_PNG_START)) != _PNG_START:
+    if file.read(len(PNG_START)) != PNG_START:
       return None
     while len(head := file.read(8)) == 8:
       length, kind = int.from_bytes(head[:4], 'big'), head[4:]
