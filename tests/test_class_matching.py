@@ -67,8 +67,8 @@ def test_classes_of_the_same_name_keep_their_part_of_both_heads(checkpoint):
   for ours, theirs in zip(*map(jax.tree.leaves, (state.params, state.ema)), strict=True):
     np.testing.assert_array_equal(ours, theirs)
   assert said == (
-    f'{CHECKPOINT}; in both heads, 3 of 6 classes keep their classifiers by name (Traffic_Light = '
-    'traffic light, road, sky), 3 get new ones (crack, puddle, side walk)'
+    f'{CHECKPOINT}; in both heads, the classifiers of 3 of 6 classes are kept by name '
+    '(Traffic_Light = traffic light, road, sky), and those of 3 are new (crack, puddle, side walk)'
   )
   images = np.random.default_rng(0).normal(size=(1, 64, 96, 3)).astype(np.float32)
   ours, theirs = (
@@ -90,7 +90,7 @@ def test_the_order_of_classes_may_change(checkpoint):
   for name, array in to_arrays(given).items():
     expected = array[..., ::-1] if 'conv_seg' in name else array
     np.testing.assert_array_equal(found[name], expected)
-  assert 'get new ones' not in initial.source
+  assert 'are new' not in initial.source
 
 
 def test_checkpoints_without_the_option_are_refused_with_its_name(checkpoint):

@@ -66,7 +66,7 @@ def test_damaged_lines_of_a_log_are_left_out(workdir, capsys):
   with TrainingLog(workdir, batch_size=1, start=36) as log:
     assert len(log.evaluations) == 2
   assert (workdir / 'log.jsonl.damaged').read_bytes() == before
-  assert f'warning: {len(odd)} lines of {path} are damaged' in capsys.readouterr().err
+  assert f'warning: {path} has {len(odd)} damaged lines' in capsys.readouterr().err
   assert read_log(path) == lines
 
 

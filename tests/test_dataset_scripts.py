@@ -1,6 +1,7 @@
 """prepare_dataset.py and browse_dataset.py, and what main.py does with what they leave."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def test_bad_samples_end_the_script_unless_left_out(described, script, tmp_path,
   assert said.startswith(f'error: File {samples["val"][0].image} is not an image, or broken')
   assert script(prepare, *arguments, '--skip-bad') == (None, '')
   printed = capsys.readouterr()
-  assert 'warning: 1 bad samples of custom-val were left out.' in printed.err
+  assert 'warning: Left out of custom-val: 1 bad sample.' in printed.err
   assert 'custom-val: 1 image in' in printed.out
 
 
@@ -134,7 +135,7 @@ def test_after_skip_bad_the_printed_command_trains(described, script, program, t
   command = shlex.split(capsys.readouterr().out.splitlines()[-1])
   assert program(*command[4:], *set_fields(SMALL), '--workdir=run') == (None, '')
   assert json.loads(Path('run/metrics.json').read_text())['images'] == 1
-  assert 'warning: 1 bad samples of custom-train were left out.' in capsys.readouterr().err
+  assert 'warning: Left out of custom-train: 1 bad sample.' in capsys.readouterr().err
   # What became bad later is still told.
   samples['train'][1].label.unlink()
   status, said = program(*command[4:], *set_fields(SMALL), '--workdir=other')
@@ -144,8 +145,13 @@ def test_after_skip_bad_the_printed_command_trains(described, script, program, t
 @pytest.mark.parametrize(
   ('values', 'count', 'warnings'),
   [
-    ((0, 7, 128), 129, ['The label values are 0, 7, 128: classes are 0, 1, ... without a gap']),
+    ((0, 1, 3), 4, ['The label values are 0, 1, 3: classes are 0, 1, ... without a gap']),
     ((0, 1, 2), 3, []),
+    (
+      (0,) * 5 + (1, 255, 255),
+      2,
+      ['Value 255 is ignored and has more pixels of custom-train (2'],
+    ),
   ],
 )
 def test_odd_label_values_are_told_when_prepared(values, count, warnings, script, tmp_path, capsys):
@@ -160,6 +166,41 @@ def test_odd_label_values_are_told_when_prepared(values, count, warnings, script
   assert ('warning' in printed.err) == bool(warnings)
   for warning in warnings:
     assert warning in printed.err
+
+
+@pytest.mark.parametrize(
+  ('values', 'said'),
+  [
+    ((0, 0, 7, 128), r'0 \([\d,]+ pixels\), (7|128) \(.* pixels\) and (7|128) \(.*\), value'),
+    (
+      (0, 0, 255, 128),
+      r'0 \(.*\) and .*, value 128 first in .*/labels/train/.+\.png, which are no ',
+    ),
+    (
+      ([0] * 60 + [255] * 39) * 4 + list(range(50, 60)),
+      r'0 \(.*\), 255 \(.*\), 5\d \(.*\) and 9 more, value 5',
+    ),
+  ],
+)
+def test_gray_levels_and_smoothed_edges_are_no_indices(values, said, script, tmp_path, capsys):
+  for samples in write_tree('custom', tmp_path / 'source').values():
+    for sample in samples:
+      h, w = cv2.imread(str(sample.image)).shape[:2]
+      sample.label.write_bytes(png_of(np.resize(np.array(values, np.uint8), (h, w))))
+  source = tmp_path / 'source'
+  arguments = ['--dataset=custom', '--source', source, '--data-dir', tmp_path / 'tfds']
+  status, complaint = script(prepare, *arguments)
+  assert status == 1
+  assert re.search(f'^error: The label maps in {source} have the values {said}', complaint), (
+    complaint
+  )
+  assert 'To train on it' not in capsys.readouterr().out
+  # What the sentence names helps.
+  if 7 in values:
+    (source / 'classes.txt').write_text('road 0 0 0\ncar 7 7 7\ntree 128 128 128\n')
+  else:
+    (source / 'dataset.json').write_text('{"num_classes": 129}')
+  assert script(prepare, *arguments) == (None, '')
 
 
 def test_pictures_of_what_training_sees(described, script, tmp_path, capsys):

@@ -313,8 +313,8 @@ def test_many_files_are_read_once_to_find_black_and_white(tmp_path, monkeypatch)
   assert detection.read_folder(tmp_path / 'source').reading == 'binary'
 
 
-def test_files_of_indices_are_told_by_the_first(tmp_path, monkeypatch):
-  write_scenes(tmp_path / 'source', encode=lambda label: label)
+def test_files_of_indices_are_told_by_the_first_few(tmp_path, monkeypatch):
+  write_scenes(tmp_path / 'source', make_scenes(12), encode=lambda label: label)
   contents, read = mask_scan.contents, []
 
   def counted(path):
@@ -323,7 +323,7 @@ def test_files_of_indices_are_told_by_the_first(tmp_path, monkeypatch):
 
   monkeypatch.setattr(mask_scan, 'contents', counted)
   detection.read_folder(tmp_path / 'source')
-  assert len(read) == 1
+  assert len(read) == 8
 
 
 def test_one_name_is_that_of_what_is_not_the_background(tmp_path):
@@ -439,15 +439,45 @@ def test_transparent_label_maps_without_a_table_are_told_as_such(tmp_path):
     detection.read_folder(tmp_path)
 
 
-def test_a_label_map_of_another_kind_than_the_others_is_refused(tmp_path):
+@pytest.mark.parametrize('odd', ['scene_2', 'scene_5'])  # the first of those for training
+def test_one_label_map_of_indices_among_others_in_colors_is_refused_itself(odd, tmp_path):
+  source = tmp_path / 'source'
+  write_scenes(source)
+  write(source / f'labels/train/{odd}.png', SCENES[int(odd[-1])].label)
+  without_table = complaint(source, tmp_path)
+  assert 'are in colors, and no file beside them says which class each is' in without_table
+  (source / 'classes.txt').write_text(TABLES['classes.txt'])
+  assert complaint(source, tmp_path).startswith(
+    f'Label map {source}/labels/train/{odd}.png has colors of no class, ['
+  )
+
+
+@pytest.mark.parametrize('odd', ['scene_2', 'scene_5'])
+def test_one_label_map_in_colors_among_others_of_indices_is_refused_itself(odd, tmp_path):
   source = tmp_path / 'source'
   write_scenes(source, encode=lambda label: label)
-  path = source / 'labels/train/scene_5.png'
-  write(path, in_colors(SCENES[5].label))
+  path = source / f'labels/train/{odd}.png'
+  write(path, in_colors(SCENES[int(odd[-1])].label))
   assert complaint(source, tmp_path) == (
     f'File {path} is not a label map of one channel of 8 bits but RGB: replace it. Or leave it out '
     'with skip_bad.'
   )
+
+
+def test_tiff_label_maps_are_refused_with_the_reason(tmp_path):
+  for scene in SCENES:
+    write(tmp_path / f'source/images/train/{scene.name}.jpg', scene.image)
+    write(tmp_path / f'source/labels/train/{scene.name}.tif', scene.label)
+  assert complaint(tmp_path / 'source', tmp_path).endswith(
+    'scene_0.tif: label maps are read from PNG files only; convert them.'
+  )
+
+
+def test_labels_txt_of_labelme_names_the_classes(tmp_path):
+  write_scenes(tmp_path / 'source', encode=lambda label: label)
+  names = ['_background_', 'road', 'tree']
+  (tmp_path / 'source/labels.txt').write_text('\n'.join(['__ignore__', *names]))
+  assert detection.read_folder(tmp_path / 'source').description == {'classes': names}
 
 
 def test_jpeg_label_maps_are_refused_with_the_reason(tmp_path):
@@ -477,6 +507,7 @@ def test_jpeg_label_maps_are_refused_with_the_reason(tmp_path):
     ('_classes.csv', 'Pixel Value, Class\nx, a\n', "('x,a' is not a new pixel value and a class)"),
     ('classes.txt', '1 a\n2 b\n', '(its lines begin with the numbers 1, 2, ...'),
     ('classes.txt', 'a 0 0 0\nb\n', "('b' is not name r g b, as others are)"),
+    ('labels.txt', 'road\nscene_1.JPG 1\n', "('scene_1.JPG 1' is the name of an image): mend it"),
     ('label_colors.txt', 'a 0 0 0\n', "('a 0 0 0' is not r g b name)"),
     ('obj_class_to_machine_color.json', '{"a": [1, 2]}', "(the color of 'a' is not [r, g, b])"),
     ('obj_class_to_machine_color.json', '[]', '(no JSON object)'),

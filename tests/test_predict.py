@@ -114,7 +114,7 @@ def test_probabilities_confidence_and_unknown_pixels(
   assert printed.out.splitlines()[1:] == said[1:]
   assert not list(out.rglob('*.npz'))  # they would lie beside label maps that they are not of
   assert (
-    '3 files of an earlier prediction, which do not belong to these label maps, ' in printed.err
+    'Removed 3 files of an earlier prediction that would not fit these label maps, ' in printed.err
   )
   (out / 'a_probabilities.npz').write_bytes(b'of the user')
   assert script(predict, *arguments, '--no-overlays') == (None, '')
@@ -256,7 +256,7 @@ def test_images_that_cannot_be_read_are_listed_and_the_others_done(
   assert said == (f'error: 1 image failed:\n  File {folder}/bad.png is not an image, or broken.')
   assert [path.name for path in out.iterdir()] == ['a.png']
   said = capsys.readouterr().out
-  assert re.fullmatch(rf'1 of 2 images were predicted in \d+\.\d s, to {out}\.', said.strip())
+  assert re.fullmatch(rf'Predicted 1 of 2 images in \d+\.\d s, to {out}\.', said.strip())
 
 
 def test_what_is_no_file_is_listed_and_never_opened(
@@ -279,9 +279,9 @@ def test_what_is_no_file_is_listed_and_never_opened(
     ],
   )
   printed = capsys.readouterr()
-  assert printed.out.startswith('3 of 6 images were predicted')
+  assert printed.out.startswith('Predicted 3 of 6 images')
   assert (
-    '1 files whose names do not end as those of images or videos are left out, such as '
+    'Left out: 1 file with names that do not end as those of images or videos do, such as '
     f'{folder}/notes' in printed.err
   )
   status, said = script(predict, folder / 'pipe.png', *arguments)
@@ -298,7 +298,7 @@ def test_overlays_too_large_for_jpeg_are_png_files(peer_checkpoint, script, tmp_
   Image.fromarray(image).save(tmp_path / 'wide.png')
   arguments = [f'{tmp_path}/wide.*', f'--checkpoint={peer_checkpoint}', f'--out={tmp_path / "out"}']
   assert script(predict, *arguments, *SCALE) == (None, '')
-  assert f'are PNG files, such as {tmp_path}/out/wide_overlay.png.' in capsys.readouterr().err
+  assert f'does not allow, such as {tmp_path}/out/wide_overlay.png.' in capsys.readouterr().err
   with (
     Image.open(tmp_path / 'out/wide_overlay.png') as picture,
     Image.open(tmp_path / 'out/wide.png') as labels,
@@ -325,7 +325,7 @@ def test_results_are_never_inputs_and_replace_nothing_else(
   for name in ('predicted', 'predicted', 'again'):
     capsys.readouterr()
     assert script(predict, *arguments, f'--out={folder / name}') == (None, '')
-    assert capsys.readouterr().out.startswith('3 of 3 images were predicted')
+    assert capsys.readouterr().out.startswith('Predicted 3 of 3 images')
     found = {str(path.relative_to(folder / name)) for path in (folder / name).rglob('*.png')}
     assert found == {'a.png', 'deep/b.png', 'ü c.png'}
   assert {path: path.read_bytes() for path in before} == before
@@ -383,7 +383,7 @@ def test_thin_and_giant_images_stop_no_other(
       'it.',
     ],
   )
-  assert capsys.readouterr().out.startswith('5 of 7 images were predicted')
+  assert capsys.readouterr().out.startswith('Predicted 5 of 7 images')
   model = in_box(nonlocal_jax.load(peer_checkpoint))
   for name in ('thin', 'tall'):
     label = model.predict(folder / f'{name}.png')
@@ -401,7 +401,7 @@ def test_files_of_probabilities_are_results_too(folder, capsys):
   (folder / 'of_the_user.npz').write_bytes(b'')
   assert len(predict.find_inputs([str(folder)]).images) == len(SIZES)
   said = capsys.readouterr().err
-  assert said.startswith('1 results of earlier predictions are left out.\n2 files whose names')
+  assert said.startswith('Left out: 1 result of earlier predictions.\nLeft out: 2 files with names')
   assert '_probabilities.npz' not in said
 
 

@@ -105,11 +105,11 @@ def test_labels_are_those_of_the_frames_as_images(
   assert np.mean(pictures[:, :6, :6] > 230) > 0.9  # the legend's margin
   printed = capsys.readouterr()
   assert re.fullmatch(
-    rf'11 frames of {clip} were predicted in \d+\.\d s \(.* per second\), to {labels} and '
+    rf'Predicted 11 frames of {clip} in \d+\.\d s \(.* per second\), to {labels} and '
     rf'{overlays}\.\n',
     printed.out,
   )
-  assert printed.err.count('Sound is not copied.') == 1
+  assert printed.err.count('The results have no sound.') == 1
   assert 'unevenly' not in printed.err
 
 
@@ -218,7 +218,7 @@ def test_a_video_that_is_cut_off_says_where(predicted, tmp_path, capsys):
   )
   assert len(labels_of(tmp_path / 'out/clip_labels.mkv')) == count
   assert len(frames_of(tmp_path / 'out/good_overlay.mp4')[0]) == 2
-  assert f'2 frames of {good} were predicted' in capsys.readouterr().out
+  assert f'Predicted 2 frames of {good} in' in capsys.readouterr().out
   status, said = predicted(good, '--max-pixels=100')
   assert f'File {good} has 11,520 pixels, more than 100: shrink it, or set --max-pixels' in said
   assert not [path for path in (tmp_path / 'out').iterdir() if path.name.startswith('.')]
@@ -263,7 +263,7 @@ def test_results_replace_nothing_else(clip, predicted, tmp_path, capsys):
   assert not is_prediction(clip)
   capsys.readouterr()
   assert predicted(tmp_path, '--frames=2', '--no-overlays') == (None, '')
-  assert '2 results of earlier predictions are left out.' in capsys.readouterr().err
+  assert 'Left out: 2 results of earlier predictions.' in capsys.readouterr().err
   assert [path.name for path in (tmp_path / 'out').iterdir()] == ['clip_labels.mkv']
   overlay.write_bytes(clip.read_bytes())
   status, said = predicted(clip)

@@ -241,7 +241,10 @@ def test_prepared_copies_open_without_their_source(tree, tmp_path):
   opened = prepared.open_prepared(CUSTOM, **arguments)['val']
   assert [record['id'] for record in opened] == ['w']
   assert opened.source == str(source)
-  preparation.prepare(CUSTOM, tmp_path / 'elsewhere', **arguments)  # the same files, the same copy
+  # The same files, the same copy.
+  moved = preparation.prepare(CUSTOM, tmp_path / 'elsewhere', **arguments)['val']
+  files = {value.first_file for value in moved.label_values.values()}
+  assert files == {str(tmp_path / 'elsewhere/labels/val/w.png')}
   write_tree('custom', tmp_path / 'other')
   preparation.prepare(CUSTOM, tmp_path / 'other', **arguments)
   with pytest.raises(UserError, match=r'several folders: .*\n  \S+/elsewhere \(.*\n  \S+/other \('):

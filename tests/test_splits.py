@@ -88,6 +88,71 @@ def test_a_list_of_val_leaves_the_others_for_training(text, place, source):
   )
 
 
+def test_images_for_testing_are_neither_for_training_nor_for_validation(source, capsys):
+  (source / 'test.txt').write_text('scene_0\nscene_5\n')
+  (source / 'train.csv').write_text('id,label\nscene_1,2\n')
+  chosen = listed(source)
+  assert sorted(chosen['train'] + chosen['val']) == [
+    name for name in NAMES if name not in ('scene_0', 'scene_5')
+  ]
+  assert sentence(source).endswith(
+    'train.txt and val.txt divide the images; test.txt and train.csv are not used'
+  )
+  assert not detection.with_splits(source, detection.read_folder(source)).warning
+  (source / 'val.txt').unlink()
+  (source / 'train.txt').write_text('scene_1\nscene_2\n')
+  assert listed(source) == {'train': ['scene_1', 'scene_2'], 'val': NAMES[3:5] + NAMES[6:]}
+  (source / 'test.txt').write_text('\n'.join(NAMES))
+  with pytest.raises(UserError) as error:
+    listed(source)
+  assert str(error.value) == (
+    f'{source}/train.txt and {source}/test.txt name all images of {source}, so that none is left '
+    'for val: rename the latter to val.txt, or strike some out.'
+  )
+
+
+@pytest.mark.parametrize('place', ['', 'ImageSets/Segmentation/'])
+def test_a_list_for_both_bounds_what_is_divided(place, source):
+  (source / place).mkdir(parents=True, exist_ok=True)
+  (source / f'{place}trainval.txt').write_text('\n'.join(NAMES[:6]))
+  (source / f'{place}val.txt').write_text('scene_3\nscene_4\n')
+  assert listed(source) == {'train': NAMES[:3] + NAMES[5:6], 'val': ['scene_3', 'scene_4']}
+  assert sentence(source).endswith(
+    f'{place}val.txt lists the val images; the other 4 of {place}trainval.txt are train images'
+  )
+  (source / f'{place}val.txt').unlink()
+  chosen = listed(source)
+  assert sorted(chosen['train'] + chosen['val']) == NAMES[:6]
+  assert listed(source) == chosen
+
+
+def test_lists_beside_folders_of_splits_are_told(source):
+  for folder in ('images', 'labels'):
+    for path in list((source / folder).iterdir()):
+      split = 'val' if path.stem in ('scene_1', 'scene_2') else 'train'
+      (source / folder / split).mkdir(exist_ok=True)
+      path.rename(source / folder / split / path.name)
+  before = sentence(source)
+  (source / 'val.txt').write_text('scene_3\n')
+  assert sentence(source) == f'{before}. val.txt is not used: the images are divided already'
+
+
+def test_lists_go_if_the_images_they_name_cannot_be_prepared(source):
+  (source / 'labels/scene_5.png').write_bytes(b'broken')
+  dataset = datasets.custom_dataset(3)
+  with pytest.raises(UserError, match=r'scene_5\.png is not an image, or broken'):
+    preparation.prepare(dataset, source, data_dir=source / '.prepared')
+  assert not list(source.glob('*.txt'))
+  (source / 'labels/scene_5.png').unlink()
+  (source / 'images/scene_5.jpg').unlink()
+  splits = preparation.prepare(dataset, source, data_dir=source / '.prepared')
+  assert sum(map(len, splits.values())) == 9
+  (source / 'labels/scene_6.png').write_bytes(b'broken')
+  with pytest.raises(UserError, match=r'scene_6\.png is not an image, or broken'):
+    preparation.prepare(dataset, source, data_dir=source / '.prepared')
+  assert len(list(source.glob('*.txt'))) == 2  # which were there before
+
+
 def test_two_lists_and_names_with_spaces_and_of_any_script(source):
   names = ['a b', 'Straße', 'e\u0301', '道路.v2']
   for scene, name in zip(SCENES, names, strict=False):
@@ -175,7 +240,7 @@ def test_nothing_is_divided_where_no_label_map_can_be_read(source):
     listed(source)
   for path in (source / 'labels').iterdir():
     path.rename(path.with_suffix('.tif'))
-  with pytest.raises(UserError, match=r'scene_0\.jpg has no label map: expected .*scene_0\.tif\.'):
+  with pytest.raises(UserError, match=r'scene_0\.jpg has no label map: expected .*scene_0\.tif: '):
     listed(source)
   assert sorted(path.name for path in source.iterdir()) == ['images', 'labels']
 
@@ -194,7 +259,7 @@ def test_names_that_lists_could_be_read_wrongly_of_are_found_again(source):
 def test_one_image_cannot_be_divided(tmp_path):
   write(tmp_path / 'images/a.jpg', SCENES[0].image)
   write(tmp_path / 'labels/a.png', SCENES[0].label)
-  with pytest.raises(UserError, match=r'has 1 image, which cannot be divided into train and val: '):
+  with pytest.raises(UserError, match=r'has 1 image for training and validation, which can'):
     listed(tmp_path)
   assert not (tmp_path / 'train.txt').exists()
 

@@ -160,8 +160,8 @@ def test_a_service_that_never_answers_ends_no_run(workdir, monkeypatch, capsys):
   monkeypatch.setattr(trackers, '_SECONDS_AT_THE_END', 0.2)
   log_steps(workdir, 0, 4, [Recorder(failures=10**9)])
   assert (
-    'warning: 6 rows of the log did not reach the service; the same command sends them.'
-    in capsys.readouterr().err
+    'warning: 6 rows of the log did not reach the service; the same command sends what is '
+    'missing.' in capsys.readouterr().err
   )
   blocked = Recorder()
   release = threading.Event()
@@ -344,7 +344,7 @@ def test_mlflow_gets_later_what_a_network_failure_kept(workdir, tmp_path, monkey
   log_steps(workdir, 0, 2, [mlflow(workdir)])
   said = capsys.readouterr().err
   assert 'warning: MLflow cannot be reached (' in said
-  assert '3 rows of the log did not reach MLflow; the same command sends them.' in said
+  assert '3 rows of the log did not reach MLflow; the same command sends what is missing.' in said
   monkeypatch.setenv('MLFLOW_TRACKING_URI', f'file://{tmp_path}/mlruns')
   log_steps(workdir, 2, 2, [mlflow(workdir)])
   _, (numbers,) = mlflow_runs()

@@ -183,7 +183,7 @@ def test_bad_samples_are_all_named_and_may_be_left_out(tmp_path):
   opened = preparation.prepare(CUSTOM, source, skip_bad=True, **arguments)['train']
   assert [record['id'] for record in opened] == [good[0].id]
   assert opened.left_out == [missing, broken]
-  assert '2 bad samples of custom-train were left out.' in prepared.check_split(opened, CUSTOM)
+  assert 'Left out of custom-train: 2 bad samples.' in prepared.check_split(opened, CUSTOM)
   good[0].image.write_bytes(b'')
   with pytest.raises(UserError, match=r'a\.b\.\w+ is not an image'):
     preparation.prepare(CUSTOM, source, skip_bad=True, **arguments)
@@ -298,7 +298,7 @@ def test_label_maps_without_an_image_are_told(tmp_path):
   (tmp_path / 'source/labels/val/lonely.png').write_bytes(b'')
   opened = preparation.prepare(CUSTOM, tmp_path / 'source', data_dir=tmp_path / 'tfds')
   assert prepared.check_split(opened['val'], CUSTOM) == [
-    '1 label maps of custom-val have no image.'
+    'custom-val has 1 label map without an image.'
   ]
   assert not prepared.check_split(opened['train'], CUSTOM)
 
@@ -308,8 +308,8 @@ def test_files_of_other_types_beside_the_images_are_told(tmp_path):
   (tmp_path / 'source/images/val/photo.heic').write_bytes(b'')
   opened = preparation.prepare(CUSTOM, tmp_path / 'source', data_dir=tmp_path / 'tfds')
   assert prepared.check_split(opened['val'], CUSTOM) == [
-    '1 files beside the images of custom-val were left out, such as photo.heic: their names do not '
-    'end as those of its images do.'
+    'Left out of custom-val: 1 file beside its images, such as photo.heic, with names that do not '
+    'end as those of images do.'
   ]
   assert not prepared.check_split(opened['train'], CUSTOM)
 

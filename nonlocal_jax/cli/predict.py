@@ -35,9 +35,10 @@ from nonlocal_jax.cli.predict_videos import check_video_results, predict_camera,
 from nonlocal_jax.cli.program import say_weights
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import Execution
-from nonlocal_jax.runtime.devices import counted, say_devices
+from nonlocal_jax.runtime.devices import say_devices
 from nonlocal_jax.runtime.files import make_folder
 from nonlocal_jax.runtime.parallel import data_mesh
+from nonlocal_jax.runtime.wording import counted
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -35,6 +35,7 @@ from nonlocal_jax.inference.stream import (
 )
 from nonlocal_jax.runtime.pipeline import in_threads
 from nonlocal_jax.runtime.progress import progress_bar
+from nonlocal_jax.runtime.wording import counted
 
 # What the names of results end in, beside '.png' for label maps.
 _OVERLAY = '_overlay.jpg'
@@ -156,7 +157,10 @@ def predict_images(
         note_failure(index, error)
   seconds = time.perf_counter() - started
   predicted = len(images) - len(failures)
-  print(f'{predicted} of {len(images)} images were predicted in {seconds:.1f} s, to {options.out}.')
+  print(
+    f'Predicted {predicted} of {counted(len(images), "image")} in {seconds:.1f} s, to '
+    f'{options.out}.'
+  )
   if below is not None:
     unknown, pixels = np.sum(counts or [(0, 1)], axis=0).tolist()
     print(
@@ -165,14 +169,14 @@ def predict_images(
     )
   if outdated:
     print(
-      f'{len(outdated)} files of an earlier prediction, which do not belong to these label maps, '
-      f'were removed, such as {outdated[0]}.',
+      f'Removed {counted(len(outdated), "file")} of an earlier prediction that would not fit these '
+      f'label maps, such as {outdated[0]}.',
       file=sys.stderr,
     )
   if large_overlays:
     print(
-      f'{len(large_overlays)} overlays with more than {JPEG_MAX_SIDE:,} pixels on a side, which '
-      f'JPEG does not allow, are PNG files, such as {large_overlays[0]}.',
+      f'Written as PNG: {counted(len(large_overlays), "overlay")} with more than {JPEG_MAX_SIDE:,} '
+      f'pixels on a side, which JPEG does not allow, such as {large_overlays[0]}.',
       file=sys.stderr,
     )
   return [failures[index] for index in sorted(failures)]

@@ -14,6 +14,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.inference.videos import VIDEO_SUFFIXES, is_video_name
 from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.pipeline import num_cores
+from nonlocal_jax.runtime.wording import counted
 
 
 class Inputs(NamedTuple):
@@ -61,11 +62,11 @@ def find_inputs(inputs: Sequence[str]) -> Inputs:
         result = f'{name}_labels.mkv' if is_video else f'{name}.png'
         raise UserError(f'{of_kind[name]} and {path} would both go to {result}: rename one.')
   if num_left_out:
-    print(f'{num_left_out} results of earlier predictions are left out.', file=sys.stderr)
+    print(f'Left out: {counted(num_left_out, "result")} of earlier predictions.', file=sys.stderr)
   if others:
     print(
-      f'{len(others)} files whose names do not end as those of images or videos are left out, '
-      f'such as {others[0]}.',
+      f'Left out: {counted(len(others), "file")} with names that do not end as those of images or '
+      f'videos do, such as {others[0]}.',
       file=sys.stderr,
     )
   return found

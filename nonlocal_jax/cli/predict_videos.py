@@ -28,6 +28,7 @@ from nonlocal_jax.runtime.files import check_absent
 from nonlocal_jax.runtime.pipeline import in_threads
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.runtime.signals import StopRequest
+from nonlocal_jax.runtime.wording import counted
 
 _LABELS = '_labels.mkv'
 _OVERLAY = '_overlay.mp4'
@@ -67,7 +68,7 @@ def predict_videos(
     UserError: If further results cannot be written.
   """
   _check_channels(model)
-  print('Sound is not copied.', file=sys.stderr)
+  print('The results have no sound.', file=sys.stderr)
   failures = []
   for name, path in videos.items():
     try:
@@ -96,7 +97,7 @@ def predict_camera(model: PretrainedModel, options: argparse.Namespace) -> None:
   except ImageTooLargeError as error:
     raise UserError(error.message('--max-pixels')) from error
   with contextlib.closing(video), StopRequest(then='finishing the videos') as stop:
-    print('Sound is not recorded. Ctrl-C ends the recording.', file=sys.stderr)
+    print('The recording has no sound. Ctrl-C ends the recording.', file=sys.stderr)
     _predict(
       video, options.out / _camera_name(options), model, options, lambda: bool(stop.received)
     )
@@ -180,7 +181,7 @@ def _predict(
   if not options.overlays:
     remove_predictions([Path(f'{target}{_OVERLAY}')])
   print(
-    f'{video.num_read} frames of {video.name} were predicted in {seconds:.1f} s '
+    f'Predicted {counted(video.num_read, "frame")} of {video.name} in {seconds:.1f} s '
     f'({video.num_read / seconds:.3g} per second), to {" and ".join(map(str, paths))}.'
   )
   if below is not None:

@@ -21,6 +21,7 @@ Add "reduce_zero_label": true if 0 has no class and label k means class k - 1. A
 import argparse
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,12 +33,15 @@ from nonlocal_jax.data.formats.detection import read_folder, with_splits
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.paths import as_path, is_remote
 from nonlocal_jax.data.transforms import IGNORE
-from nonlocal_jax.errors import explained_by
-from nonlocal_jax.runtime.devices import counted
+from nonlocal_jax.errors import UserError, explained_by
 from nonlocal_jax.runtime.files import given_path
+from nonlocal_jax.runtime.wording import counted
 
 if TYPE_CHECKING:
   from nonlocal_jax.data.prepared import PreparedSplit
+
+# How many values between black and white smoothed edges have at least, in how few of the pixels.
+_SMOOTHED_VALUES, _SMOOTHED_SHARE = 8, 0.9
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -67,10 +71,9 @@ def main(arguments: Sequence[str]) -> None:
   from nonlocal_jax.data.preparation import prepare
   from nonlocal_jax.data.prepared import check_data_dir, published_copies, report_split
 
-  description, holds = {}, ''
+  description, found = {}, None
   if options.dataset == 'custom':
-    found = read_folder(options.source)
-    holds = f'{options.source} holds {with_splits(options.source, found).sentence}.'
+    found = with_splits(options.source, read_folder(options.source))
     description = found.description
   described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
   if options.dataset != 'custom':
@@ -88,12 +91,12 @@ def main(arguments: Sequence[str]) -> None:
       check_data_dir(options.data_dir)
     source = fetched(options) if options.download else options.source
     with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
-      splits = prepare(dataset, source, skip_bad=options.skip_bad, **where)
-  if holds:  # once the result is there, which a closed output must not cost
-    print(holds)
+      splits = prepare(dataset, source, skip_bad=options.skip_bad, found=found, **where)
+  if found:  # once the result is there, which a closed output must not cost
+    print(f'{options.source} holds {found.sentence}.')
   is_counted = dataset.name == 'custom' and not described
   if is_counted:
-    dataset = one_class_per_value(splits.values(), dataset, description)
+    dataset = one_class_per_value(splits.values(), dataset, description, options.source)
   for split in splits.values():
     report_split(split, dataset, pixels=format_to_read(split))
     print(f'\n{split.name}: {counted(len(split), "image")} in {split.directory}')
@@ -139,22 +142,38 @@ def fetched(options: argparse.Namespace) -> Path:
 
 
 def one_class_per_value(
-  splits: Collection['PreparedSplit'], dataset: Dataset, description: Mapping[str, Any]
+  splits: Collection['PreparedSplit'],
+  dataset: Dataset,
+  description: Mapping[str, Any],
+  source: str,
 ) -> Dataset:
   """Counts the classes of an undescribed dataset; warns where label values leave gaps.
+
+  Values that leave most classes without pixels are gray levels; black and white with many rare
+  values between has smoothed edges.
 
   Args:
     splits: The prepared splits.
     dataset: How their label values are read.
     description: What is known of the dataset otherwise.
+    source: Its folder, for messages.
 
   Returns:
     A dataset with one class for each up to the largest label value below 255.
+
+  Raises:
+    UserError: If label values are no class indices.
   """
-  values = {value for split in splits for value in split.label_values}
-  of_class = {int(dataset.label_lookup[value]): value for value in sorted(values)}
+  pixels, files = Counter[int](), dict[int, str]()
+  for split in splits:
+    for value, found in split.label_values.items():
+      pixels[value] += found.pixels
+      files.setdefault(value, found.first_file)
+  of_class = {int(dataset.label_lookup[value]): value for value in sorted(pixels)}
   of_class.pop(IGNORE, None)
   count = max({1, *of_class}) + 1
+  if _are_no_indices(pixels, len(of_class), count):
+    raise UserError(_no_indices(pixels, files, source))
   if len(of_class) > 1 and len(of_class) < count:
     listed = ', '.join(str(value) for value in list(of_class.values())[:10])
     more = f' and {len(of_class) - 10} more' if len(of_class) > 10 else ''
@@ -167,6 +186,41 @@ def one_class_per_value(
   first = int(dataset.reduce_zero_label)
   names = [f'value {index + first}' for index in range(count)]
   return custom_dataset(classes=names, **description)
+
+
+def _are_no_indices(pixels: Mapping[int, int], num_used: int, count: int) -> bool:
+  """Whether label values are rather gray levels, or black and white with smoothed edges.
+
+  Args:
+    pixels: How often each value occurs.
+    num_used: How many classes have pixels.
+    count: How many there would be.
+  """
+  others = pixels.keys() - {0, IGNORE}
+  black_and_white = pixels.get(0, 0) + pixels.get(IGNORE, 0)
+  is_smoothed = (
+    pixels.get(IGNORE, 0) > 0
+    and len(others) >= _SMOOTHED_VALUES
+    and black_and_white >= _SMOOTHED_SHARE * sum(pixels.values())
+  )
+  return is_smoothed or 2 * num_used < count
+
+
+def _no_indices(pixels: Mapping[int, int], files: Mapping[int, str], source: str) -> str:
+  """A sentence on label values that are no class indices."""
+  values = sorted(pixels, key=pixels.__getitem__, reverse=True)
+  listed = [f'{value} ({counted(pixels[value], "pixel")})' for value in values]
+  listed[3:] = [f'{len(values) - 3} more'] if len(values) > 4 else listed[3:]
+  odd = next((value for value in values if value not in (0, IGNORE)), values[0])
+  remedies = (
+    'write black and white as 0 and 255 alone, without smoothed edges; list gray levels in '
+    'classes.txt, as in "road 128 128 128"'
+  )
+  return (
+    f'The label maps in {source} have the values {", ".join(listed[:-1])} and {listed[-1]}, '
+    f'value {odd} first in {files[odd]}, which are no class indices 0, 1, ...: {remedies}; or, if '
+    f'they are indices, set num_classes in {DESCRIPTION}.'
+  )
 
 
 def shares_table(split: 'PreparedSplit', dataset: Dataset) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 from nonlocal_jax.cli.doctor import devices_of_subprocess
 from nonlocal_jax.data.datasets import PUBLISHED
 from nonlocal_jax.errors import UserError, explained_by
-from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.download import as_size
 from nonlocal_jax.runtime.files import cache_folder
 from nonlocal_jax.runtime.progress import as_duration
+from nonlocal_jax.runtime.wording import counted
 from nonlocal_jax.weights.names import download_released, is_downloaded
 from nonlocal_jax.weights.released import ReleasedModel
 

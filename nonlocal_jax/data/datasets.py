@@ -14,11 +14,12 @@ from nonlocal_jax.data import transforms
 from nonlocal_jax.data.paths import as_path
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import parse_object
+from nonlocal_jax.runtime.wording import counted
 
 Split = Literal['train', 'val']
 Color = tuple[int, int, int]
 DESCRIPTION = 'dataset.json'
-_IGNORED_BY_LABELME = '__ignore__'
+IGNORED_BY_LABELME = '__ignore__'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,9 @@ def custom_dataset(
       f'{DESCRIPTION} beside its images.'
     )
   if not 2 <= num_classes <= transforms.IGNORE:
-    raise UserError(f'Dataset {name} has {num_classes} classes; from 2 to 255 are possible.')
+    raise UserError(
+      f'Dataset {name} has {counted(num_classes, "class")}; from 2 to 255 are possible.'
+    )
   if mapped and max(mapped) >= num_classes:
     raise UserError(
       f'The label_map of dataset {name} leads to class {max(mapped)}, but there are '
@@ -153,13 +156,13 @@ def custom_dataset(
 
 def _check_no_class_of_labelme(dataset: Dataset) -> None:
   """Checks that the names are no list of labelme's, which begins with a name for 255."""
-  if _IGNORED_BY_LABELME not in dataset.classes:
+  if IGNORED_BY_LABELME not in dataset.classes:
     return
-  index = dataset.classes.index(_IGNORED_BY_LABELME)
+  index = dataset.classes.index(IGNORED_BY_LABELME)
   values = np.flatnonzero(dataset.label_lookup == index).tolist()
   if values:
     raise UserError(
-      f'Class {index} of dataset {dataset.name} is called {_IGNORED_BY_LABELME!r}, which labelme '
+      f'Class {index} of dataset {dataset.name} is called {IGNORED_BY_LABELME!r}, which labelme '
       'writes into label files as 255 and does not count as a class: take the name out of classes, '
       f'or, if the label files have {values[0]} there, add {values[0]} to ignore_labels.'
     )

@@ -131,6 +131,11 @@ def usual_mistakes(values: Mapping[int, LabelValue], dataset: Dataset, *, split:
       f'The label files of {split} have the values 0 and 255 only, and 255 ({share[IGNORE]} of '
       'the pixels) is ignored: if it is a class, give names to two classes, and no other values.'
     )
+  elif own and IGNORE in values and values[IGNORE].pixels > shares.pixels[1:].sum():
+    found.append(
+      f'Value 255 is ignored and has more pixels of {split} ({share[IGNORE]}) than all classes but '
+      f'{dataset.classes[0]!r}: if it is a class, write it as the next index.'
+    )
   for index, name in enumerate(dataset.classes):
     if name.strip().lower() in _NAMES_OF_NONE and shares.pixels[index]:
       found.append(

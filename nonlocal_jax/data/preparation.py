@@ -51,6 +51,7 @@ def prepare(
   splits: Sequence[Split] = ('train', 'val'),
   data_dir: str | os.PathLike[str] | None = None,
   skip_bad: bool = False,
+  found: Found | None = None,
 ) -> dict[Split, PreparedSplit]:
   """Prepares the splits that are not prepared yet, with a progress bar, and opens them all.
 
@@ -67,6 +68,7 @@ def prepare(
     splits: Which splits; the files of the others need not exist.
     data_dir: Where prepared data is kept; None for `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
     skip_bad: Whether to leave out bad samples. Later, the copy without them is opened as it is.
+    found: What the folder of a custom dataset was found to hold, with splits, if that is known.
 
   Returns:
     The opened splits by name.
@@ -76,14 +78,20 @@ def prepare(
       `data_dir` is not writable.
   """
   # Held until the end: both splits may come from the same files, which are then read once.
-  found = None
-  if dataset.layout == 'custom':
+  if found is None and dataset.layout == 'custom':
     found = with_splits(source_dir, read_folder(source_dir))
-    if found.warning and is_first_process():
-      print(f'warning: {found.warning}', file=sys.stderr)
-  return {
-    split: _prepare_split(dataset, source_dir, split, found, data_dir, skip_bad) for split in splits
-  }
+  if found and found.warning and is_first_process():
+    print(f'warning: {found.warning}', file=sys.stderr)
+  try:
+    return {
+      split: _prepare_split(dataset, source_dir, split, found, data_dir, skip_bad)
+      for split in splits
+    }
+  except UserError:
+    if found and is_first_process():  # they may name bad samples, which the user removes
+      for path in found.written:
+        path.unlink(missing_ok=True)
+    raise
 
 
 def _prepare_split(
@@ -238,7 +246,7 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
         self.info.metadata['sizes'].append(audited.size)
         self._count_pixels(audited)
         for value in np.flatnonzero(audited.pixels).tolist():
-          pixels, first_file = label_values.get(value, (0, str(sample.label)))
+          pixels, first_file = label_values.get(value, (0, absolute(sample.label)))
           label_values[value] = (pixels + int(audited.pixels[value]), first_file)
         yield (
           index,

@@ -20,9 +20,9 @@ from nonlocal_jax.data.label_values import LabelValue, check_label_values, usual
 from nonlocal_jax.data.origins import DAMAGED, ORIGINS, Origin, read_origins
 from nonlocal_jax.data.pixel_formats import RGB, PixelFormat, format_of_name
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.files import check_writable
 from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.runtime.wording import counted
 
 # Name of the TFDS builder, and so of the directories.
 NAME = 'nonlocal_jax'
@@ -75,7 +75,8 @@ class PreparedSplit(Sequence):
       }
       self._moments: dict = metadata.get('moments', {})
       self.label_values = {
-        int(value): LabelValue(*found) for value, found in metadata['label_values'].items()
+        int(value): LabelValue(pixels, _moved(file, metadata['source'], self.source))
+        for value, (pixels, file) in metadata['label_values'].items()
       }
     except Exception as error:  # TFDS raises many types
       raise _damaged(name, directory, error) from error
@@ -223,16 +224,18 @@ def check_split(split: PreparedSplit, dataset: Dataset) -> list[str]:
   published = dataset.published_sizes.get(split.name.rsplit('-', 1)[1], len(split))
   odd = []
   if len(split) != published:
-    odd.append(f'{split.name} has {len(split):,} images; the published split has {published:,}.')
+    odd.append(
+      f'{split.name} has {counted(len(split), "image")}; the published split has {published:,}.'
+    )
   if split.left_out:
-    odd.append(f'{len(split.left_out):,} bad samples of {split.name} were left out.')
+    odd.append(f'Left out of {split.name}: {counted(len(split.left_out), "bad sample")}.')
   if split.unused_labels:
-    odd.append(f'{split.unused_labels:,} label maps of {split.name} have no image.')
+    odd.append(f'{split.name} has {counted(split.unused_labels, "label map")} without an image.')
   if split.passed_over[0]:
     count, name = split.passed_over
     odd.append(
-      f'{count:,} files beside the images of {split.name} were left out, such as {name}: their '
-      'names do not end as those of its images do.'
+      f'Left out of {split.name}: {counted(count, "file")} beside its images, such as {name}, with '
+      'names that do not end as those of images do.'
     )
   return odd + usual_mistakes(split.label_values, dataset, split=split.name)
 
@@ -361,6 +364,12 @@ def _copies(root: Path, name: str) -> list[tuple[Path, Origin]]:
     if not found or changed > found[-1][1].used:
       raise _damaged(name, directory, error) from error
   return found
+
+
+def _moved(file: str, old: str, new: str) -> str:
+  """The path of a file of a folder that was moved; unchanged if it is of another."""
+  below = file.removeprefix(f'{old}/')
+  return f'{new}/{below}' if below != file else file
 
 
 def record_files(directory: Path) -> dict[str, int]:

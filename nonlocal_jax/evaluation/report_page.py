@@ -28,8 +28,8 @@ from nonlocal_jax.evaluation.metrics import Scores, scores
 from nonlocal_jax.evaluation.saved import PER_IMAGE, SavedEvaluation
 from nonlocal_jax.evaluation.showcase import EACH, Panels
 from nonlocal_jax.protocol import EvalProtocol
-from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.files import write_whole
+from nonlocal_jax.runtime.wording import counted
 
 PAGE = 'report.html'
 

@@ -22,9 +22,9 @@ from nonlocal_jax.models.config import chosen_attention
 from nonlocal_jax.ops.attention import Attention
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import BALANCED
-from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.files import given_path
 from nonlocal_jax.runtime.parallel import data_mesh, platform_of_mesh
+from nonlocal_jax.runtime.wording import counted
 from nonlocal_jax.training.loss import LossConfig, Ohem
 from nonlocal_jax.training.optimizer import OptimizerConfig
 from nonlocal_jax.training.run import ScheduleConfig

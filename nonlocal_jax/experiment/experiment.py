@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from nonlocal_jax.data import synthetic
 from nonlocal_jax.data.datasets import Dataset, Split
-from nonlocal_jax.data.formats.detection import read_folder, with_splits
+from nonlocal_jax.data.formats.detection import is_divided, read_folder
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.loader import TrainIterator, restored_opencv_threads, train_batches
@@ -45,7 +45,6 @@ from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.recipes import base_config
 from nonlocal_jax.runtime.compilation import compiler_options
-from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.locks import used_alone
 from nonlocal_jax.runtime.parallel import (
   is_first_process,
@@ -53,6 +52,7 @@ from nonlocal_jax.runtime.parallel import (
   platform_of_mesh,
   replicated,
 )
+from nonlocal_jax.runtime.wording import counted
 from nonlocal_jax.training.dry_run import dry_run
 from nonlocal_jax.training.initial_weights import InitialWeights, read_initial_weights
 from nonlocal_jax.training.loop import train_and_evaluate
@@ -527,7 +527,9 @@ class Experiment:
         return
       found = None
       if self.dataset.layout == 'custom':
-        found = with_splits(source_dir, read_folder(source_dir))
+        found = read_folder(source_dir)
+        if not is_divided(source_dir, found):
+          return  # `prepare` divides them: that reads all label maps
       for split in splits:
         list_samples(self.dataset, source_dir, split, found)
 

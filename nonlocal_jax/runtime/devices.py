@@ -13,6 +13,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from nonlocal_jax.runtime.parallel import is_first_process, platform_of_mesh
+from nonlocal_jax.runtime.wording import counted
 
 # The oldest driver of each CUDA that JAX is built for.
 _OLDEST_DRIVERS = {13: 580, 12: 525}
@@ -114,16 +115,6 @@ def describe(kind: str, count: int, processes: int = 1) -> str:
   '4 devices (NVIDIA H100) of 1 process'
   """
   return f'{counted(count, "device")} ({kind}) of {counted(processes, "process")}'
-
-
-def counted(count: int, noun: str) -> str:
-  """Returns a count with its noun.
-
-  >>> counted(1, 'device'), counted(2, 'process'), counted(1200, 'image')
-  ('1 device', '2 processes', '1,200 images')
-  """
-  plural = f'{noun}es' if noun.endswith('s') else f'{noun}s'
-  return f'{count:,} {noun if count == 1 else plural}'
 
 
 def describe_mesh(mesh: Mesh) -> str:

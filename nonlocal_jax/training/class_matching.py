@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.wording import counted
 
 _MOST_NAMED = 30  # classes in a message
 
@@ -68,9 +69,9 @@ def describe_matches(matched: Mapping[int, int], ours: Sequence[str], theirs: Se
     for here, there in matched.items()
   ]
   new = [name for index, name in enumerate(ours) if index not in matched]
-  text = f'in both heads, {len(kept)} of {len(ours)} classes keep their classifiers by name'
-  text += f' ({_listed(kept)})'
-  return f'{text}, {len(new)} get new ones ({_listed(new)})' if new else text
+  text = f'in both heads, the classifiers of {len(kept)} of {counted(len(ours), "class")} are kept'
+  text += f' by name ({_listed(kept)})'
+  return f'{text}, and those of {len(new)} are new ({_listed(new)})' if new else text
 
 
 def _are_numbered(names: Sequence[str]) -> bool:

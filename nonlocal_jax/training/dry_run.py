@@ -5,9 +5,9 @@ import time
 
 import jax
 
-from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.parallel import is_first_process, replicated, shard_batch
 from nonlocal_jax.runtime.progress import as_duration
+from nonlocal_jax.runtime.wording import counted
 from nonlocal_jax.training.checkpointing import started_from
 from nonlocal_jax.training.initial_weights import InitialWeights
 from nonlocal_jax.training.loop import BATCH, on_each_device
@@ -69,7 +69,7 @@ def _summary(run: TrainingRun, seconds: float, waited: float) -> str:
   whole = as_duration(seconds * schedule.steps)
   return (
     f'A step took {seconds:.3g} s, of which {waited / seconds:.0%} were spent waiting for images '
-    f'({_STEPS} steps); {schedule.steps:,} steps take about {whole}, and '
+    f'({_STEPS} steps); {counted(schedule.steps, "step")} take about {whole}, and '
     f'{counted(evaluations, "evaluation")} of {counted(images, "image")} come on top.\n'
     'Nothing was trained, and no checkpoint was written.'
   )

@@ -19,6 +19,7 @@ from tensorboardX import SummaryWriter
 from nonlocal_jax.errors import RunStopped, UserError
 from nonlocal_jax.runtime.files import CHECKSUM, parse_object, sealed, unsealed, write_whole
 from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.runtime.wording import counted
 from nonlocal_jax.training.csv_files import EVALUATION, TRAINING, CsvFile
 from nonlocal_jax.training.trackers import Outcome, Row, Service, Tracker
 
@@ -58,7 +59,7 @@ class TrainingLog:
         copy = path.with_name(f'{path.name}.damaged')
         path.replace(copy)
         print(
-          f'warning: {num_damaged} lines of {path} are damaged; a copy is in {copy}.',
+          f'warning: {path} has {counted(num_damaged, "damaged line")}; a copy is in {copy}.',
           file=sys.stderr,
         )
       write_whole(path, ''.join(map(_as_json, lines)))

@@ -16,11 +16,11 @@ from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.errors import RunStopped, UserError
 from nonlocal_jax.evaluation.evaluate import picture_of
 from nonlocal_jax.evaluation.evaluator import Evaluation
-from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import is_first_process, replicated, shard_batch
 from nonlocal_jax.runtime.progress import progress_bar
 from nonlocal_jax.runtime.signals import StopRequest
+from nonlocal_jax.runtime.wording import counted
 from nonlocal_jax.training.best_weights import BestWeights
 from nonlocal_jax.training.checkpointing import restore, save, started_from
 from nonlocal_jax.training.initial_weights import InitialWeights

@@ -13,8 +13,9 @@ from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.evaluation.evaluator import Evaluation, Evaluator
 from nonlocal_jax.models import Execution, NonLocalNetConfig
-from nonlocal_jax.runtime.devices import counted, describe_mesh
+from nonlocal_jax.runtime.devices import describe_mesh
 from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.runtime.wording import counted
 from nonlocal_jax.training.memory import (
   StepMemory,
   StepOptions,
@@ -117,7 +118,7 @@ class TrainingRun:
       f'{describe_mesh(self.mesh)}, mesh {dict(self.mesh.shape)}; batch '
       f'{schedule.batch_size}, {schedule.batch_size // self.mesh.size} on each device{parts}\n'
       f'{parameters:,} parameters; a training step needs {step_gib:.2f} GiB on each device\n'
-      f'{schedule.steps:,} steps of SGD: learning rate {optimizer.learning_rate} to '
+      f'{counted(schedule.steps, "step")} of SGD: learning rate {optimizer.learning_rate} to '
       f'{optimizer.min_learning_rate}, {poly}, heads x {optimizer.head_multiplier}, momentum '
       f'{optimizer.momentum}, weight decay {optimizer.weight_decay}'
       f'{"" if optimizer.decay_norm_and_bias else " (kernels only)"}\n'

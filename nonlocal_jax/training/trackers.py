@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from nonlocal_jax.runtime.files import parse_object, write_whole
+from nonlocal_jax.runtime.wording import counted
 
 Outcome = Literal['finished', 'stopped', 'failed']
 
@@ -137,8 +138,8 @@ class Tracker:
     self._thread.join(_SECONDS_AT_THE_END)
     if self._rows:
       print(
-        f'warning: {len(self._rows)} rows of the log did not reach {self._service.name}; the same '
-        'command sends them.',
+        f'warning: {counted(len(self._rows), "row")} of the log did not reach '
+        f'{self._service.name}; the same command sends what is missing.',
         file=sys.stderr,
       )
 

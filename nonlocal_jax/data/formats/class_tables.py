@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from nonlocal_jax.data.datasets import Color
-from nonlocal_jax.data.paths import read_text
+from nonlocal_jax.data.datasets import IGNORED_BY_LABELME, Color
+from nonlocal_jax.data.paths import IMAGE_SUFFIXES, read_text, without_suffix
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import parse_object
@@ -32,8 +32,8 @@ def find_table(folders: Iterable[Path], only: Collection[str] | None = None) -> 
 
   These are labelmap.txt of CVAT (`name:r,g,b:parts:actions`), _classes.csv of Roboflow (`Pixel
   Value, Class`), class_dict.csv (`name,r,g,b`), obj_class_to_machine_color.json of Supervisely
-  (`{"name": [r, g, b]}`, beside which black is the background), classes.txt and class_names.txt (a
-  name in each line, perhaps with `r g b`) and label_colors.txt (`r g b name`).
+  (`{"name": [r, g, b]}`, beside which black is the background), classes.txt, class_names.txt and
+  labels.txt (a name in each line, perhaps with `r g b`) and label_colors.txt (`r g b name`).
 
   Args:
     folders: Where they are looked for. Equal files in several folders are one.
@@ -77,7 +77,9 @@ def _checked(
     if len(names) > IGNORE:
       raise ValueError(f'it has {len(names):,} names, and 255 classes are possible')
   except ValueError as error:
-    raise UserError(f'File {path} is no table of classes ({error}): mend it.') from error
+    raise UserError(
+      f'File {path} is no table of classes ({error}): mend it, or move it away.'
+    ) from error
   return ClassTable(tuple(names), tuple(colors), str(path))
 
 
@@ -121,6 +123,9 @@ def _values(text: str) -> tuple[list[str], list[Color]]:
 
 def _names(text: str) -> tuple[list[str], list[Color]]:
   lines = _without_numbers([line for line in _lines(text) if not line.startswith('#')])
+  image = next((line for line in lines if without_suffix(line.split()[0], IMAGE_SUFFIXES)), None)
+  if image:
+    raise ValueError(f'{image!r} is the name of an image')
   number = r'[\s,;:]+(?P<{}>\d{{1,3}})'.format
   colored = rf'(?P<name>.*?\S){number("r")}{number("g")}{number("b")}'
   has_colors = [re.fullmatch(colored, line) is not None for line in lines]
@@ -145,6 +150,11 @@ def _without_numbers(lines: list[str]) -> list[str]:
       '0, 1, ...'
     )
   return [match[2] for match in numbered if match]
+
+
+def _names_of_labelme(text: str) -> tuple[list[str], list[Color]]:
+  names, colors = _names(text)
+  return (names[1:] if names[:1] == [IGNORED_BY_LABELME] and not colors else names), colors
 
 
 def _colors_first(text: str) -> tuple[list[str], list[Color]]:
@@ -184,5 +194,6 @@ _READERS = {
   'obj_class_to_machine_color.json': _machine_colors,
   'classes.txt': _names,
   'class_names.txt': _names,
+  'labels.txt': _names_of_labelme,
   'label_colors.txt': _colors_first,
 }

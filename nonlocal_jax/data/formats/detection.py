@@ -10,7 +10,7 @@ from nonlocal_jax.data.datasets import DESCRIPTION, Split, read_description
 from nonlocal_jax.data.formats import coco, cvat, label_studio, labelme, masks, supervisely
 from nonlocal_jax.data.formats.description import merged
 from nonlocal_jax.data.formats.found import Candidate, Found
-from nonlocal_jax.data.formats.splits import divided
+from nonlocal_jax.data.formats.splits import divided, has_lists, unused_lists
 from nonlocal_jax.data.paths import as_path, listed_once
 from nonlocal_jax.data.samples import Listing
 from nonlocal_jax.errors import UserError, nearest
@@ -68,9 +68,14 @@ def read_folder(source_dir: str | os.PathLike[str]) -> Found:
       raise NothingFound(f'There is no folder {source}: give the folder of the images.', own)
     with listed_once():
       found = _read(source, own, wanted)
+    unused = '' if isinstance(found.listing, Listing) else unused_lists(source)
   except (OSError, ImportError, ValueError) as error:
     raise UserError(f'Folder {source} cannot be read: {error}; see to it.') from error
-  return dataclasses.replace(found, description=merged(found, own, source / DESCRIPTION))
+  return dataclasses.replace(
+    found,
+    sentence='. '.join(filter(None, [found.sentence, unused])),
+    description=merged(found, own, source / DESCRIPTION),
+  )
 
 
 def _read(source: Path, own: Mapping[str, Any], wanted: str | None) -> Found:
@@ -104,6 +109,19 @@ def _nothing(source: Path, wanted: str | None) -> str:
   )
 
 
+def is_divided(source_dir: str | os.PathLike[str], found: Found) -> bool:
+  """Whether folders, annotations or lists divide the images of a folder.
+
+  Args:
+    source_dir: A folder or bucket.
+    found: What it was found to hold.
+
+  Returns:
+    False if `with_splits` would divide them itself.
+  """
+  return not isinstance(found.listing, Listing) or has_lists(as_path(source_dir))
+
+
 def with_splits(source_dir: str | os.PathLike[str], found: Found) -> Found:
   """Divides the images of a folder that does not tell splits apart; see `splits.divided`.
 
@@ -125,6 +143,7 @@ def with_splits(source_dir: str | os.PathLike[str], found: Found) -> Found:
     sentence=f'{found.sentence}. {division.sentence}',
     listing=division.listings.__getitem__,
     warning=division.warning,
+    written=division.written,
   )
 
 

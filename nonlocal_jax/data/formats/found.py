@@ -1,7 +1,8 @@
 """What a folder is found to hold."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nonlocal_jax.data.datasets import Split
@@ -19,6 +20,7 @@ class Found:
     reading: What decides the pixels of the label maps beyond their files, such as the order of the
       classes; empty where label files are PNG files of indices, taken as they are.
     warning: A sentence on what is allowed but odd; empty if nothing is.
+    written: Lists of splits that were written into the folder for this.
   """
 
   sentence: str
@@ -26,6 +28,7 @@ class Found:
   listing: Listing | Callable[[Split], Listing]
   reading: str = ''
   warning: str = ''
+  written: Sequence[Path] = ()
 
 
 class Candidate(NamedTuple):

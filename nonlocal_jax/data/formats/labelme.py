@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
+from nonlocal_jax.data.datasets import IGNORED_BY_LABELME
 from nonlocal_jax.data.formats import shapes
 from nonlocal_jax.data.formats.annotations import (
   BACKGROUND,
@@ -34,9 +35,10 @@ from nonlocal_jax.data.formats.found import Candidate, Found
 from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, read_text
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.wording import counted
 
 LABELS = 'labels.txt'  # labelme's list of names, one a line
-_IGNORED, _BACKGROUND = '__ignore__', '_background_'
+_BACKGROUND = '_background_'
 _DRAWING = 'labelme 1'  # grows when the drawing changes
 _LINE_WIDTH, _POINT_RADIUS = 10, 5  # of labelme.utils.shape_to_mask
 _KINDS = {  # and how many points each has; None for three or more
@@ -66,7 +68,7 @@ def _read(source: Path, paths: Sequence[Path], evidence: str) -> Found:
   files = [document(path, _parse) for path in paths]
   used = {shape['label']: file.path for file in files for shape in file.content['shapes']}
   names = _names(source, paths, used)
-  values = {name: value for value, name in enumerate(names)} | {_IGNORED: IGNORE}
+  values = {name: value for value, name in enumerate(names)} | {IGNORED_BY_LABELME: IGNORE}
   entries = [
     Entry(
       _image_names(file),
@@ -92,7 +94,7 @@ def _names(source: Path, files: Sequence[Path], used: Mapping[str, Path]) -> lis
   Raises:
     UserError: If labels.txt lacks one or has it twice, or several folders have that file.
   """
-  names = sorted(used.keys() - {_IGNORED})
+  names = sorted(used.keys() - {IGNORED_BY_LABELME})
   lists = [folder / LABELS for folder in folders_of(source, files)]
   lists = [path for path in lists if path.is_file()]
   if not lists:
@@ -110,7 +112,7 @@ def _names(source: Path, files: Sequence[Path], used: Mapping[str, Path]) -> lis
       f'File {used[missing[0]]} has the label {missing[0]!r}, which {path} lacks: add it there.'
     )
   first = next((name for name in (_BACKGROUND, BACKGROUND) if name in lines), BACKGROUND)
-  return [first, *(name for name in lines if name not in (first, _IGNORED))]
+  return [first, *(name for name in lines if name not in (first, IGNORED_BY_LABELME))]
 
 
 def _parse(path: Path) -> dict:
@@ -181,7 +183,7 @@ def _mask(shape: Mapping[str, Any], size: tuple[int, int]) -> np.ndarray:
   points = shapes.points_in(shape.get('points'), size)
   wanted = _KINDS[kind][1]
   if len(points) != wanted and (wanted or len(points) < (3 if kind == 'polygon' else 2)):
-    raise ValueError(f'has {len(points)} points')
+    raise ValueError(f'has {counted(len(points), "point")}')
   if kind == 'mask':
     return _decoded_mask(shape.get('mask'), points, size)
   xy = [(x, y) for x, y in points.tolist()]

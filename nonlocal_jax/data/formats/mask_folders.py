@@ -290,4 +290,4 @@ def _found(other: Path | None) -> str:
     return ''
   if other.suffix.lower() in ('.jpg', '.jpeg', '.jpe', '.webp'):
     return f', found {other}, a format whose compression changes labels: export PNG files'
-  return f', found {other}'
+  return f', found {other}: label maps are read from PNG files only; convert them'

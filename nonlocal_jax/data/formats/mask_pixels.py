@@ -14,7 +14,7 @@ from nonlocal_jax.data.pixel_formats import PNG_START
 from nonlocal_jax.data.transforms import IGNORE, decode_label
 from nonlocal_jax.data.validation import decoded, read_file
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.devices import counted
+from nonlocal_jax.runtime.wording import counted
 
 MOST_COLORS = 255
 _PNG_BITS = 24  # where the first chunk of a file has the bits of a sample

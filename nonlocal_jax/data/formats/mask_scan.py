@@ -59,7 +59,9 @@ def scan(paths: Sequence[Path]) -> Scan:
   Returns:
     The kind; 'index' if no file can be read.
   """
-  found = _summary(map(_contents, paths[:_FIRST]), is_all=len(paths) <= _FIRST)
+  with ThreadPoolExecutor(_FIRST) as pool:
+    first = _of_most(list(pool.map(_contents, paths[:_FIRST])))
+  found = _summary(first, is_all=len(paths) <= _FIRST)
   if found is not None:
     return found
   kept = cache_folder() / 'label_kinds' / f'{_fingerprint(paths)}.json'
@@ -124,6 +126,19 @@ def conflict_of_palettes(paths: Sequence[Path]) -> Conflict | None:
         if first != color:
           return Conflict(value, (first, color), (where, path))
   return None
+
+
+def _of_most(read: Sequence[Contents | None]) -> list[Contents]:
+  """Leaves out files in colors among files of indices, or the other way round: the fewer."""
+  known = [found for found in read if found is not None]
+  in_colors = [found for found in known if found.is_color]
+  of_indices = [found for found in known if not found.is_colored and _tells_indices(found)]
+  fewer = of_indices if len(of_indices) < len(in_colors) else in_colors
+  return [found for found in known if not (in_colors and of_indices) or found not in fewer]
+
+
+def _tells_indices(found: Contents) -> bool:
+  return not found.is_deep and not set(found.values) <= {0, IGNORE}
 
 
 def _summary(read: Iterable[Contents | None], *, is_all: bool) -> Scan | None:

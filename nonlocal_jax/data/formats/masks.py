@@ -38,6 +38,7 @@ from nonlocal_jax.data.formats.splits import SPLIT_NAMES
 from nonlocal_jax.data.samples import Listing, Sample
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.wording import counted
 
 _BLACK, _WHITE = 'background', 'foreground'
 
@@ -180,7 +181,7 @@ def _sentence(
     where = 'beside their images' + (f' in {images}' if images != '.' else '')
   parts = [f'{reading.what} {where}', '' if labels == images else f'images in {images}']
   if table and reading.names:
-    parts.append(f'{len(reading.names)} classes of {os.path.relpath(table.file, source)}')
+    parts.append(f'{counted(len(reading.names), "class")} of {os.path.relpath(table.file, source)}')
   if places.unused:
     parts.append(f'{" and ".join(places.unused)} is not used')
   return '; '.join(part for part in parts if part)

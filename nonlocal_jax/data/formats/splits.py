@@ -20,15 +20,19 @@ from nonlocal_jax.data.paths import (
 from nonlocal_jax.data.samples import Listing
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
-from nonlocal_jax.runtime.devices import counted
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import is_first_process
+from nonlocal_jax.runtime.wording import counted
 
 SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
   'train': ('train', 'training'),
   'val': ('val', 'valid', 'validation'),
 }
 _LIST_FOLDERS = ('', 'ImageSets/Segmentation', 'ImageSets')
+_TEST, _BOTH = ('test.txt', 'testing.txt'), 'trainval.txt'
+_UNREAD = tuple(
+  f'{name}.csv' for name in (*SPLIT_NAMES['train'], *SPLIT_NAMES['val'], 'trainval', 'test')
+)
 
 
 class Division(NamedTuple):
@@ -38,11 +42,29 @@ class Division(NamedTuple):
     listings: The images of each split.
     sentence: How they were divided.
     warning: A sentence on labeled images in no split; empty if there are none.
+    written: Lists that were written, because there were none.
   """
 
   listings: Mapping[Split, Listing]
   sentence: str
   warning: str = ''
+  written: Sequence[Path] = ()
+
+
+class _Lists(NamedTuple):
+  """The lists of a folder.
+
+  Attributes:
+    of_split: That of each split.
+    tests: Those of images for testing, which are used for nothing.
+    both: That of images for training and validation together, if there is one.
+    unread: Tables that may be lists, which are not read.
+  """
+
+  of_split: Mapping[Split, Path]
+  tests: Sequence[Path] = ()
+  both: Path | None = None
+  unread: Sequence[Path] = ()
 
 
 def divided(source: Path, listing: Listing) -> Division:
@@ -50,8 +72,9 @@ def divided(source: Path, listing: Listing) -> Division:
 
   The lists train.txt and val.txt in the folder, in ImageSets/Segmentation or in ImageSets have an
   image in each line: its path or the end of it, with or without suffix. With one of the lists, the
-  other split has all other images. Without lists, the images are divided by `choose_val`, and
-  train.txt and val.txt are written into the folder, where later runs and other programs find them.
+  other split has all other images: those of trainval.txt, if that is there, and none of test.txt.
+  Without lists, these images are divided by `choose_val`, and train.txt and val.txt are written
+  into the folder, where later runs and other programs find them.
 
   Args:
     source: The folder or bucket.
@@ -66,11 +89,15 @@ def divided(source: Path, listing: Listing) -> Division:
   """
   names = [sample.id for sample in listing.samples]
   names += [_stem(name) for name in listing.incomplete]
-  lists = _find_lists(source)
-  if not lists:
-    _write_lists(source, listing, names)
-    lists = _find_lists(source)
   known, warning = _Names(names), ''
+  all_lists = _find_lists(source)
+  tested = {name for path in all_lists.tests for name in _listed_names(path, known)}
+  pool = set(names) if all_lists.both is None else _listed_names(all_lists.both, known)
+  pool -= tested
+  lists, written = all_lists.of_split, []
+  if not lists:
+    written = _write_lists(source, listing, [name for name in names if name in pool])
+    lists = _find_lists(source).of_split
   labels = {sample.id: sample.label for sample in listing.samples}
   found: dict[Split, set[str]] = {}
   missing: dict[Split, dict[str, str]] = {'train': {}, 'val': {}}
@@ -98,7 +125,7 @@ def divided(source: Path, listing: Listing) -> Division:
         'out in one of them.'
       )
     sentence = f'{_listed(source, lists.values())} divide the images'
-    neither = {sample.id for sample in listing.samples} - found['train'] - found['val']
+    neither = {sample.id for sample in listing.samples} - found['train'] - found['val'] - tested
     if neither:
       warning = (
         f'{counted(len(neither), "labeled image")} of {source} left out, which neither list has, '
@@ -107,19 +134,43 @@ def divided(source: Path, listing: Listing) -> Division:
   else:
     ((split, path),) = lists.items()
     other: Split = 'val' if split == 'train' else 'train'
-    found[other] = set(names) - found[split]
+    found[other] = pool - found[split]
+    others = f'other {len(found[other]):,}'
+    if all_lists.both is not None:
+      others += f' of {_listed(source, [all_lists.both])}'
     sentence = (
-      f'{_listed(source, [path])} lists the {split} images; the other {len(found[other]):,} are '
-      f'{other} images'
+      f'{_listed(source, [path])} lists the {split} images; the {others} are {other} images'
     )
     if not found[other]:
+      if tested:
+        raise UserError(
+          f'{path} and {all_lists.tests[0]} name all images of {source}, so that none is left for '
+          f'{other}: rename the latter to {other}.txt, or strike some out.'
+        )
       raise UserError(
         f'{path} names all images of {source}, so that none is left for {other}: strike some out.'
       )
+  if unused := [*all_lists.tests, *all_lists.unread]:
+    sentence += f'; {_listed(source, unused)} {"are" if unused[1:] else "is"} not used'
   listings = {
     split: _part(listing, found[split], missing[split], of_all=split == 'train') for split in found
   }
-  return Division(listings, sentence, warning)
+  return Division(listings, sentence, warning, written)
+
+
+def has_lists(source: Path) -> bool:
+  """Whether a folder has a list of the images for training or for validation."""
+  return bool(_find_lists(source).of_split)
+
+
+def unused_lists(source: Path) -> str:
+  """Says that the lists of a folder whose images are divided already are not used; '' if none."""
+  lists = _find_lists(source, folders=[''])
+  paths = [*lists.of_split.values(), *([lists.both] if lists.both else []), *lists.tests]
+  if not paths:
+    return ''
+  names = _listed(source, paths)
+  return f'{names} {"are" if paths[1:] else "is"} not used: the images are divided already'
 
 
 def _part(
@@ -143,19 +194,27 @@ def _listed(source: Path, paths) -> str:
   return ' and '.join(path.relative_to(source).as_posix() for path in paths)
 
 
-def _find_lists(source: Path) -> dict[Split, Path]:
-  """The list of each split, from the one folder that has some.
+def _find_lists(source: Path, folders: Sequence[str] = _LIST_FOLDERS) -> _Lists:
+  """The lists of a folder; those of splits from the one place that has some.
 
   Raises:
     UserError: If several folders have lists, or a folder has two of a split.
   """
   found: dict[Split, Path] = {}
-  for folder in _LIST_FOLDERS:
+  tests, both, unread = [], None, []
+  for folder in folders:
     place = source / folder if folder else source
     here: dict[Split, Path] = {}
     for path in sorted(place.iterdir()) if place.is_dir() else []:
+      name = path.name.lower()
+      if name in _TEST:
+        tests.append(path)
+      elif name == _BOTH:
+        both = both or path
+      elif name in _UNREAD:
+        unread.append(path)
       for split, stems in SPLIT_NAMES.items():
-        if path.name.lower() in [f'{stem}.txt' for stem in stems] and path.is_file():
+        if name in [f'{stem}.txt' for stem in stems] and path.is_file():
           if split in here:
             raise UserError(f'{here[split]} and {path} both list {split} images: delete one.')
           here[split] = path
@@ -163,7 +222,13 @@ def _find_lists(source: Path) -> dict[Split, Path]:
       one, other = (next(iter(lists.values())) for lists in (found, here))
       raise UserError(f'{one} and {other} both divide the images: delete the lists of one folder.')
     found = found or here
-  return {split: found[split] for split in SPLIT_NAMES if split in found}
+  of_split = {split: found[split] for split in SPLIT_NAMES if split in found}
+  return _Lists(of_split, tests, both, unread)
+
+
+def _listed_names(path: Path, known: '_Names') -> set[str]:
+  """The images of a list that are there."""
+  return {name for _, line in _lines(path) if (name := known.find(line)[0]) is not None}
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:
@@ -219,23 +284,32 @@ def _is_label(text: str, label: Path | None) -> bool:
   return label is not None and in_one_form(label.stem) in (path.name, path.stem)
 
 
-def _write_lists(source: Path, listing: Listing, names: Sequence[str]) -> None:
+def _write_lists(source: Path, listing: Listing, names: Sequence[str]) -> list[Path]:
   """Chooses the val images and writes the lists.
+
+  Args:
+    source: The folder.
+    listing: Its images.
+    names: Those of them that are divided, first those with a label map, in the same order.
+
+  Returns:
+    The lists.
 
   Raises:
     UserError: If there is one image only, no label map can be read, or a list cannot be written.
   """
+  samples = [sample for sample in listing.samples if sample.id in set(names)]
   if not listing.samples:
     raise UserError(next(iter(listing.incomplete.values())))
   if wrong := next((name for name in names if '\n' in name or not is_utf8(name)), None):
     raise UserError(f'The name {wrong!a} has a line break or is not UTF-8: rename the file.')
   if len(names) < 2:
     raise UserError(
-      f'Folder {source} has {len(names)} image, which cannot be divided into train and val: add '
-      'more.'
+      f'Folder {source} has {counted(len(names), "image")} for training and validation, which '
+      'cannot be divided: add more.'
     )
   present = np.zeros((len(names), IGNORE), bool)
-  present[: len(listing.samples)] = present_classes(listing.samples)
+  present[: len(samples)] = present_classes(samples)
   is_val = choose_val(names, present)
   train, val = (
     [name for name, of_val in zip(names, is_val, strict=True) if of_val == wanted]
@@ -253,6 +327,7 @@ def _write_lists(source: Path, listing: Listing, names: Sequence[str]) -> None:
       f'{np.sum(is_val):,} for validation, and listed in train.txt and val.txt there.',
       file=sys.stderr,
     )
+  return [source / 'train.txt', source / 'val.txt']
 
 
 def _write_list(path: Path, names: Sequence[str]) -> None:

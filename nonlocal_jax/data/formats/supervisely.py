@@ -30,6 +30,7 @@ from nonlocal_jax.data.formats.annotations import (
 from nonlocal_jax.data.formats.found import Candidate, Found
 from nonlocal_jax.data.paths import files_below
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.runtime.wording import counted
 
 _META = 'meta.json'
 _DRAWING = 'Supervisely 1'  # grows when the drawing changes
@@ -157,13 +158,13 @@ def _paint(label: np.ndarray, item: Mapping[str, Any], value: int) -> None:
   exterior = _whole(points.get('exterior'), label.shape)
   if kind == 'rectangle':
     if len(exterior) != 2:
-      raise ValueError(f'has {len(exterior)} corners, and not 2')
+      raise ValueError(f'has {counted(len(exterior), "corner")}, and not 2')
     (left, top), (right, bottom) = exterior.min(0).clip(0), exterior.max(0)
     label[top : bottom + 1, left : right + 1] = value
     return
   interior = points.get('interior') or []
   if len(exterior) < 3 or not isinstance(interior, list):
-    raise ValueError(f'has {len(exterior)} points')
+    raise ValueError(f'has {counted(len(exterior), "point")}')
   mask = np.zeros(label.shape, np.uint8)
   cv2.fillPoly(mask, [exterior], 1)
   for hole in interior:
