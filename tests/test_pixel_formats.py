@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from flax import nnx
 from PIL import ExifTags, Image, ImageOps
 
 import nonlocal_jax
-from nonlocal_jax.cli import main
+from nonlocal_jax.cli import main, prepare
 from nonlocal_jax.data import datasets, preparation, transforms
 from nonlocal_jax.data.pixel_formats import RGB, PixelFormat, decode, decode_any, displayable
 from nonlocal_jax.data.prepared import check_pixels
@@ -218,8 +219,24 @@ def test_images_of_two_formats_are_refused(folder, rng, tmp_path):
   split = preparation.prepare(DATASET, folder, data_dir=tmp_path / 'tfds')['train']
   assert split.channel_statistics() is None
   for pixels in (RGB, PixelFormat(5, 16)):
-    with pytest.raises(UserError, match=r'the others have .*, and all must have one format'):
+    with pytest.raises(UserError, match=r'others have .*; else convert them, as all must have'):
       check_pixels(split, pixels)
+
+
+def test_parts_of_two_formats_are_refused_by_prepare(folder, rng, tmp_path):
+  for path in (folder / 'images/val').iterdir():
+    path.unlink()
+    image = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    path.with_suffix('.png').write_bytes(png_of(image))
+  arguments = ['--dataset=custom', f'--source={folder}', f'--data-dir={tmp_path / "tfds"}']
+  with pytest.raises(UserError) as error:
+    prepare.main(arguments)
+  assert re.fullmatch(
+    r'custom-val has \d images? of 3 channels of 8 bits, and they are read as 5 channels of 16 bits: '
+    'if all images of train and val have that, nonlocal-jax prepare prints the command; else '
+    'convert them, as all must have one format.',
+    str(error.value),
+  )
 
 
 def test_deep_gray_images_are_read_as_rgb_with_a_warning(folder, rng, tmp_path):

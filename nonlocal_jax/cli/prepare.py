@@ -97,8 +97,9 @@ def main(arguments: Sequence[str]) -> None:
   is_counted = dataset.name == 'custom' and not described
   if is_counted:
     dataset = one_class_per_value(splits.values(), dataset, description, options.source)
+  pixels = format_to_read(next(iter(splits.values())))  # training's, if it is among them
   for split in splits.values():
-    report_split(split, dataset, pixels=format_to_read(split))
+    report_split(split, dataset, pixels=pixels)
     print(f'\n{split.name}: {counted(len(split), "image")} in {split.directory}')
     print(shares_table(split, dataset))
   more = pixel_options(splits['train']) if 'train' in splits else []

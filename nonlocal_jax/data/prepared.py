@@ -259,13 +259,12 @@ def check_pixels(split: PreparedSplit, pixels: PixelFormat) -> list[str]:
     fits = {found for found in split.pixel_formats if found.channels in (1, 3, 4)}
   for found, count in split.pixel_formats.items():
     if found not in fits:
-      remedy = 'nonlocal-jax prepare prints the command that reads them as they are'
+      remedy = 'if all images of train and val have that, nonlocal-jax prepare prints the command'
       if len(split.pixel_formats) > 1:
-        remedy = f'the others have {next(x for x in split.pixel_formats if x != found)}, and all '
-        remedy += 'must have one format'
+        remedy = f'others have {next(x for x in split.pixel_formats if x != found)}'
       raise UserError(
         f'{split.name} has {counted(count, "image")} of {found}, and they are read as {pixels}: '
-        f'{remedy}; or convert them.'
+        f'{remedy}; else convert them, as all must have one format.'
       )
   deep = sum(count for found, count in split.pixel_formats.items() if found.bits == 16)
   if pixels == RGB and deep:
