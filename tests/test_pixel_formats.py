@@ -232,7 +232,8 @@ def test_parts_of_two_formats_are_refused_by_prepare(folder, rng, tmp_path):
   with pytest.raises(UserError) as error:
     prepare.main(arguments)
   assert re.fullmatch(
-    r'custom-val has \d images? of 3 channels of 8 bits, and they are read as 5 channels of 16 bits: '
+    r'custom-val has \d images? of 3 channels of 8 bits, and they are read as 5 channels of 16 '
+    'bits: '
     'if all images of train and val have that, nonlocal-jax prepare prints the command; else '
     'convert them, as all must have one format.',
     str(error.value),
