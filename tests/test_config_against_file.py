@@ -92,6 +92,7 @@ def test_where_nothing_is_recorded_the_config_counts(described):
   assert protocol_of_evaluation(configured, description, overrides=(), source='x') == configured
 
 
+@pytest.mark.slow
 def test_the_command(program, photos, peer_checkpoint, tmp_path):
   description, state = read_weights(peer_checkpoint)
   recorded = EvalProtocol(scale=(64, 48), channel_order='bgr')

@@ -105,6 +105,7 @@ def assert_whole(name, folder, small, splits=('train', 'val')):
     assert files_of(samples) == files_of(small.samples[split])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('config', 'config_name', 'peer_config'),
   [

@@ -52,6 +52,7 @@ def test_two_processes_of_two_devices_count_each_image_once(
   assert not (tmp_path / 'process1').exists()
 
 
+@pytest.mark.slow
 def test_images_go_through_together_where_that_is_fast(
   photos, peer_checkpoint, tmp_path, monkeypatch
 ):

@@ -155,6 +155,7 @@ def test_options_that_cannot_be(asked, sentence, folder, peer_checkpoint, script
   assert not out.exists()
 
 
+@pytest.mark.slow
 def test_padded_prediction_is_that_of_the_logits(peer_checkpoint):
   """Of the whole image at its own size, without any padding."""
   model = nonlocal_jax.load(peer_checkpoint)
@@ -363,6 +364,7 @@ def png_header(width: int, height: int) -> bytes:
   )
 
 
+@pytest.mark.slow
 def test_thin_and_giant_images_stop_no_other(
   folder, peer_checkpoint, script, tmp_path, capsys, rng
 ):

@@ -163,6 +163,7 @@ def test_single_scale_is_the_originals(convention, windows, request):
   assert agreement(found, expected) > 0.9995  # up to ties at rounding
 
 
+@pytest.mark.slow
 def test_multi_scale_flip_v1_is_the_originals(half_pixel, tmp_path):
   """Through mmsegmentation's own pipeline and `SegTTAModel`, from files to label maps."""
   model, _, state = half_pixel
@@ -200,6 +201,7 @@ def peer_test_time_augmented(model, image, folder):
     return runner.test_step(item)[0], parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('windows', [{}, WINDOWS], ids=['whole', 'slide'])
 def test_multi_scale_flip_v0_is_the_sum_of_its_parts(windows, aligned, monkeypatch):
   """Written from its description, in float64, on the original's logits of each window.
@@ -359,6 +361,7 @@ def test_channel_order_mean_and_std_are_those_of_the_protocol(half_pixel):
   assert agreement(predict(predictor_of(half_pixel, other), state, shape, [half]), expected) < 0.99
 
 
+@pytest.mark.slow
 def test_other_strides_dilations_and_channels_of_the_input(rng):
   """Predicted classes are those of the network's own upsampled logits."""
   config = NonLocalNetConfig(

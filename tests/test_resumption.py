@@ -75,6 +75,7 @@ def test_a_continued_run_ends_bit_by_bit_as_one_that_never_stopped(
   assert f'resumes at step 2 of {stopped_at_2}; none.pth is not read again' in said
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_was_cut_off_is_made_up_for(training_config, trained, stopped_at_2):
   lines = [line for line in read_log(trained[0]) if line['step'] <= 2 and 'mIoU' not in line]
   (stopped_at_2 / 'log.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))

@@ -41,6 +41,7 @@ def test_draws_are_those_of_jax(seed, shape):
     ours, theirs = (jax.random.fold_in(key, 2**32 - 3) for key in (ours, theirs))
 
 
+@pytest.mark.slow
 def test_initial_weights_are_those_of_jax_s_generator():
   config = NonLocalNetConfig.from_depth(14, width=4, num_classes=5)
   _, tx = OptimizerConfig().make(10)

@@ -144,6 +144,7 @@ def test_rematerialised_blocks_give_the_same(variables, batch, plain):
   assert_same(*(to_arrays(result[2][1].batch_stats) for result in (found, plain)))
 
 
+@pytest.mark.slow
 def test_four_devices_take_the_step_of_one(variables, batch, plain):
   """Batch statistics included: the mean over the sharded batch is the global one."""
   assert jax.device_count() == 4
@@ -184,6 +185,7 @@ def test_batch_norm_per_device_exchanges_nothing(groups, exchanges):
   assert ('all-reduce' in lowered.compile().as_text()) == exchanges
 
 
+@pytest.mark.slow
 def test_a_batch_norm_needs_one_collective_each_way():
   _, tx = OptimizerConfig().make(steps=10)
   batch, mesh = BatchShape(8, (40, 48)), data_mesh()

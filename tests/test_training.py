@@ -121,6 +121,7 @@ def test_a_batch_that_the_devices_cannot_share_is_an_error(training_config, tmp_
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(training_config, tmp_path):
   other = training_config.copy_and_resolve_references()
   other.optimizer.learning_rate = 3e38  # overflows float32 in the update
@@ -131,6 +132,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(training_config, tmp_path):
   assert not list((tmp_path / 'workdir/checkpoints').iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_given_backbone_and_then_needs_it_no_more(
   training_config, trained, tmp_path, capsys
 ):
@@ -199,6 +201,7 @@ def test_two_processes_train_as_one_and_only_the_first_speaks(
   assert not re.search('mIoU|step|images|Results', said[1])
 
 
+@pytest.mark.slow
 def test_training_stops_where_nothing_gets_better(training_config, tmp_path, capsys):
   """With frozen weights each evaluation gives the same score: the second is no better."""
   config = training_config.copy_and_resolve_references()
@@ -221,6 +224,7 @@ def test_training_stops_where_nothing_gets_better(training_config, tmp_path, cap
   assert [line['step'] for line in read_log(workdir) if 'loss' in line] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_a_run_needs_and_keeps_nothing(training_config, tmp_path, capsys):
   config = training_config.copy_and_resolve_references()
   config.train.steps, config.eval.every = 100_000, 10_000
@@ -354,6 +358,7 @@ def test_fine_tuning_with_other_classes_needs_a_word(training_config, trained, t
     np.testing.assert_array_equal(found[name], array, err_msg=name)
 
 
+@pytest.mark.slow
 def test_the_averaged_weights_are_what_is_kept_and_goes_on(averaged, tmp_path):
   """Stopped after two steps of four, the end is that of a run that was not."""
   config, whole, _ = averaged

@@ -222,6 +222,7 @@ def test_damaged_weights(tmp_path, loaded, damage):
     nonlocal_jax.load(tmp_path / 'broken')
 
 
+@pytest.mark.slow
 def test_no_flipped_bit_gives_other_weights(loaded, tmp_path):
   config = NonLocalNetConfig.from_depth(14, width=2, num_classes=2)
   state = nnx.state(NonLocalNet(config, rngs=nnx.Rngs(0)), (nnx.Param, nnx.BatchStat))

@@ -74,6 +74,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
   assert f'warning: {tmp_path} cannot be locked ([Errno 37] No locks available)' in said
 
 
+@pytest.mark.slow
 def test_a_run_without_a_checkpoint_makes_room_for_another_config(
   training_config, tmp_path, monkeypatch, capsys
 ):
