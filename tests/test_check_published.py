@@ -254,7 +254,8 @@ def test_the_work_of_several_scales_and_windows():
 
 
 def test_durations():
-  assert [as_duration(seconds) for seconds in (3, 3599, 7260)] == [
+  assert [as_duration(seconds) for seconds in (3, 59.6, 3599, 7260)] == [
+    '3 s',
     '1 min',
     '1 h 0 min',
     '2 h 1 min',

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nonlocal_jax.data import datasets, layouts, preparation, prepared, transforms
+from nonlocal_jax.data import datasets, layouts, preparation, transforms
 from nonlocal_jax.data.formats import detection, mask_scan
+from nonlocal_jax.data.split_checks import check_split
 from nonlocal_jax.errors import UserError
 from tests.scenes import COLORS, NAMES, in_colors, make_scenes, write
 
@@ -36,7 +37,7 @@ def prepared_labels(source: Path, tmp_path: Path) -> dict[str, np.ndarray]:
   dataset = datasets.custom_dataset(**known, **description)
   opened = preparation.prepare(dataset, source, data_dir=tmp_path / 'tfds')
   for split in opened.values():
-    prepared.check_split(split, dataset)
+    check_split(split, dataset)
   return {
     name_of(record['id']): dataset.label_lookup[transforms.decode_label(record['label'])]
     for split in opened.values()

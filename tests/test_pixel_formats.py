@@ -18,7 +18,7 @@ import nonlocal_jax
 from nonlocal_jax.cli import main, prepare
 from nonlocal_jax.data import datasets, preparation, transforms
 from nonlocal_jax.data.pixel_formats import RGB, PixelFormat, decode, decode_any, displayable
-from nonlocal_jax.data.prepared import check_pixels
+from nonlocal_jax.data.split_checks import check_pixels
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.experiment import Experiment
 from nonlocal_jax.inference.images import ImageTooLargeError, as_array

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nonlocal_jax.data import datasets, layouts, preparation, prepared, transforms, validation
+from nonlocal_jax.data import datasets, layouts, preparation, transforms, validation
 from nonlocal_jax.data.label_values import LabelValue, check_label_values, class_shares
 from nonlocal_jax.data.label_values import usual_mistakes as mistakes
+from nonlocal_jax.data.split_checks import check_split
 from nonlocal_jax.errors import UserError
 from tests.image_trees import CLASSES, png_of, write_sample, write_tree
 from tests.mmseg_import import mmseg_module
@@ -183,7 +184,7 @@ def test_bad_samples_are_all_named_and_may_be_left_out(tmp_path):
   opened = preparation.prepare(CUSTOM, source, skip_bad=True, **arguments)['train']
   assert [record['id'] for record in opened] == [good[0].id]
   assert opened.left_out == [missing, broken]
-  assert 'Left out of custom-train: 2 bad samples.' in prepared.check_split(opened, CUSTOM)
+  assert 'Left out of custom-train: 2 bad samples.' in check_split(opened, CUSTOM)
   good[0].image.write_bytes(b'')
   with pytest.raises(UserError, match=r'a\.b\.\w+ is not an image'):
     preparation.prepare(CUSTOM, source, skip_bad=True, **arguments)
@@ -222,7 +223,7 @@ def test_label_values_are_counted_and_checked(tmp_path):
   ):
     check_label_values(opened.label_values, fitting, split='x')
   with pytest.raises(UserError) as error:
-    prepared.check_split(opened, datasets.custom_dataset(3))
+    check_split(opened, datasets.custom_dataset(3))
   assert str(error.value) == (
     f'Label value 3 ({opened.label_values[3].pixels} pixels of custom-train, first in '
     f'{samples[0].label}) is none of the 3 classes 0..2: add it to ignore_labels, correct '
@@ -230,7 +231,7 @@ def test_label_values_are_counted_and_checked(tmp_path):
     'in the config or in dataset.json.'
   )
   with pytest.raises(UserError, match=r'none of the 2 classes 1\.\.2'):
-    prepared.check_split(opened, datasets.custom_dataset(2, reduce_zero_label=True))
+    check_split(opened, datasets.custom_dataset(2, reduce_zero_label=True))
 
 
 def test_shares_of_classes():
@@ -297,28 +298,26 @@ def test_label_maps_without_an_image_are_told(tmp_path):
   write_tree('custom', tmp_path / 'source')
   (tmp_path / 'source/labels/val/lonely.png').write_bytes(b'')
   opened = preparation.prepare(CUSTOM, tmp_path / 'source', data_dir=tmp_path / 'tfds')
-  assert prepared.check_split(opened['val'], CUSTOM) == [
-    'custom-val has 1 label map without an image.'
-  ]
-  assert not prepared.check_split(opened['train'], CUSTOM)
+  assert check_split(opened['val'], CUSTOM) == ['custom-val has 1 label map without an image.']
+  assert not check_split(opened['train'], CUSTOM)
 
 
 def test_files_of_other_types_beside_the_images_are_told(tmp_path):
   write_tree('custom', tmp_path / 'source')
   (tmp_path / 'source/images/val/photo.heic').write_bytes(b'')
   opened = preparation.prepare(CUSTOM, tmp_path / 'source', data_dir=tmp_path / 'tfds')
-  assert prepared.check_split(opened['val'], CUSTOM) == [
+  assert check_split(opened['val'], CUSTOM) == [
     'Left out of custom-val: 1 file beside its images, such as photo.heic, with names that do not '
     'end as those of images do.'
   ]
-  assert not prepared.check_split(opened['train'], CUSTOM)
+  assert not check_split(opened['train'], CUSTOM)
 
 
 def test_other_sizes_than_the_published_are_told(tmp_path):
   write_tree('ade20k', tmp_path / 'source')
   dataset = datasets.PUBLISHED['ade20k']
   opened = preparation.prepare(dataset, tmp_path / 'source', data_dir=tmp_path / 'tfds')
-  told = [prepared.check_split(opened[split], dataset)[0] for split in ('train', 'val')]
+  told = [check_split(opened[split], dataset)[0] for split in ('train', 'val')]
   assert told == [
     'ade20k-train has 3 images; the published split has 20,210.',
     'ade20k-val has 2 images; the published split has 2,000.',

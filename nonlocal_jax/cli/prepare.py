@@ -69,7 +69,8 @@ def main(arguments: Sequence[str]) -> None:
   _check(parser, options)
 
   from nonlocal_jax.data.preparation import prepare
-  from nonlocal_jax.data.prepared import check_data_dir, published_copies, report_split
+  from nonlocal_jax.data.prepared import check_data_dir, published_copies
+  from nonlocal_jax.data.split_checks import report_split
 
   description, found = {}, None
   if options.dataset == 'custom':

@@ -19,7 +19,8 @@ from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.loader import TrainIterator, restored_opencv_threads, train_batches
 from nonlocal_jax.data.pixel_formats import RGB, PixelFormat
 from nonlocal_jax.data.preparation import prepare
-from nonlocal_jax.data.prepared import PreparedSplit, open_prepared, report_split
+from nonlocal_jax.data.prepared import PreparedSplit, open_prepared
+from nonlocal_jax.data.split_checks import report_split
 from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import UserError, explained_by
 from nonlocal_jax.evaluation.evaluate import (

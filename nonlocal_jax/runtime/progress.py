@@ -45,9 +45,11 @@ def as_duration(seconds: float) -> str:
   """Formats a duration to its largest units.
 
   >>> as_duration(40), as_duration(5000), as_duration(400_000)
-  ('1 min', '1 h 23 min', '4 d 15 h')
+  ('40 s', '1 h 23 min', '4 d 15 h')
   """
-  minutes = max(1, round(seconds / 60))
+  if seconds < 59.5:
+    return f'{max(1, round(seconds))} s'
+  minutes = round(seconds / 60)
   if minutes < 60:
     return f'{minutes} min'
   hours, minutes = divmod(minutes, 60)
