@@ -136,6 +136,7 @@ class BatchNorm(nnx.Module):
     else:
       mean, var = self.mean[...], self.var[...]
     factor = jax.lax.rsqrt(var + self.epsilon) * self.scale[...]
+    factor = checkpoint_name(factor, 'batch_statistics')
     return ((wide - mean) * factor + self.bias[...]).reshape(x.shape).astype(x.dtype)
 
   def fold(self) -> jax.Array:
@@ -166,8 +167,10 @@ def batch_statistics(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
   """
   shift = jax.lax.stop_gradient(x[:, :1, :1])  # (n, 1, 1, channels)
   shifted = x - shift
-  mean = jnp.mean(shifted, axis=(1, 2))
-  var = jnp.mean(jnp.square(shifted), axis=(1, 2)) - jnp.square(mean)
+  # Row by row, which keeps a GPU busy: over all pixels of a sample at once, XLA finds too little to
+  # do in parallel, and stores what is summed to compute it with more threads.
+  mean, square = (jnp.mean(jnp.mean(x, axis=2), axis=1) for x in (shifted, jnp.square(shifted)))
+  var = square - jnp.square(mean)
   of_samples = jnp.stack([mean + shift[:, 0, 0], var]).reshape(2, groups, -1, x.shape[-1])
   mesh = jax.sharding.get_abstract_mesh()
   is_auto = all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)

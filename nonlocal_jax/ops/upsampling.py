@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_SHIFTS = (-1, 0, 1)  # from a feature to those that its pixels are interpolated from
+
 
 def upsampling_factor(
   size: tuple[int, int], out_size: tuple[int, int], *, align_corners: bool
@@ -30,7 +32,7 @@ def upsampling_factor(
   return factor if fits and factor > 1 and factor & (factor - 1) == 0 else None
 
 
-def upsample(x: jax.Array, factor: int, *, align_corners: bool) -> jax.Array:
+def upsampled_columns(x: jax.Array, factor: int, *, align_corners: bool) -> list[jax.Array]:
   """Upsamples feature maps by an integer factor, like `torch.nn.functional.interpolate`.
 
   Args:
@@ -40,16 +42,16 @@ def upsample(x: jax.Array, factor: int, *, align_corners: bool) -> jax.Array:
       `factor - 1` rows and columns of the result are then outside the image.
 
   Returns:
-    (n, h, factor, w, factor, c), with pixel (i, j) at [:, i // factor, i % factor, j // factor,
-    j % factor].
+    `factor` arrays (n, h, factor, w, c), with pixel (i, j) in array j % factor at [:, i // factor,
+    i % factor, j // factor].
   """
-  weights = _tap_weights(factor, align_corners=align_corners).astype(x.dtype)
-  x = _axis_upsampled(x, weights, axis=1)  # (n, h, factor, w, c)
-  return _axis_upsampled(x, weights, axis=3)
+  weights = _tap_weights(factor, align_corners=align_corners)
+  rows = _rows_upsampled(x, weights)
+  return [_column(rows, weight) for weight in weights.tolist()]
 
 
 def upsample_transpose_of(
-  function: Callable[[int, jax.Array], jax.Array],
+  function: Callable[[int, int, jax.Array], jax.Array],
   x: jax.Array,
   factor: int,
   *,
@@ -57,12 +59,14 @@ def upsample_transpose_of(
 ) -> jax.Array:
   """Applies the transpose of `upsample` to a function of the upsampled features.
 
-  Neither the upsampled features nor the function's values are materialized as a whole: pixel
-  columns are computed and accumulated one by one.
+  Neither the upsampled features nor the function's values are materialized: a feature's gradient is
+  a sum over its own pixels and those of its neighbors, for which the function is computed again, so
+  that XLA can fuse all of it.
 
   Args:
-    function: Takes a column j in [0, factor) and the upsampled features of pixel column j of each
-      feature, (n, h, factor, w, c). Returns an array of that shape, zero outside the image.
+    function: Takes a column j in [0, factor), a shift in (-1, 0, 1) and the upsampled features of
+      pixel column j of the feature at that distance, (n, h, factor, w, c). Returns an array of that
+      shape, zero outside the image but for the features that the shift leads to beyond the edges.
     x: (n, h, w, c) floats.
     factor: See `upsample`.
     align_corners: See `upsample`.
@@ -71,14 +75,21 @@ def upsample_transpose_of(
     (n, h, w, c).
   """
   weights = _tap_weights(factor, align_corners=align_corners)
-  rows = _axis_upsampled(x, weights.astype(x.dtype), axis=1)  # (n, h, factor, w, c)
-  taps = _neighbors(rows, axis=3)
-  sums = [jnp.zeros_like(rows)] * 3
-  for column in range(factor):
-    weight = weights[column].tolist()
-    of_column = function(column, _weighted_sum(taps, weight))
-    sums = [total + of_column * w if w else total for total, w in zip(sums, weight, strict=True)]
-  gathered = _to_neighbors(sums, axis=3)
+  rows = _rows_upsampled(x, weights)
+  place, last = jax.lax.broadcasted_iota(jnp.int32, rows.shape, 3), rows.shape[3] - 1
+  gathered = jnp.zeros_like(rows)
+  for column, weight in enumerate(weights.tolist()):
+    before, own, after = weight
+    own_pixel = function(column, 0, _column(rows, weight))
+    at_edges = jnp.where(place == 0, before, 0) + jnp.where(place == last, after, 0)
+    gathered += own_pixel * (own + at_edges.astype(rows.dtype))
+    # The next feature's pixels weigh what is before them, and the previous one's what is after.
+    for shift, share, is_inside in ((1, before, place < last), (-1, after, place > 0)):
+      if share:
+        pixel = function(column, shift, _column(rows, weight, shift))
+        gathered += jnp.where(is_inside, pixel, 0) * share
+  # One kernel for all rows of a feature: fused with the next, each of them would be compiled again.
+  gathered = jax.lax.optimization_barrier(gathered)
   of_rows = [
     _weighted_sum([gathered[:, :, row] for row in range(factor)], weight)
     for weight in weights.T.tolist()
@@ -86,14 +97,30 @@ def upsample_transpose_of(
   return _to_neighbors(of_rows, axis=1)
 
 
-def _neighbors(x: jax.Array, *, axis: int) -> list[jax.Array]:
-  """Returns each feature's predecessor, itself and its successor, with edges repeated."""
+def neighbor(x: jax.Array, shift: int, *, axis: int) -> jax.Array:
+  """Returns the element at a distance of each one along an axis, with edges repeated."""
+  if not shift:
+    return x
   padding = [(0, 0)] * x.ndim
-  padding[axis] = (1, 1)
+  padding[axis] = (max(-shift, 0), max(shift, 0))
   padded = jnp.pad(x, padding, mode='edge')
-  return [
-    jax.lax.slice_in_dim(padded, start, start + x.shape[axis], axis=axis) for start in range(3)
-  ]
+  return jax.lax.slice_in_dim(padded, max(shift, 0), max(shift, 0) + x.shape[axis], axis=axis)
+
+
+def _rows_upsampled(x: jax.Array, weights: np.ndarray) -> jax.Array:
+  """Upsamples the rows: (n, h, w, c) -> (n, h, factor, w, c)."""
+  shape = (1, 1, len(weights), 1, 1)
+  terms = (
+    jnp.expand_dims(neighbor(x, shift, axis=1), 2) * weight.astype(x.dtype).reshape(shape)
+    for shift, weight in zip(_SHIFTS, weights.T, strict=True)
+    if weight.any()
+  )
+  return cast(jax.Array, sum(terms))
+
+
+def _column(rows: jax.Array, weight: Sequence[float], shift: int = 0) -> jax.Array:
+  """Computes a pixel column of the features at a distance of each one."""
+  return _weighted_sum([neighbor(rows, shift + tap, axis=3) for tap in _SHIFTS], weight)
 
 
 def _to_neighbors(sums: Sequence[jax.Array], *, axis: int) -> jax.Array:
@@ -112,18 +139,6 @@ def _to_neighbors(sums: Sequence[jax.Array], *, axis: int) -> jax.Array:
 def _weighted_sum(arrays: Sequence[jax.Array], weights: Sequence[float]) -> jax.Array:
   terms = [array * weight for array, weight in zip(arrays, weights, strict=True) if weight]
   return sum(terms[1:], start=terms[0]) if terms else jnp.zeros_like(arrays[0])
-
-
-def _axis_upsampled(x: jax.Array, weights: np.ndarray, *, axis: int) -> jax.Array:
-  """Upsamples one axis; the pixels of a feature become a new axis after `axis`."""
-  shape = [1] * (x.ndim + 1)
-  shape[axis + 1] = len(weights)
-  terms = (
-    jnp.expand_dims(tap, axis + 1) * weight.reshape(shape)
-    for tap, weight in zip(_neighbors(x, axis=axis), weights.T, strict=True)
-    if weight.any()
-  )
-  return cast(jax.Array, sum(terms))
 
 
 def _tap_weights(factor: int, *, align_corners: bool) -> np.ndarray:

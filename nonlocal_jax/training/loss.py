@@ -12,9 +12,15 @@ import optax
 from nonlocal_jax.models.config import PixelLoss
 from nonlocal_jax.ops.blocks import map_blocks
 from nonlocal_jax.ops.resize import apply_axis_matrices, bilinear_matrix
-from nonlocal_jax.ops.upsampling import upsample, upsample_transpose_of, upsampling_factor
+from nonlocal_jax.ops.upsampling import (
+  neighbor,
+  upsample_transpose_of,
+  upsampled_columns,
+  upsampling_factor,
+)
 
 _PARTS = 8  # number of row blocks that the loss of an image is computed in
+_COLUMNS = 8  # of upsampled logits that one kernel reduces, of which each has several sums
 _DICE_EPSILON = 2e-3  # mmseg adds half of it to each sum of squares
 
 
@@ -191,21 +197,20 @@ def reduced_pixel_losses(
 def _reduced_forwards(logits, labels, factor, align_corners, ignore_index, with_squares):
   # Keeps XLA from fusing the losses of both heads, which would materialize upsampled logits.
   logits, labels = jax.lax.optimization_barrier((logits, labels))
-  upsampled = upsample(logits, factor, align_corners=align_corners)  # (n, h, f, w, f, c)
+  columns = upsampled_columns(logits, factor, align_corners=align_corners)
   valid = labels != ignore_index
   targets = jnp.where(valid, labels, -1).astype(jnp.int32)
   blocks = _in_blocks(targets, logits.shape[1:3], factor, fill=-1)
-  classes = jax.lax.broadcasted_iota(jnp.int32, upsampled.shape, 5)
-  of_target = jnp.where(classes == blocks[..., None], upsampled, 0)
-  dtype = logits.dtype
-  ones = jnp.ones_like(upsampled)
-  lowest, zero = jnp.finfo(dtype).min, dtype.type(0)
-  operands = [upsampled, ones, classes, of_target]
-  start = [lowest, zero, jnp.int32(jnp.iinfo(jnp.int32).max), zero]
-  if with_squares:
-    operands, start = [*operands, ones], [*start, zero]
-  largest, total, first, of_target, *of_squares = jax.lax.reduce(
-    operands, start, _add_classes, dimensions=(5,)
+  reduced = []
+  for start in range(0, factor, _COLUMNS):
+    places = range(start, min(start + _COLUMNS, factor))
+    reduced += _reduce_classes(
+      [columns[place] for place in places],
+      [blocks[..., place, None] for place in places],
+      with_squares=with_squares,
+    )
+  largest, total, first, of_target, *of_squares = (
+    jnp.stack(of_columns, axis=-1) for of_columns in zip(*reduced, strict=True)
   )
   log_sum = largest + jnp.log(total)
   squares = of_squares[0] / total**2 if with_squares else None
@@ -216,6 +221,38 @@ def _reduced_forwards(logits, labels, factor, align_corners, ignore_index, with_
     None if squares is None else _from_blocks(squares, size),
   )
   return found, (logits, blocks, log_sum, squares)
+
+
+def _reduce_classes(
+  columns: Sequence[jax.Array], targets: Sequence[jax.Array], *, with_squares: bool
+) -> list[Sequence[jax.Array]]:
+  """Reduces pixel columns (n, h, f, w, c) over the classes, all in one kernel.
+
+  Args:
+    columns: Logits.
+    targets: The class of each pixel, (n, h, f, w, 1).
+    with_squares: Whether to compute the last of the elements of `_add_classes`.
+
+  Returns:
+    For each column what `_add_classes` merges, (n, h, f, w) each.
+  """
+  dtype = columns[0].dtype
+  ones = jnp.ones_like(columns[0])
+  classes = jax.lax.broadcasted_iota(jnp.int32, ones.shape, 4)
+  start = [jnp.finfo(dtype).min, dtype.type(0), jnp.int32(jnp.iinfo(jnp.int32).max), dtype.type(0)]
+  start += [dtype.type(0)] * with_squares
+  operands = []
+  for logits, target in zip(columns, targets, strict=True):
+    operands += [logits, ones, classes, jnp.where(classes == target, logits, 0)]
+    operands += [ones] * with_squares
+  each = len(start)
+
+  def merge(a, b):
+    pairs = ((a[first : first + each], b[first : first + each]) for first in range(0, len(a), each))
+    return [value for pair in pairs for value in _add_classes(*pair)]
+
+  found = jax.lax.reduce(operands, start * len(columns), merge, dimensions=(4,))
+  return [found[first : first + each] for first in range(0, len(found), each)]
 
 
 def _add_classes(a, b):
@@ -248,9 +285,9 @@ def _reduced_backwards(factor, align_corners, ignore_index, with_squares, residu
   if with_squares:
     of_pixel += [_in_blocks(cotangents.squares, logits.shape[1:3], factor, fill=0), squares]
 
-  def gradients(column: int, upsampled: jax.Array) -> jax.Array:
+  def gradients(column: int, shift: int, upsampled: jax.Array) -> jax.Array:
     target, weight, log_of_sum, *of_squares = (
-      x[..., column, None] for x in of_pixel
+      neighbor(x[..., column, None], shift, axis=3) for x in of_pixel
     )  # (n, h, factor, w, 1)
     classes = jax.lax.broadcasted_iota(jnp.int32, upsampled.shape, 4)
     probabilities = jnp.exp(upsampled - log_of_sum)
