@@ -163,7 +163,7 @@ def assert_sentence(complaint, sentence):
   assert '\n' not in complaint
 
 
-SHAPE = "Shape 1 in .*0.json, a polygon of 'road', "
+SHAPE = r"Shape 1 in .*0.json \(polygon, 'road'\) "
 
 
 def base64_of(shape):
@@ -190,23 +190,23 @@ def set_shape(**values):
       set_shape(points=[[1, 1], [9, 900], [3, 3]]),
       SHAPE + r'has the point \(9, 900\), far outside',
     ),
-    (set_shape(shape_type='circle'), "a circle of 'road', has 4 points"),
-    (set_shape(shape_type='points'), "a points of 'road', is of a kind that labelme does not dra"),
+    (set_shape(shape_type='circle'), r"\(circle, 'road'\) has 4 points"),
+    (set_shape(shape_type='points'), r"\(points, 'road'\) is of a kind that labelme does not dra"),
     (
       set_shape(shape_type='mask', points=[[1, 1], [5, 5]], mask='!'),
-      "a mask of 'road', has a mask that is not in base64",
+      r"\(mask, 'road'\) has a mask that is not in base64",
     ),
     (
       set_shape(shape_type='mask', points=[[1, 1], [5, 5]], mask=None),
-      "a mask of 'road', has a mask that is not in base64",
+      r"\(mask, 'road'\) has a mask that is not in base64",
     ),
     (
       set_shape(shape_type='mask', points=[[1, 1], [5, 5]], mask='\u00e9'),
-      "a mask of 'road', has a mask that is not in base64",
+      r"\(mask, 'road'\) has a mask that is not in base64",
     ),
     (
       set_shape(shape_type='mask', points=[[1, 1], [5, 5]], mask=base64_of((4, 5))),
-      "a mask of 'road', has a mask of 5x4 pixels, and not 5x5",
+      r"\(mask, 'road'\) has a mask of 5x4 pixels, and not 5x5",
     ),
     (set_shape(label='lorry'), r"0.json has the label 'lorry', which .*/labels.txt lacks: add it"),
     (set_shape(label=None), 'Shape 1 in .*0.json has no label: mend it, or take it out'),
@@ -237,7 +237,7 @@ def replace(old, new):
   return change
 
 
-CVAT = 'Shape [123], a (polygon|box|mask|star) of .road., of image 0.jpg in .*annotations.xml '
+CVAT = r'Shape [123] of image 0.jpg in .*annotations.xml \((polygon|box|mask|star), .road.\) '
 BOMB = '<!DOCTYPE a [<!ENTITY b "bbbbbbbb"><!ENTITY c "&b;&b;&b;&b;&b;&b;&b;&b;">]>\n<annotations>'
 
 
@@ -314,7 +314,7 @@ def test_cvat(change, sentence, tmp_path):
   assert_sentence(complaint, sentence)
 
 
-REGION = r'Region [123] of image .*no 0.jpg in .*project-1.json, a \w+ of road, '
+REGION = r'Region [123] of image .*no 0.jpg in .*project-1.json \(\w+, road\) '
 
 
 def set_value(index, **values):
@@ -347,11 +347,11 @@ def set_task(**values):
     (set_value(0, polygonlabels=[]), 'has 0 labels, and not one'),
     (
       set_value(1, width=None),
-      'car, has something else than numbers as x, y, width, height or',
+      r', car\) has something else than numbers as x, y, width, height or',
     ),
     (
       set_value(1, rotation='left'),
-      'car, has something else than numbers as x, y, width, height',
+      r', car\) has something else than numbers as x, y, width, height',
     ),
     (set_value(2, rle=[0, 0, 0, 1]), REGION + 'has an rle of 0.25 pixels, and not 1920'),
     (set_value(2, rle=[0, 0]), REGION + 'has an rle that breaks off'),
@@ -365,7 +365,7 @@ def set_task(**values):
     (set_result(0, original_width=99), 'has image .*no 0.jpg with 99x40 pixels, but it has 48x40'),
     (
       set_result(0, type='video', value={'x': 1}),
-      'a video of nothing, is of a kind that is not read',
+      r'\(video, no label\) is of a kind that is not read',
     ),
     (
       set_task(annotations=[]),
@@ -401,7 +401,7 @@ def test_label_studio(change, sentence, tmp_path):
   assert_sentence(complaint, sentence)
 
 
-OBJECT = r"Object [12] in .*ann/0.jpg.json, a \w+ of '\w+', "
+OBJECT = r"Object [12] in .*ann/0.jpg.json \(\w+, '\w+'\) "
 
 
 def set_object(index, **values):

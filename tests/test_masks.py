@@ -1,8 +1,10 @@
 """Label maps in files of their own: indices, colors, black and white, and where they lie."""
 
 import json
+import re
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -463,6 +465,41 @@ def test_one_label_map_in_colors_among_others_of_indices_is_refused_itself(odd, 
     f'File {path} is not a label map of one channel of 8 bits but RGB: replace it. Or leave it out '
     'with skip_bad.'
   )
+
+
+def test_colors_beside_names_without_colors_are_refused_with_the_file_to_complete(tmp_path):
+  write_scenes(tmp_path / 'source')
+  (tmp_path / 'source/classes.txt').write_text('background\nroad\ntree\n')
+  said = complaint(tmp_path / 'source', tmp_path)
+  assert f'in colors, and {tmp_path}/source/classes.txt names classes without colors: write' in said
+  assert '[128, 64, 128] (' in said
+  (tmp_path / 'source/classes.txt').write_text('road #804080\n')
+  with pytest.raises(UserError, match=r"\('road #804080' is not name r g b: colors are numbers"):
+    detection.read_folder(tmp_path / 'source')
+
+
+def test_smoothed_colors_are_told(tmp_path):
+  write_scenes(tmp_path / 'source', encode=lambda label: cv2.blur(in_colors(label), (3, 3)))
+  said = complaint(tmp_path / 'source', tmp_path)
+  assert re.search(
+    r'\d of them have \d\d% of the pixels: if the others are smoothed edges or due to comp', said
+  )
+
+
+def test_label_maps_of_16_bits_in_each_channel_are_refused_with_the_reason(tmp_path):
+  write_scenes(tmp_path / 'source')
+  for path in (tmp_path / 'source/labels').glob('*/*.png'):
+    cv2.imwrite(str(path), cv2.imread(str(path)).astype(np.uint16))
+  assert 'not a label map of 8 bits in each channel but of 16' in complaint(
+    tmp_path / 'source', tmp_path
+  )
+
+
+def test_black_and_white_of_three_classes_is_refused(tmp_path):
+  write_scenes(tmp_path, make_scenes(classes=2), encode=lambda label: 255 * label)
+  (tmp_path / 'classes.txt').write_text('a\nb\nc\n')
+  with pytest.raises(UserError, match=r'have the values 0 and 255 only, and 255 is ignored, so'):
+    prepared_labels(tmp_path, tmp_path)
 
 
 def test_tiff_label_maps_are_refused_with_the_reason(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from etils.epath import backend
 
+from nonlocal_jax.cli import prepare
 from nonlocal_jax.data import datasets, layouts, preparation
 from nonlocal_jax.data.formats import automatic_split, detection, splits
 from nonlocal_jax.errors import UserError
@@ -25,6 +26,19 @@ def source(tmp_path):
     write(folder / f'images/{scene.name}.jpg', scene.image)
     write(folder / f'labels/{scene.name}.png', scene.label)
   return folder
+
+
+@pytest.fixture
+def script_of_prepare(tmp_path, capsys):
+  """A function of the options of `prepare` that returns what it complains of."""
+
+  def run(*options):
+    with pytest.raises(UserError) as error:
+      prepare.main([*options, f'--data-dir={tmp_path / "prepared"}'])
+    assert not capsys.readouterr().out
+    return str(error.value)
+
+  return run
 
 
 def listed(source):
@@ -153,6 +167,13 @@ def test_lists_go_if_the_images_they_name_cannot_be_prepared(source):
   assert len(list(source.glob('*.txt'))) == 2  # which were there before
 
 
+def test_lists_go_if_label_values_are_none(source, script_of_prepare):
+  (source / 'classes.txt').write_text('sky\nsea\n')  # the label maps have three
+  complaint = script_of_prepare('--dataset=custom', f'--source={source}')
+  assert 'Label value 2' in complaint
+  assert not [path.name for path in source.glob('*.txt') if path.name != 'classes.txt']
+
+
 def test_two_lists_and_names_with_spaces_and_of_any_script(source):
   names = ['a b', 'Straße', 'e\u0301', '道路.v2']
   for scene, name in zip(SCENES, names, strict=False):
@@ -190,6 +211,14 @@ def test_two_lists_and_names_with_spaces_and_of_any_script(source):
     (
       {'val.txt': 'scene_0 1\nscene_1 -1\n'},
       "{source}/val.txt has '1' after the image 'scene_0' in",
+    ),
+    (
+      {'val.txt': 'images/scene_0.jpg,labels/scene_1.png\n'},
+      "{source}/val.txt has 'labels/scene_1.png' after the image 'scene_0' in line 1, which is not",
+    ),
+    (
+      {'val.txt': 'images/scene_0.jpg, labels/scene_1.png\n'},
+      "{source}/val.txt has 'labels/scene_1.png' after the image 'scene_0' in line 1, which is not",
     ),
     ({'train.txt': 'nothing\nscene_3'}, None),
   ],

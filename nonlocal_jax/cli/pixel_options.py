@@ -1,5 +1,6 @@
 """The options of training that the format of a dataset's images asks for."""
 
+import shlex
 from typing import TYPE_CHECKING
 
 from nonlocal_jax.data.pixel_formats import RGB, PixelFormat
@@ -40,7 +41,7 @@ def pixel_options(split: 'PreparedSplit') -> list[str]:
     what = 'repeated' if pixels.channels == 1 else 'without the fourth channel'
     print(
       f'They are read as RGB, {what}, as pretrained backbones take it. To read them as they are, '
-      f'train with\n  {" ".join(options)}'
+      f'train with\n  {shlex.join(options)}'
     )
     return []
   return options

@@ -68,12 +68,12 @@ def predict_videos(
     UserError: If further results cannot be written.
   """
   _check_channels(model)
-  print('The results have no sound.', file=sys.stderr)
-  failures = []
+  failures, is_any_predicted = [], False
   for name, path in videos.items():
     try:
       with contextlib.closing(open_video(path, max_pixels=options.max_pixels)) as video:
         _predict(video, options.out / name, model, options)
+      is_any_predicted = True
       if video.problem:
         failures.append(video.problem)
     except ImageTooLargeError as error:
@@ -82,6 +82,8 @@ def predict_videos(
       if not concerns_one_file(error):
         raise
       failures.append(str(error))
+  if is_any_predicted:
+    print('The results have no sound.', file=sys.stderr)
   return failures
 
 

@@ -30,6 +30,7 @@ from nonlocal_jax.cli.pixel_options import format_to_read, pixel_options
 from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.data.datasets import DESCRIPTION, PUBLISHED, Dataset, custom_dataset
 from nonlocal_jax.data.formats.detection import read_folder, with_splits
+from nonlocal_jax.data.formats.splits import withdrawn_after_errors
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.paths import as_path, is_remote
 from nonlocal_jax.data.transforms import IGNORE
@@ -93,14 +94,16 @@ def main(arguments: Sequence[str]) -> None:
     source = fetched(options) if options.download else options.source
     with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
       splits = prepare(dataset, source, skip_bad=options.skip_bad, found=found, **where)
+  is_counted = dataset.name == 'custom' and not described
+  with withdrawn_after_errors(found.written if found else ()):
+    if is_counted:
+      dataset = one_class_per_value(splits.values(), dataset, description, options.source)
+    pixels = format_to_read(next(iter(splits.values())))  # training's, if it is among them
+    for split in splits.values():
+      report_split(split, dataset, pixels=pixels)
   if found:  # once the result is there, which a closed output must not cost
     print(f'{options.source} holds {found.sentence}.')
-  is_counted = dataset.name == 'custom' and not described
-  if is_counted:
-    dataset = one_class_per_value(splits.values(), dataset, description, options.source)
-  pixels = format_to_read(next(iter(splits.values())))  # training's, if it is among them
   for split in splits.values():
-    report_split(split, dataset, pixels=pixels)
     print(f'\n{split.name}: {counted(len(split), "image")} in {split.directory}')
     print(shares_table(split, dataset))
   more = pixel_options(splits['train']) if 'train' in splits else []
@@ -191,7 +194,7 @@ def one_class_per_value(
 
 
 def _are_no_indices(pixels: Mapping[int, int], num_used: int, count: int) -> bool:
-  """Whether label values are rather gray levels, or black and white with smoothed edges.
+  """Whether label values are rather gray levels, or black and white with few others.
 
   Args:
     pixels: How often each value occurs.
@@ -205,7 +208,9 @@ def _are_no_indices(pixels: Mapping[int, int], num_used: int, count: int) -> boo
     and len(others) >= _SMOOTHED_VALUES
     and black_and_white >= _SMOOTHED_SHARE * sum(pixels.values())
   )
-  return is_smoothed or 2 * num_used < count
+  # 255 has no class, and more pixels than all but the first: black and white, and a stray value.
+  is_mixed = pixels.get(IGNORE, 0) > sum(pixels[value] for value in others)
+  return is_smoothed or is_mixed or 2 * num_used < count
 
 
 def _no_indices(pixels: Mapping[int, int], files: Mapping[int, str], source: str) -> str:
@@ -215,7 +220,8 @@ def _no_indices(pixels: Mapping[int, int], files: Mapping[int, str], source: str
   listed[3:] = [f'{len(values) - 3} more'] if len(values) > 4 else listed[3:]
   odd = next((value for value in values if value not in (0, IGNORE)), values[0])
   remedies = (
-    'write black and white as 0 and 255 alone, without smoothed edges; list gray levels in '
+    'write black and white as 0 and 255 alone in all files, without smoothed edges; list gray '
+    'levels in '
     'classes.txt, as in "road 128 128 128"'
   )
   return (

@@ -92,6 +92,14 @@ def check_label_values(values: Mapping[int, LabelValue], dataset: Dataset, *, sp
     UserError: If a value is neither; the message names it and a file that has it.
   """
   lookup, count = dataset.label_lookup, dataset.num_classes
+  is_own = dataset.layout == 'custom' and not dataset.label_map
+  is_black_and_white = set(values) == {0, IGNORE} and IGNORE not in dataset.ignore_labels
+  if is_own and is_black_and_white and lookup[0] != IGNORE and split.endswith('train'):
+    raise UserError(
+      f'The label files of {split} have the values 0 and 255 only, and 255 is ignored, so that one '
+      f'of the {count} classes is left: name two classes for black and white, or write class '
+      'indices.'
+    )
   first = int(dataset.reduce_zero_label)
   for value, found in sorted(values.items()):
     if count <= lookup[value] < IGNORE:

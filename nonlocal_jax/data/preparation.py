@@ -25,6 +25,7 @@ from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder
 from nonlocal_jax.data.datasets import Dataset, Split
 from nonlocal_jax.data.formats.detection import read_folder, with_splits
 from nonlocal_jax.data.formats.found import Found
+from nonlocal_jax.data.formats.splits import withdrawn_after_errors
 from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.origins import absolute, record_origin
 from nonlocal_jax.data.paths import is_remote, is_utf8, version_of
@@ -36,6 +37,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import unfinished
 from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.runtime.progress import progress_bar
+from nonlocal_jax.runtime.wording import counted
 
 _SHARD_BYTES = 128 << 20  # TFDS holds a shard in memory while writing it
 # Changes the fingerprints of custom datasets, whose label files earlier versions read otherwise.
@@ -82,16 +84,11 @@ def prepare(
     found = with_splits(source_dir, read_folder(source_dir))
   if found and found.warning and is_first_process():
     print(f'warning: {found.warning}', file=sys.stderr)
-  try:
+  with withdrawn_after_errors(found.written if found else ()):
     return {
       split: _prepare_split(dataset, source_dir, split, found, data_dir, skip_bad)
       for split in splits
     }
-  except UserError:
-    if found and is_first_process():  # they may name bad samples, which the user removes
-      for path in found.written:
-        path.unlink(missing_ok=True)
-    raise
 
 
 def _prepare_split(
@@ -274,7 +271,8 @@ class _Builder(ShardBasedBuilder, skip_registration=True):
   def _download_and_prepare(self, *arguments, **options) -> None:
     super()._download_and_prepare(*arguments, **options)
     if self._bad and not (self._skip_bad and self.info.splits.total_num_examples):
-      raise _bad_samples(self._title, self._bad)  # while the directory can still be removed
+      # While the directory can still be removed.
+      raise _bad_samples(self._title, self._bad, left_out=self._skip_bad)
     self.info.metadata['left_out'] = self._bad
     self.info.metadata['record_files'] = record_files(Path(self.data_dir))
 
@@ -295,11 +293,15 @@ def _read_or_complain(sample: Sample) -> AuditedSample | str:
     return str(error)
 
 
-def _bad_samples(name: str, complaints: Sequence[str]) -> UserError:
-  if len(complaints) == 1:
-    return UserError(f'{complaints[0]} Or leave it out with skip_bad.')
+def _bad_samples(name: str, complaints: Sequence[str], *, left_out: bool = False) -> UserError:
+  """An error on bad samples; `left_out` if they were to be left out, and there are no others."""
   listed = '\n  '.join(complaints[:20])
   more = f'\n  and {len(complaints) - 20} more' if len(complaints) > 20 else ''
+  if left_out:
+    count = counted(len(complaints), 'bad sample')
+    return UserError(f'{name} has {count} and no others; mend them:\n  {listed}{more}')
+  if len(complaints) == 1:
+    return UserError(f'{complaints[0]} Or leave it out with skip_bad.')
   return UserError(
     f'{name} has {len(complaints)} bad samples; mend them, or leave them out with '
     f'skip_bad:\n  {listed}{more}'

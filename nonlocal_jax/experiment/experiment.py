@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 
 from nonlocal_jax.data import synthetic
 from nonlocal_jax.data.datasets import Dataset, Split
-from nonlocal_jax.data.formats.detection import is_divided, read_folder
+from nonlocal_jax.data.formats.detection import is_divided, read_folder, with_splits
+from nonlocal_jax.data.formats.splits import withdrawn_after_errors
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.layouts import list_samples
 from nonlocal_jax.data.loader import TrainIterator, restored_opencv_threads, train_batches
@@ -556,18 +557,24 @@ class Experiment:
       source_dir = str(workdir / 'demo_set')
       synthetic.write_demo_set(workdir / 'demo_set')
     with explained_by(DATA_FLAGS):
-      if source_dir is None:
-        opened = open_prepared(self.dataset, splits=splits, data_dir=data_dir)
-      else:
-        opened = prepare(
-          self.dataset,
-          source_dir,
-          splits=splits,
-          data_dir=data_dir,
-          skip_bad=self.data.skip_bad,
-        )
-      for split in opened.values():
-        report_split(split, self.dataset, pixels=PixelFormat.of_protocol(protocol or self.protocol))
+      found = None
+      if source_dir is not None and self.dataset.layout == 'custom':
+        found = with_splits(source_dir, read_folder(source_dir))
+      with withdrawn_after_errors(found.written if found else ()):
+        if source_dir is None:
+          opened = open_prepared(self.dataset, splits=splits, data_dir=data_dir)
+        else:
+          opened = prepare(
+            self.dataset,
+            source_dir,
+            splits=splits,
+            data_dir=data_dir,
+            skip_bad=self.data.skip_bad,
+            found=found,
+          )
+        pixels = PixelFormat.of_protocol(protocol or self.protocol)
+        for split in opened.values():
+          report_split(split, self.dataset, pixels=pixels)
     return opened
 
   def train_batches(self, split: PreparedSplit) -> TrainIterator:

@@ -69,7 +69,7 @@ def _summary(run: TrainingRun, seconds: float, waited: float) -> str:
   whole = as_duration(seconds * schedule.steps)
   return (
     f'A step took {seconds:.3g} s, of which {waited / seconds:.0%} were spent waiting for images '
-    f'({_STEPS} steps); {counted(schedule.steps, "step")} take about {whole}, and '
-    f'{counted(evaluations, "evaluation")} of {counted(images, "image")} come on top.\n'
+    f'({_STEPS} steps); {counted(schedule.steps, "step")} take about {whole} without '
+    f'{counted(evaluations, "evaluation")} of {counted(images, "image")}.\n'
     'Nothing was trained, and no checkpoint was written.'
   )

@@ -97,6 +97,8 @@ def found_annotations(
       f'{IGNORE} are possible: merge some, or take those out that no shape has.'
     )
   for name in classes:
+    if not name.strip():
+      raise UserError(f'The {title} in {source} have a class without a name: name it.')
     if name != name.encode('utf-8', 'replace').decode() or not name.isprintable():
       raise UserError(
         f'The {title} in {source} have a class called {name!a}, which cannot be printed: rename it.'

@@ -126,6 +126,8 @@ def _names(text: str) -> tuple[list[str], list[Color]]:
   image = next((line for line in lines if without_suffix(line.split()[0], IMAGE_SUFFIXES)), None)
   if image:
     raise ValueError(f'{image!r} is the name of an image')
+  if lines and re.search(r'#[0-9a-fA-F]{6}$', lines[0]):
+    raise ValueError(f'{lines[0]!r} is not name r g b: colors are numbers up to 255')
   number = r'[\s,;:]+(?P<{}>\d{{1,3}})'.format
   colored = rf'(?P<name>.*?\S){number("r")}{number("g")}{number("b")}'
   has_colors = [re.fullmatch(colored, line) is not None for line in lines]

@@ -145,7 +145,7 @@ def _draw(
       _paint(label, shape, values)
     except ValueError as error:
       raise UserError(
-        f'Shape {index + 1}, a {shape.tag} of {shape.get("label")!r}, of image {name} in {file} '
+        f'Shape {index + 1} of image {name} in {file} ({shape.tag}, {shape.get("label")!r}) '
         f'{error}: mend it, or take it out.'
       ) from error
   return label

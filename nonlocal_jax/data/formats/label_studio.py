@@ -239,8 +239,8 @@ def _draw(
       _paint(label, region, values)
     except ValueError as error:
       raise UserError(
-        f'Region {index + 1} of image {task.names[0]} in {file}, a {region.type} of '
-        f'{"/".join(region.labels or ["nothing"])}, {error}: mend it, or take it out.'
+        f'Region {index + 1} of image {task.names[0]} in {file} ({region.type}, '
+        f'{"/".join(region.labels or ["no label"])}) {error}: mend it, or take it out.'
       ) from error
   return label
 

@@ -158,7 +158,7 @@ def _draw(h: int, w: int, *, document: Document, values: Mapping[str, int]) -> n
       label[_mask(shape, (h, w))] = values[shape['label']]
     except ValueError as error:
       raise UserError(
-        f'Shape {index + 1} in {file}, a {_kind(shape)} of {shape["label"]!r}, {error}: mend it, '
+        f'Shape {index + 1} in {file} ({_kind(shape)}, {shape["label"]!r}) {error}: mend it, '
         'or take it out.'
       ) from error
   return label

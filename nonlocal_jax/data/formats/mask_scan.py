@@ -57,11 +57,13 @@ def scan(paths: Sequence[Path]) -> Scan:
     paths: The label files, PNG.
 
   Returns:
-    The kind; 'index' if no file can be read.
+    The kind; 'gray' if no file can be read.
   """
   with ThreadPoolExecutor(_FIRST) as pool:
     first = _of_most(list(pool.map(_contents, paths[:_FIRST])))
   found = _summary(first, is_all=len(paths) <= _FIRST)
+  if paths and not first and found is not None:
+    return Scan('gray')  # whose reader says what is wrong with them
   if found is not None:
     return found
   kept = cache_folder() / 'label_kinds' / f'{_fingerprint(paths)}.json'

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.wording import counted
 
+_MOST_PIXELS = 0.8  # share of those that smoothed edges leave as they were, at least
 _BLACK, _WHITE = 'background', 'foreground'
 
 
@@ -195,6 +197,11 @@ def _own_table(own: Mapping[str, Any], source: Path) -> ClassTable | None:
   colors = tuple((r, g, b) for r, g, b in palette)
   names = own.get('classes', ())
   if len(names) != len(colors):
+    if names and not own.get('label_map'):
+      raise UserError(
+        f'{source / DESCRIPTION} has {counted(len(names), "class")} and '
+        f'{counted(len(colors), "color")}: give one color for each class.'
+      )
     names = [f'color {index}' for index in range(len(colors))]
   return ClassTable(tuple(names), colors, str(source / DESCRIPTION))
 
@@ -218,11 +225,11 @@ def _reading(
     read = functools.partial(read_colors, palette=table.colors, where=table.file)
     return _Reading('label maps in colors', names, table.colors, read, key)
   if found.kind == 'colors':
-    raise UserError(_palette_to_paste(paths, source))
+    raise UserError(_palette_to_paste(paths, source, table))
   # The palette of `dataset.json` is for pictures then, and its classes are joined later.
   is_own = table is not None and table.file == str(source / DESCRIPTION)
   names = () if is_own else names
-  if len(names) == 1:  # a background goes without saying
+  if len(names) == 1 and set(found.values) <= {0, 1, IGNORE}:  # a background goes without saying
     names = (_BLACK, *names)
   colors = table.colors if table and len(table.colors) == len(names) else ()
   if found.kind == 'binary' and _may_be_binary(own, names):
@@ -282,7 +289,7 @@ def _palettes_differ(conflict: Conflict, source: Path) -> str:
   )
 
 
-def _palette_to_paste(paths: Sequence[Path], source: Path) -> str:
+def _palette_to_paste(paths: Sequence[Path], source: Path, table: ClassTable | None) -> str:
   counts = all_colors(paths)
   if not counts:  # none can be read, which an error tells
     counts.update(count_colors(paths[0]))
@@ -293,6 +300,19 @@ def _palette_to_paste(paths: Sequence[Path], source: Path) -> str:
       f'{describe_colors(dict(counts.most_common(3)))}: they are no label maps, or smoothed '
       'or compressed; export them as PNG files of class indices or of one color for each class.'
     )
+  listed = f'There are {describe_colors(dict(counts.most_common()))}.'
+  usual, usual_pixels = _usual(counts)
+  if 2 * len(usual) <= len(counts):
+    share = usual_pixels / counts.total()
+    listed += (
+      f' {len(usual)} of them have {share:.0%} of the pixels: if the others are smoothed edges or '
+      'due to compression, export the files without.'
+    )
+  if table:
+    return (
+      f'The label maps in {folder} are in colors, and {table.file} names classes without colors: '
+      f'write the color behind each name there, as in "road 128 64 128".\n{listed}'
+    )
   colors = [color for color, _ in counts.most_common()]
   description = {
     'classes': [f'color {index}' for index in range(len(colors))],
@@ -301,5 +321,17 @@ def _palette_to_paste(paths: Sequence[Path], source: Path) -> str:
   return (
     f'The label maps in {folder} are in colors, and no file beside them says which class each is: '
     f'name the classes, in the order that you want, in {source / DESCRIPTION}, as in\n  '
-    f'{json.dumps(description)}\nThere are {describe_colors(dict(counts.most_common()))}.'
+    f'{json.dumps(description)}\n{listed}'
   )
+
+
+def _usual(counts: Counter[Color]) -> tuple[list[Color], int]:
+  """The fewest colors that have most of the pixels, and how many pixels they have."""
+  usual: list[Color] = []
+  pixels = 0
+  for color, count in counts.most_common():
+    if pixels >= _MOST_PIXELS * counts.total():
+      break
+    usual.append(color)
+    pixels += count
+  return usual, pixels

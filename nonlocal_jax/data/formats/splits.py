@@ -1,7 +1,9 @@
 """Divides images into those for training and those for validation by lists, or writes lists."""
 
+import contextlib
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -275,7 +277,8 @@ class _Names:
 def _holds_image(name: str) -> bool:
   """Whether a folder's name ends an image's and goes on: the line has two paths."""
   folder, *_ = name.partition('/')
-  return any(without_suffix(word, IMAGE_SUFFIXES) for word in folder.split()[:-1])
+  words = re.split(r'[\s,;]+', folder)
+  return any(without_suffix(word, IMAGE_SUFFIXES) for word in words[:-1])
 
 
 def _is_label(text: str, label: Path | None) -> bool:
@@ -328,6 +331,24 @@ def _write_lists(source: Path, listing: Listing, names: Sequence[str]) -> list[P
       file=sys.stderr,
     )
   return [source / 'train.txt', source / 'val.txt']
+
+
+@contextlib.contextmanager
+def withdrawn_after_errors(written: Sequence[Path]) -> Iterator[None]:
+  """Context after a `UserError` in which lists that were written for it are removed.
+
+  What is wrong may be images or label values, which the user mends: then they are divided anew.
+
+  Args:
+    written: See `Found.written`.
+  """
+  try:
+    yield
+  except UserError:
+    if is_first_process():
+      for path in written:
+        path.unlink(missing_ok=True)
+    raise
 
 
 def _write_list(path: Path, names: Sequence[str]) -> None:

@@ -133,7 +133,7 @@ def _draw(h: int, w: int, *, document: Document, values: Mapping[str, int]) -> n
       _paint(label, item, values[title])
     except ValueError as error:
       raise UserError(
-        f'Object {index + 1} in {file}, a {kind} of {title!r}, {error}: mend it, or take it out.'
+        f'Object {index + 1} in {file} ({kind}, {title!r}) {error}: mend it, or take it out.'
       ) from error
   return label
 
