@@ -208,6 +208,7 @@ def set_shape(**values):
       set_shape(shape_type='mask', points=[[1, 1], [5, 5]], mask=base64_of((4, 5))),
       r"\(mask, 'road'\) has a mask of 5x4 pixels, and not 5x5",
     ),
+    (set_shape(label=''), 'Shape 1 in .*0.json has no label: mend it, or take it out'),
     (set_shape(label='lorry'), r"0.json has the label 'lorry', which .*/labels.txt lacks: add it"),
     (set_shape(label=None), 'Shape 1 in .*0.json has no label: mend it, or take it out'),
     (

@@ -127,7 +127,8 @@ def _parse(path: Path) -> dict:
   if not isinstance(content.get('imagePath'), str):
     raise UserError(f'File {path} is not of labelme: it has no imagePath; mend it.')
   for index, shape in enumerate(content['shapes']):
-    if not isinstance(shape, dict) or not isinstance(shape.get('label'), str):
+    name = shape.get('label') if isinstance(shape, dict) else None
+    if not isinstance(name, str) or not name.strip():
       raise UserError(f'Shape {index + 1} in {path} has no label: mend it, or take it out.')
   content.pop('imageData', None)  # a copy of the image
   return content
