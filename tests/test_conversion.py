@@ -119,6 +119,7 @@ def test_summary(convert, peer_checkpoint, tmp_path):
   assert description.protocol.align_corners
 
 
+@pytest.mark.slow
 def test_the_printed_command_evaluates(convert, program, peer_checkpoint, photos, tmp_path):
   printed = convert(peer_checkpoint, tmp_path / 'out')
   command = printed.splitlines()[-1].replace('DIR', str(photos))

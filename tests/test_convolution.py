@@ -123,6 +123,7 @@ def test_what_is_done_by_winograd(case):
   assert ('stablehlo.convolution' in program) == (edge == 3 and not expected)
 
 
+@pytest.mark.slow
 def test_the_network_is_the_same_by_direct_convolutions_and_without_scans(rng):
   """Also that these options reach the network: the numbers of convolutions are known."""
   config = NonLocalNetConfig(stage_blocks=(2, 3, 1, 2), width=16, num_classes=5, zero_init=False)

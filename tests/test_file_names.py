@@ -70,7 +70,7 @@ def test_a_label_map_of_another_type_is_named(tmp_path):
   (reason,) = layouts.list_samples(CUSTOM, tmp_path, 'val').incomplete.values()
   assert reason == (
     f'Image {sample.image} has no label map: expected {sample.label}, found '
-    f'{sample.label.with_suffix(".tif")}.'
+    f'{sample.label.with_suffix(".tif")}: label maps are read from PNG files only; convert them.'
   )
 
 

@@ -48,7 +48,7 @@ def test_custom_dataset():
     ({'num_classes': 3, 'classes': ['sky']}, 'has 3 classes but 1 class names: give one for each'),
     ({'num_classes': 3, 'palette': [(1, 2, 3)]}, 'has 3 classes but 1 colors: give one for each'),
     ({}, 'The number of classes of dataset custom is not known: set num_classes, or'),
-    ({'classes': ['sky']}, 'has 1 classes; from 2 to 255 are possible'),
+    ({'classes': ['sky']}, 'has 1 class; from 2 to 255 are possible'),
     ({'num_classes': 2, 'label_map': [0, 3]}, 'leads to class 3, but there are 2 classes: lead to'),
     (
       {'classes': ['__ignore__', '_background_', 'crack']},

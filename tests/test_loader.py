@@ -113,6 +113,7 @@ def test_seed_and_transforms_matter(prepared):
     np.testing.assert_array_equal(label[:h, :w], np.where(expected == 1, 255, expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('num_workers', [1, 2, 4])
 def test_batches_do_not_depend_on_workers(num_workers, prepared):
   expected = take(loader.train_batches(prepared['train'], **TRAINING), 5)

@@ -92,6 +92,7 @@ def test_a_finished_run_is_evaluated_again_and_stays_as_it_is(training_config, t
   assert_same_run(workdir, trained[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_began_before_backbones_had_names_resumes(training_config, trained, tmp_path):
   workdir = tmp_path / 'workdir'
   shutil.copytree(trained[0], workdir)

@@ -318,7 +318,8 @@ BAD = {  # what people have, and what is said of it
   ),
   'a broken table': (
     spoilt(write_camvid, 'class_dict.csv', 'name,r,g,b\nroad,1,2\n'),
-    "File {root}/class_dict.csv is no table of classes ('road,1,2' is not name,r,g,b): mend it.",
+    "File {root}/class_dict.csv is no table of classes ('road,1,2' is not name,r,g,b): mend it, or "
+    'move it away.',
   ),
   'pixel values with a gap': (
     spoilt(write_roboflow_masks, 'train/_classes.csv', 'Pixel Value, Class\n0, a\n3, b\n'),
@@ -363,7 +364,7 @@ BAD = {  # what people have, and what is said of it
   ),
   'one image': (
     lambda root: [write(root / f'{kind}/a.png', SCENES[0].label) for kind in ('images', 'masks')],
-    'Folder {root} has 1 image, which cannot be divided into train and val: add more.',
+    'Folder {root} has 1 image for training and validation, which cannot be divided: add more.',
   ),
   'two folders of label maps': (
     lambda root: [write_plain(root), write(root / 'labels/a.png', SCENES[0].label)],

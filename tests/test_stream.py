@@ -223,6 +223,7 @@ def test_files_that_cannot_be_read_leave_the_others(peer_checkpoint, tmp_path):
     list(model.predict_many(paths))
 
 
+@pytest.mark.slow
 def test_predictions_with_folded_batch_norms_are_the_same(
   images, one_by_one, peer_checkpoint, monkeypatch
 ):
