@@ -151,12 +151,13 @@ def test_lists_beside_folders_of_splits_are_told(source):
   assert sentence(source) == f'{before}. val.txt is not used: the images are divided already'
 
 
-def test_lists_go_if_the_images_they_name_cannot_be_prepared(source):
+def test_lists_go_if_the_images_they_name_cannot_be_prepared(source, capsys):
   (source / 'labels/scene_5.png').write_bytes(b'broken')
   dataset = datasets.custom_dataset(3)
   with pytest.raises(UserError, match=r'scene_5\.png is not an image, or broken'):
     preparation.prepare(dataset, source, data_dir=source / '.prepared')
   assert not list(source.glob('*.txt'))
+  assert capsys.readouterr().err.endswith('train.txt and val.txt were removed again.\n')
   (source / 'labels/scene_5.png').unlink()
   (source / 'images/scene_5.jpg').unlink()
   splits = preparation.prepare(dataset, source, data_dir=source / '.prepared')
@@ -171,6 +172,9 @@ def test_lists_go_if_label_values_are_none(source, script_of_prepare):
   (source / 'classes.txt').write_text('sky\nsea\n')  # the label maps have three
   complaint = script_of_prepare('--dataset=custom', f'--source={source}')
   assert 'Label value 2' in complaint
+  (source / 'classes.txt').write_text('sky\n')
+  complaint = script_of_prepare('--dataset=custom', f'--source={source}')
+  assert 'Dataset custom has 1 class' in complaint
   assert not [path.name for path in source.glob('*.txt') if path.name != 'classes.txt']
 
 

@@ -28,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 from nonlocal_jax.cli.pixel_options import format_to_read, pixel_options
 from nonlocal_jax.cli.program import Parser, program_name
-from nonlocal_jax.data.datasets import DESCRIPTION, PUBLISHED, Dataset, custom_dataset
+from nonlocal_jax.data.datasets import DESCRIPTION, PUBLISHED, Dataset, Split, custom_dataset
 from nonlocal_jax.data.formats.detection import read_folder, with_splits
+from nonlocal_jax.data.formats.found import Found
 from nonlocal_jax.data.formats.splits import withdrawn_after_errors
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.paths import as_path, is_remote
@@ -69,47 +70,83 @@ def main(arguments: Sequence[str]) -> None:
   options = parser.parse(arguments)
   _check(parser, options)
 
-  from nonlocal_jax.data.preparation import prepare
-  from nonlocal_jax.data.prepared import check_data_dir, published_copies
-  from nonlocal_jax.data.split_checks import report_split
-
-  description, found = {}, None
+  by_value = None
   if options.dataset == 'custom':
     found = with_splits(options.source, read_folder(options.source))
-    description = found.description
-  described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
-  if options.dataset != 'custom':
-    dataset = PUBLISHED[options.dataset]
+    with withdrawn_after_errors(found.written):
+      splits, dataset, by_value = _prepare_custom(options, found)
+    # Once the result is there, which a closed output must not cost.
+    print(f'{options.source} holds {found.sentence}.')
   else:
-    dataset = custom_dataset(
-      **(description if described else {**description, 'num_classes': IGNORE})
-    )
-  where = {'splits': options.splits, 'data_dir': options.data_dir}
-  splits = published_copies(dataset, **where) if options.download else {}
+    dataset = PUBLISHED[options.dataset]
+    splits = _prepare_published(options, dataset)
+  for split in splits.values():
+    print(f'\n{split.name}: {counted(len(split), "image")} in {split.directory}')
+    print(shares_table(split, dataset))
+  more = pixel_options(splits['train']) if 'train' in splits else []
+  if by_value:
+    print(f'\nDescribe the label values in {DESCRIPTION} in {options.source}, see --help.')
+  print(f'\nTo train on it:\n  {training_command(options, by_value, more)}')
+
+
+def _prepare_custom(
+  options: argparse.Namespace, found: Found
+) -> tuple[dict[Split, 'PreparedSplit'], Dataset, Dataset | None]:
+  """Prepares and checks a custom dataset; the last is the dataset if its classes were counted."""
+  description: Mapping[str, Any] = found.description
+  by_value = None
+  is_described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
+  enough: Mapping[str, Any] = description if is_described else {'num_classes': IGNORE}
+  dataset = custom_dataset(**{**description, **enough})
+  splits = _prepare(options, dataset, options.source, found)
+  if not is_described:
+    dataset = by_value = one_class_per_value(splits.values(), dataset, description, options.source)
+  _report(splits, dataset)
+  return splits, dataset, by_value
+
+
+def _prepare_published(
+  options: argparse.Namespace, dataset: Dataset
+) -> dict[Split, 'PreparedSplit']:
+  """Prepares and checks a published dataset, once it is downloaded if that is wanted."""
+  from nonlocal_jax.data.prepared import check_data_dir, published_copies
+
+  splits = {}
+  if options.download:
+    splits = published_copies(dataset, splits=options.splits, data_dir=options.data_dir)
   if splits:
     print('The dataset is prepared already: nothing is downloaded.', file=sys.stderr)
   else:
     if options.download:
       check_data_dir(options.data_dir)
     source = fetched(options) if options.download else options.source
-    with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
-      splits = prepare(dataset, source, skip_bad=options.skip_bad, found=found, **where)
-  is_counted = dataset.name == 'custom' and not described
-  with withdrawn_after_errors(found.written if found else ()):
-    if is_counted:
-      dataset = one_class_per_value(splits.values(), dataset, description, options.source)
-    pixels = format_to_read(next(iter(splits.values())))  # training's, if it is among them
-    for split in splits.values():
-      report_split(split, dataset, pixels=pixels)
-  if found:  # once the result is there, which a closed output must not cost
-    print(f'{options.source} holds {found.sentence}.')
+    splits = _prepare(options, dataset, source)
+  _report(splits, dataset)
+  return splits
+
+
+def _prepare(
+  options: argparse.Namespace, dataset: Dataset, source: str | Path, found: Found | None = None
+) -> dict[Split, 'PreparedSplit']:
+  from nonlocal_jax.data.preparation import prepare
+
+  with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
+    return prepare(
+      dataset,
+      source,
+      splits=options.splits,
+      data_dir=options.data_dir,
+      skip_bad=options.skip_bad,
+      found=found,
+    )
+
+
+def _report(splits: Mapping[Split, 'PreparedSplit'], dataset: Dataset) -> None:
+  from nonlocal_jax.data.split_checks import report_split
+
+  pixels = format_to_read(next(iter(splits.values())))  # training's, if it is among them
   for split in splits.values():
-    print(f'\n{split.name}: {counted(len(split), "image")} in {split.directory}')
-    print(shares_table(split, dataset))
-  more = pixel_options(splits['train']) if 'train' in splits else []
-  if is_counted:
-    print(f'\nDescribe the label values in {DESCRIPTION} in {options.source}, see --help.')
-  print(f'\nTo train on it:\n  {training_command(options, dataset if is_counted else None, more)}')
+    report_split(split, dataset, pixels=pixels)
 
 
 def _check(parser: Parser, options: argparse.Namespace) -> None:

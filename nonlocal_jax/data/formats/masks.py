@@ -41,7 +41,8 @@ from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.wording import counted
 
-_MOST_PIXELS = 0.8  # share of those that smoothed edges leave as they were, at least
+# Smoothed edges have many colors, and leave most of the pixels as they were.
+_SMOOTHED_COLORS, _MOST_PIXELS = 8, 0.95
 _BLACK, _WHITE = 'background', 'foreground'
 
 
@@ -302,7 +303,7 @@ def _palette_to_paste(paths: Sequence[Path], source: Path, table: ClassTable | N
     )
   listed = f'There are {describe_colors(dict(counts.most_common()))}.'
   usual, usual_pixels = _usual(counts)
-  if 2 * len(usual) <= len(counts):
+  if 2 * len(usual) <= len(counts) >= _SMOOTHED_COLORS:
     share = usual_pixels / counts.total()
     listed += (
       f' {len(usual)} of them have {share:.0%} of the pixels: if the others are smoothed edges or '

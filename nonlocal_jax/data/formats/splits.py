@@ -348,6 +348,8 @@ def withdrawn_after_errors(written: Sequence[Path]) -> Iterator[None]:
     if is_first_process():
       for path in written:
         path.unlink(missing_ok=True)
+      if written:
+        print(f'{" and ".join(path.name for path in written)} were removed again.', file=sys.stderr)
     raise
 
 
