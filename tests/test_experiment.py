@@ -14,6 +14,7 @@ from nonlocal_jax.experiment import Experiment
 from nonlocal_jax.models.nonlocal_net import state_shapes
 from nonlocal_jax.recipes import base_config, published_config
 from nonlocal_jax.runtime.compilation import trim_memory_after_compiling
+from tests.scenes import make_scenes, write
 
 
 def tiny_config() -> ConfigDict:
@@ -55,6 +56,21 @@ def test_a_deterministic_run_is_so_in_evaluation_as_well(deterministic):
   experiment = Experiment.from_config(config)
   assert experiment.execution.deterministic == deterministic
   assert experiment.eval_execution.deterministic == deterministic
+
+
+def test_images_that_nothing_divides_are_not_divided_before_weights_are_there(tmp_path):
+  for scene in make_scenes(2):
+    write(tmp_path / f'images/{scene.name}.jpg', scene.image)
+    write(tmp_path / f'labels/{scene.name}.png', scene.label)
+  config = tiny_config()
+  config.data.source_dir = str(tmp_path)
+  experiment = Experiment.from_config(config)
+  experiment.check_data(['train', 'val'])
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['images', 'labels']
+  for path in (tmp_path / 'labels').iterdir():
+    path.rename(path.with_suffix('.tif'))
+  with pytest.raises(UserError, match=r'scene_0\.jpg has no label map: expected .*PNG files only'):
+    experiment.check_data(['train', 'val'])
 
 
 def test_the_step_is_lowered_for_the_devices_given():

@@ -21,6 +21,7 @@ from nonlocal_jax.data.loader import TrainIterator, restored_opencv_threads, tra
 from nonlocal_jax.data.pixel_formats import RGB, PixelFormat
 from nonlocal_jax.data.preparation import prepare
 from nonlocal_jax.data.prepared import PreparedSplit, open_prepared
+from nonlocal_jax.data.samples import Listing
 from nonlocal_jax.data.split_checks import report_split
 from nonlocal_jax.data.transforms import AugmentConfig
 from nonlocal_jax.errors import UserError, explained_by
@@ -530,7 +531,9 @@ class Experiment:
       found = None
       if self.dataset.layout == 'custom':
         found = read_folder(source_dir)
-        if not is_divided(source_dir, found):
+        if isinstance(found.listing, Listing) and not is_divided(source_dir, found):
+          if not found.listing.samples:
+            raise UserError(next(iter(found.listing.incomplete.values())))
           return  # `prepare` divides them: that reads all label maps
       for split in splits:
         list_samples(self.dataset, source_dir, split, found)
