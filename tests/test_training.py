@@ -233,7 +233,7 @@ def test_a_dry_run_says_what_a_run_needs_and_keeps_nothing(training_config, tmp_
   assert re.search(r'parameters; a training step needs 0\.\d\d GiB on each device\n', said)
   found = re.search(
     r'A step took ([\d.e-]+) s, of which \d+% were spent waiting for images \(10 steps\); 100,000 '
-    r'steps take about (\d+) (min|h)[ \d]*.*, and 10 evaluations of 5 images come on top\.\n',
+    r'steps take about (\d+) (min|h)[ \d]*.* without 10 evaluations of 5 images\.\n',
     said,
   )
   hours = int(found[2]) / {'min': 60, 'h': 1}[found[3]]
