@@ -14,7 +14,7 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import NonLocalNet
 from nonlocal_jax.runtime.parallel import data_mesh
 from nonlocal_jax.training.checkpointing import started_from
-from nonlocal_jax.training.class_matching import matched_classes
+from nonlocal_jax.training.class_matching import check_order, matched_classes
 from nonlocal_jax.training.initial_weights import read_initial_weights
 from nonlocal_jax.training.train_step import initial_state
 from nonlocal_jax.weights.arrays import to_arrays
@@ -24,6 +24,28 @@ from nonlocal_jax.weights.loading import read_weights
 CHECKPOINT = Path('tests/data/converted_of_2026_11')  # of Cityscapes
 OURS = ('crack', 'Traffic_Light', 'road', 'puddle', 'side walk', 'sky')
 KEPT = {1: 6, 2: 0, 5: 10}  # in Cityscapes: traffic light, road, sky
+
+
+def test_classes_in_another_order_are_refused_unless_they_are_matched(checkpoint):
+  theirs = checkpoint[0].classes
+  check_order(theirs, theirs, source='there')
+  check_order(['crack', *theirs[1:]], theirs, source='there')  # another name
+  turned = [theirs[1], theirs[0], *theirs[2:]]
+  with pytest.raises(UserError) as error:
+    read_initial_weights(
+      checkpoint[0].config, checkpoint[0].protocol, checkpoint=CHECKPOINT, classes=turned
+    )
+  assert str(error.value) == (
+    f"{CHECKPOINT} has the classes of the dataset in another order: class 0 is 'road' there and "
+    "'sidewalk' here; order them as in the weights, or train with match_classes (--match_classes)."
+  )
+  for options in ({'match_classes': turned}, {'new_classifier': True}):
+    read_initial_weights(
+      *(checkpoint[0].config, checkpoint[0].protocol),
+      checkpoint=CHECKPOINT,
+      classes=turned,
+      **options,
+    )
 
 
 @pytest.fixture(scope='module')

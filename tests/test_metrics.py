@@ -6,7 +6,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 
-from nonlocal_jax.evaluation.metrics import distinct_names, scores, undefined_reasons
+from nonlocal_jax.evaluation.metrics import distinct_names, scores, undefined_reasons, without_hits
 from nonlocal_jax.ops.confusion import confusion_matrix
 from tests import peer
 from tests.mmseg_import import mmseg_module
@@ -180,6 +180,20 @@ def test_what_the_reasons_say_of_the_means_is_so(rng):
 
 def test_no_reason_where_all_is_defined():
   assert undefined_reasons(np.ones((2, 2), np.int64), ['a', 'b'], more=True) == {}
+
+
+def test_why_an_iou_is_0():
+  confusion = np.array([[5, 2, 0, 0], [3, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]])
+  assert without_hits(confusion, ['sky', 'apple', 'pear', 'plum']) == (
+    'No labeled pixel is right of apple (2 predicted pixels), pear (never predicted): their IoU of '
+    '0 counts in mIoU.'
+  )
+  assert without_hits(confusion[:1, :1], ['sky']) == ''
+  many = without_hits(np.eye(12, k=1, dtype=np.int64), [f'c{index}' for index in range(12)])
+  assert many.startswith(
+    'No labeled pixel is right of c0 (never predicted), c1 (1 predicted pixel)'
+  )
+  assert 'c9 (1 predicted pixel) and 1 more: their' in many
 
 
 def test_distinct_names():

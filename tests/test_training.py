@@ -57,6 +57,7 @@ def test_a_run_leaves_all_that_is_promised(trained):
     'report.html',
     'report_pictures.zip',
     'train.csv',
+    'training_data.json',
   }
   assert {path.name for path in (workdir / 'checkpoints').iterdir()} == {'2', '4'}
   assert (workdir / events).stat().st_size > 500

@@ -1,5 +1,6 @@
 """Workdirs: one run at a time, and runs that were stopped before their first checkpoint."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -10,9 +11,18 @@ import sys
 
 import pytest
 
+from nonlocal_jax.data.label_values import LabelValue
 from nonlocal_jax.errors import UserError
+from nonlocal_jax.models.config import NonLocalNetConfig
+from nonlocal_jax.protocol import EvalProtocol
 from nonlocal_jax.runtime.locks import used_alone
 from nonlocal_jax.training.log import TrainingLog
+from nonlocal_jax.training.run_files import (
+  check_same_data,
+  write_data_identity,
+  write_run_files,
+)
+from nonlocal_jax.weights.description import ModelDescription
 from tests.conftest import train_and_evaluate
 
 HOLD = """
@@ -75,6 +85,76 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.slow
+@dataclasses.dataclass
+class Split:
+  """What identifies a prepared split."""
+
+  sizes: list[tuple[int, int]]
+  label_values: dict[int, LabelValue]
+
+  def __len__(self):
+    return len(self.sizes)
+
+
+TRAIN = Split([(4, 6), (4, 6)], {0: LabelValue(30, '/a/0.png'), 1: LabelValue(18, '/a/1.png')})
+
+
+@pytest.mark.parametrize(
+  ('classes', 'train', 'said'),
+  [
+    (['sky', 'sea'], TRAIN, None),
+    (['sky', 'ocean'], TRAIN, None),  # another name
+    (
+      ['sky', 'sea'],  # moved
+      dataclasses.replace(
+        TRAIN,
+        label_values={0: LabelValue(30, '/b/0.png'), 1: LabelValue(18, '/b/1.png')},
+      ),
+      None,
+    ),
+    (['sea', 'sky'], TRAIN, r"holds a run whose class 1 is 'sea', which is class 0 now: choose"),
+    (['sky', 'land', 'sea'], TRAIN, r"holds a run whose class 1 is 'sea', which is class 2 now"),
+    (
+      ['sky', 'sea'],
+      dataclasses.replace(
+        TRAIN, label_values={0: LabelValue(31, '/a/0.png'), 1: LabelValue(17, '/a/1.png')}
+      ),
+      r'other training images or labels \(2 images, now 2\): choose another workdir; --checkpoint=',
+    ),
+    (['sky', 'sea'], dataclasses.replace(TRAIN, sizes=[(4, 6)]), r'or labels \(2 images, now 1\)'),
+  ],
+)
+def test_a_run_resumes_on_its_own_data_only(classes, train, said, tmp_path):
+  config = NonLocalNetConfig.from_depth(14, num_classes=2, width=4)
+  description = ModelDescription(
+    config,
+    EvalProtocol(),
+    dataset='custom',
+    classes=('sky', 'sea'),
+    palette=((0, 0, 0), (1, 1, 1)),
+    source='here',
+    sha256=None,
+    num_batches_tracked={},
+  )
+  check_same_data(tmp_path, ['sea', 'sky'], TRAIN)  # no run is there
+  write_run_files(tmp_path, {}, description)
+  write_data_identity(tmp_path, TRAIN)
+  (tmp_path / 'metrics.json').write_text('{}')
+  if said is None:
+    check_same_data(tmp_path, classes, train)
+    return
+  with pytest.raises(UserError, match=said):
+    check_same_data(tmp_path, classes, train)
+
+
+def test_a_damaged_identity_of_the_data_is_a_sentence(tmp_path):
+  (tmp_path / 'metrics.json').write_text('{}')
+  check_same_data(tmp_path, ['sky', 'sea'], TRAIN)  # of an earlier version
+  (tmp_path / 'training_data.json').write_text('{')
+  with pytest.raises(UserError, match=r'training_data\.json cannot be read .* choose anoth'):
+    check_same_data(tmp_path, ['sky', 'sea'], TRAIN)
+
+
 def test_a_run_without_a_checkpoint_makes_room_for_another_config(
   training_config, tmp_path, monkeypatch, capsys
 ):

@@ -19,10 +19,11 @@ Add "reduce_zero_label": true if 0 has no class and label k means class k - 1. A
 """
 
 import argparse
+import functools
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,6 @@ from nonlocal_jax.cli.pixel_options import format_to_read, pixel_options
 from nonlocal_jax.cli.program import Parser, program_name
 from nonlocal_jax.data.datasets import DESCRIPTION, PUBLISHED, Dataset, Split, custom_dataset
 from nonlocal_jax.data.formats.detection import read_folder, with_splits
-from nonlocal_jax.data.formats.found import Found
 from nonlocal_jax.data.formats.splits import withdrawn_after_errors
 from nonlocal_jax.data.label_values import class_shares
 from nonlocal_jax.data.paths import as_path, is_remote
@@ -41,6 +41,8 @@ from nonlocal_jax.runtime.wording import counted
 
 if TYPE_CHECKING:
   from nonlocal_jax.data.prepared import PreparedSplit
+
+  Splits = dict[Split, PreparedSplit]
 
 # How many values between black and white smoothed edges have at least, in how few of the pixels.
 _SMOOTHED_VALUES, _SMOOTHED_SHARE = 8, 0.9
@@ -70,16 +72,18 @@ def main(arguments: Sequence[str]) -> None:
   options = parser.parse(arguments)
   _check(parser, options)
 
+  from nonlocal_jax.data.preparation import prepare
+
+  prepare_from = functools.partial(
+    prepare, splits=options.splits, data_dir=options.data_dir, skip_bad=options.skip_bad
+  )
   by_value = None
-  if options.dataset == 'custom':
-    found = with_splits(options.source, read_folder(options.source))
-    with withdrawn_after_errors(found.written):
-      splits, dataset, by_value = _prepare_custom(options, found)
-    # Once the result is there, which a closed output must not cost.
-    print(f'{options.source} holds {found.sentence}.')
-  else:
-    dataset = PUBLISHED[options.dataset]
-    splits = _prepare_published(options, dataset)
+  with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
+    if options.dataset == 'custom':
+      splits, dataset, by_value = _prepare_custom(options, prepare_from)
+    else:
+      dataset = PUBLISHED[options.dataset]
+      splits = _prepare_published(options, dataset, prepare_from)
   for split in splits.values():
     print(f'\n{split.name}: {counted(len(split), "image")} in {split.directory}')
     print(shares_table(split, dataset))
@@ -90,24 +94,29 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _prepare_custom(
-  options: argparse.Namespace, found: Found
-) -> tuple[dict[Split, 'PreparedSplit'], Dataset, Dataset | None]:
+  options: argparse.Namespace, prepare_from: Callable[..., 'Splits']
+) -> tuple['Splits', Dataset, Dataset | None]:
   """Prepares and checks a custom dataset; the last is the dataset if its classes were counted."""
+  found = with_splits(options.source, read_folder(options.source))
   description: Mapping[str, Any] = found.description
   by_value = None
-  is_described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
-  enough: Mapping[str, Any] = description if is_described else {'num_classes': IGNORE}
-  dataset = custom_dataset(**{**description, **enough})
-  splits = _prepare(options, dataset, options.source, found)
-  if not is_described:
-    dataset = by_value = one_class_per_value(splits.values(), dataset, description, options.source)
-  _report(splits, dataset)
+  with withdrawn_after_errors(found.written):
+    is_described = bool({'num_classes', 'classes', 'label_map', 'palette'} & description.keys())
+    enough: Mapping[str, Any] = description if is_described else {'num_classes': IGNORE}
+    dataset = custom_dataset(**{**description, **enough})
+    splits = prepare_from(dataset, options.source, found=found)
+    if not is_described:
+      dataset = one_class_per_value(splits.values(), dataset, description, options.source)
+      by_value = dataset
+    _report(splits, dataset)
+  # Once the result is there, which a closed output must not cost.
+  print(f'{options.source} holds {found.sentence}.')
   return splits, dataset, by_value
 
 
 def _prepare_published(
-  options: argparse.Namespace, dataset: Dataset
-) -> dict[Split, 'PreparedSplit']:
+  options: argparse.Namespace, dataset: Dataset, prepare_from: Callable[..., 'Splits']
+) -> 'Splits':
   """Prepares and checks a published dataset, once it is downloaded if that is wanted."""
   from nonlocal_jax.data.prepared import check_data_dir, published_copies
 
@@ -120,28 +129,12 @@ def _prepare_published(
     if options.download:
       check_data_dir(options.data_dir)
     source = fetched(options) if options.download else options.source
-    splits = _prepare(options, dataset, source)
+    splits = prepare_from(dataset, source)
   _report(splits, dataset)
   return splits
 
 
-def _prepare(
-  options: argparse.Namespace, dataset: Dataset, source: str | Path, found: Found | None = None
-) -> dict[Split, 'PreparedSplit']:
-  from nonlocal_jax.data.preparation import prepare
-
-  with explained_by({'data_dir': '--data-dir=DIR', 'skip_bad': '--skip-bad'}):
-    return prepare(
-      dataset,
-      source,
-      splits=options.splits,
-      data_dir=options.data_dir,
-      skip_bad=options.skip_bad,
-      found=found,
-    )
-
-
-def _report(splits: Mapping[Split, 'PreparedSplit'], dataset: Dataset) -> None:
+def _report(splits: 'Splits', dataset: Dataset) -> None:
   from nonlocal_jax.data.split_checks import report_split
 
   pixels = format_to_read(next(iter(splits.values())))  # training's, if it is among them

@@ -7,7 +7,7 @@ import numpy as np
 
 from nonlocal_jax.data.datasets import PUBLISHED, Dataset
 from nonlocal_jax.evaluation.evaluator import Evaluation
-from nonlocal_jax.evaluation.metrics import undefined_reasons
+from nonlocal_jax.evaluation.metrics import undefined_reasons, without_hits
 from nonlocal_jax.evaluation.pictures import comparison, write_png
 from nonlocal_jax.evaluation.report import ReportFacts, write_report
 from nonlocal_jax.evaluation.report_page import PAGE, NotReplacedError, report_page, write_page
@@ -35,6 +35,8 @@ def show_evaluation(evaluation: Evaluation, dataset: Dataset, *, more: bool = Fa
   reasons = undefined_reasons(evaluation.confusion, dataset.classes, more=more)
   for name, reason in reasons.items():
     _print_once(f'{name}: {reason}')
+  if sentence := without_hits(evaluation.confusion, dataset.classes):
+    _print_once(sentence)
 
 
 def write_evaluation(

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from nonlocal_jax.runtime.wording import counted
+
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
@@ -148,6 +150,32 @@ def undefined_reasons(
       reasons[name] += f'; {_each(zero, "0", "counts in" if len(zero) == 1 else "count in")}'
     reasons[name] += '.'
   return reasons
+
+
+def without_hits(confusion: np.ndarray, classes: Sequence[str]) -> str:
+  """Explains the IoU of 0 of labeled classes.
+
+  Args:
+    confusion: (c, c) integers, rows by label, columns by prediction.
+    classes: The name of each class.
+
+  Returns:
+    A sentence, such as 'No labeled pixel is right of apple (never predicted): its IoU of 0 counts
+    in mIoU.'; empty if each labeled class has pixels that are right.
+  """
+  right, labeled, predicted = _areas(confusion)
+  wrong = [
+    f'{name} ({counted(count, "predicted pixel") if count else "never predicted"})'
+    for name, hits, size, count in zip(
+      distinct_names(classes), right.tolist(), labeled.tolist(), predicted.tolist(), strict=True
+    )
+    if size and not hits
+  ]
+  if not wrong:
+    return ''
+  listed = ', '.join(wrong[:10]) + (f' and {len(wrong) - 10} more' if len(wrong) > 10 else '')
+  whose = 'its' if len(wrong) == 1 else 'their'
+  return f'No labeled pixel is right of {listed}: {whose} IoU of 0 counts in mIoU.'
 
 
 def distinct_names(classes: Sequence[str]) -> list[str]:

@@ -56,6 +56,7 @@ from nonlocal_jax.runtime.parallel import (
   replicated,
 )
 from nonlocal_jax.runtime.wording import counted
+from nonlocal_jax.training.class_matching import check_order
 from nonlocal_jax.training.dry_run import dry_run
 from nonlocal_jax.training.initial_weights import InitialWeights, read_initial_weights
 from nonlocal_jax.training.loop import train_and_evaluate
@@ -64,8 +65,10 @@ from nonlocal_jax.training.mlflow_service import MlflowService
 from nonlocal_jax.training.optimizer import OptimizerConfig
 from nonlocal_jax.training.run import ScheduleConfig, TrainingRun
 from nonlocal_jax.training.run_files import (
+  check_same_data,
   check_same_run,
   set_aside_stopped_run,
+  write_data_identity,
   write_run_files,
 )
 from nonlocal_jax.training.trackers import Service
@@ -191,9 +194,11 @@ class Experiment:
     if not has_checkpoint(workdir):
       initial = self._initial_weights(checkpoint, **options)
     splits = self.open_splits(workdir, ['train', 'val'])
+    check_same_data(workdir, self.dataset.classes, splits['train'])
     if is_first_process():
       set_aside_stopped_run(workdir)
       write_run_files(workdir, values, self.description())
+      write_data_identity(workdir, splits['train'])
     facts = ReportFacts(
       config=values,
       protocol=self.protocol,
@@ -240,7 +245,9 @@ class Experiment:
     check_same_run(workdir, self.values, base_config().to_dict())
     with restored_opencv_threads():
       initial = self._initial_weights(checkpoint, **options)
-      run = self._training_run(self.open_splits(workdir, ['train', 'val']), lambda *_: None)
+      splits = self.open_splits(workdir, ['train', 'val'])
+      check_same_data(workdir, self.dataset.classes, splits['train'])
+      run = self._training_run(splits, lambda *_: None)
       with _too_large_explained(resumes=has_checkpoint(workdir)), explained_by(DATA_FLAGS):
         dry_run(run, initial=initial)
 
@@ -281,6 +288,7 @@ class Experiment:
       checkpoint=checkpoint,
       new_classifier=new_classifier,
       match_classes=self.dataset.classes if match_classes else None,
+      classes=self.dataset.classes,
       ema=ema,
     )
 
@@ -353,9 +361,11 @@ class Experiment:
       non_local=ours.non_local,
     ):
       raise UserError(
-        f'{checkpoint} holds {found}, but the config describes {ours}; '
-        'give its own config, or set config.model and config.data.num_classes to match.'
+        f'{checkpoint} holds {found}, but the config describes {ours}; set '
+        f'--config.model.width={found.width}, --config.model.depth, --config.data.num_classes and '
+        '--config.data.channels to match, or give the Python config of its training.'
       )
+    check_order(self.dataset.classes, description.classes, source=str(checkpoint))
     protocol = protocol_of_evaluation(
       self.protocol, description, overrides=overrides, source=str(checkpoint)
     )

@@ -62,6 +62,26 @@ def matched_classes(
   return found
 
 
+def check_order(ours: Sequence[str], theirs: Sequence[str], *, source: str) -> None:
+  """Checks that classes of the same names are in the same order, as weights of them assume.
+
+  Args:
+    ours: Names of the dataset's classes.
+    theirs: Names of those of the weights.
+    source: The weights, for the message.
+
+  Raises:
+    UserError: If all names are the same, but not their order.
+  """
+  if list(ours) != list(theirs) and sorted(ours) == sorted(theirs):
+    index = next(i for i, names in enumerate(zip(ours, theirs, strict=True)) if len({*names}) > 1)
+    raise UserError(
+      f'{source} has the classes of the dataset in another order: class {index} is '
+      f'{theirs[index]!r} there and {ours[index]!r} here; order them as in the weights, or train '
+      'with match_classes (--match_classes).'
+    )
+
+
 def describe_matches(matched: Mapping[int, int], ours: Sequence[str], theirs: Sequence[str]) -> str:
   """Says which classes keep their part of the classifiers, and which have a new one."""
   kept = [

@@ -11,7 +11,7 @@ from flax import nnx
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.models import NonLocalNetConfig
 from nonlocal_jax.protocol import EvalProtocol
-from nonlocal_jax.training.class_matching import describe_matches, matched_classes
+from nonlocal_jax.training.class_matching import check_order, describe_matches, matched_classes
 from nonlocal_jax.weights.first_convolution import with_channels
 from nonlocal_jax.weights.loading import read_backbone, read_weights
 from nonlocal_jax.weights.names import find_backbone, find_weights, named_release
@@ -61,6 +61,7 @@ def read_initial_weights(
   checkpoint: Path | None = None,
   new_classifier: bool = False,
   match_classes: Sequence[str] | None = None,
+  classes: Sequence[str] | None = None,
   ema: bool = False,
 ) -> InitialWeights:
   """Reads the initial weights of a new run; `checkpoint` takes precedence over `backbone`.
@@ -74,6 +75,7 @@ def read_initial_weights(
     new_classifier: Whether to leave out the last layer of both heads of the checkpoint.
     match_classes: Names of the network's classes: those that the checkpoint has keep their part of
       the last layers, see `matched_classes`; None to take these layers as they are.
+    classes: Names of the network's classes, whose order is compared; None if unknown.
     ema: Whether to take the moving average that the .pth file of a checkpoint holds.
 
   Returns:
@@ -125,6 +127,7 @@ def read_initial_weights(
     described = describe_matches(matched, match_classes, description.classes)
     return InitialWeights(state, f'{source}; {described}', matched)
   if not new_classifier:
+    check_order(classes or description.classes, description.classes, source=str(checkpoint))
     return InitialWeights(state, source)
   kept = nnx.from_flat_state(
     (path, variable) for path, variable in nnx.to_flat_state(state) if _CLASSIFIER not in path

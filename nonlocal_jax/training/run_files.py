@@ -1,11 +1,14 @@
 """Files in a workdir that identify the run: its config and model description."""
 
+import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nonlocal_jax.data.prepared import PreparedSplit
 from nonlocal_jax.errors import UserError
 from nonlocal_jax.evaluation.report import METRICS
 from nonlocal_jax.runtime.files import make_folder, parse_object, remove_partial_files, write_whole
@@ -13,12 +16,13 @@ from nonlocal_jax.training.csv_files import EVALUATION, TRAINING
 from nonlocal_jax.training.log import LOG
 from nonlocal_jax.training.mlflow_service import MlflowService
 from nonlocal_jax.training.wandb_service import WandbService
-from nonlocal_jax.weights.checkpoints import DESCRIPTION
+from nonlocal_jax.weights.checkpoints import DESCRIPTION, read_description
 from nonlocal_jax.weights.description import ModelDescription
 from nonlocal_jax.weights.released import BACKBONES
 from nonlocal_jax.weights.run_checkpoints import BEST, has_checkpoint
 
 CONFIG = 'config.json'
+DATA = 'training_data.json'
 STOPPED = 'stopped_runs'  # subfolder of a workdir for runs that ended before their first checkpoint
 # Fields that may change when a run resumes: they do not affect training except for rounding.
 _FREE = (
@@ -84,6 +88,65 @@ def check_same_run(
   return config
 
 
+def check_same_data(workdir: Path, classes: Sequence[str], train: PreparedSplit) -> None:
+  """Checks that a run in `workdir`, if there is one that can resume, has the same training data.
+
+  The folder may have moved, and a class may have another name.
+
+  Args:
+    workdir: Directory of the run.
+    classes: Names of the classes.
+    train: The training images.
+
+  Raises:
+    UserError: If a class has another index than it had, or the images or their labels differ.
+  """
+  if not _has_results(workdir):
+    return
+  before: Sequence[str] = ()
+  with contextlib.suppress(UserError):  # it is written again
+    before = read_description(workdir).classes
+  moved = next((name for name in classes if name in before and _moved(name, before, classes)), None)
+  if moved is not None:
+    raise UserError(
+      f'{workdir} holds a run whose class {before.index(moved)} is {moved!r}, which is class '
+      f'{list(classes).index(moved)} now: choose another workdir; --checkpoint={workdir} '
+      '--match_classes starts from its weights.'
+    )
+  path = workdir / DATA
+  if not path.exists():  # of an earlier version
+    return
+  try:
+    saved = parse_object(path.read_bytes())
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f'{path} cannot be read ({error}); choose another workdir, or remove the file if the run in '
+      f'{workdir} has the data of this command.'
+    ) from error
+  if saved != (now := _identity(train)):
+    raise UserError(
+      f'{workdir} holds a run on other training images or labels ({saved.get("images")} images, '
+      f'now {now["images"]}): choose another workdir; --checkpoint={workdir} starts from its '
+      'weights.'
+    )
+
+
+def _moved(name: str, before: Sequence[str], now: Sequence[str]) -> bool:
+  return list(before).index(name) != list(now).index(name)
+
+
+def _identity(split: PreparedSplit) -> dict[str, int]:
+  """What tells training images and their labels from others, wherever they are."""
+  pixels = {str(value): found.pixels for value, found in sorted(split.label_values.items())}
+  text = json.dumps([[list(size) for size in split.sizes], pixels])
+  return {'images': len(split), 'crc32': zlib.crc32(text.encode())}
+
+
+def write_data_identity(workdir: Path, train: PreparedSplit) -> None:
+  """Writes what identifies the training images of a run, see `check_same_data`."""
+  write_whole(workdir / DATA, json.dumps(_identity(train)) + '\n')
+
+
 def write_run_files(
   workdir: Path, config: Mapping[str, Any], description: ModelDescription
 ) -> None:
@@ -106,7 +169,7 @@ def set_aside_stopped_run(workdir: Path) -> None:
   while (place := workdir / STOPPED / str(number)).exists():
     number += 1
   make_folder(place)
-  names = (CONFIG, LOG, TRAINING, EVALUATION, WandbService.file, MlflowService.file)
+  names = (CONFIG, DATA, LOG, TRAINING, EVALUATION, WandbService.file, MlflowService.file)
   for path in (*(workdir / name for name in names), *workdir.glob('events.out.tfevents.*')):
     if path.exists():
       path.rename(place / path.name)
