@@ -66,13 +66,7 @@ def check_same_run(
   path = workdir / CONFIG
   if not path.exists() or not _has_results(workdir):
     return config
-  try:
-    saved = parse_object(path.read_bytes())
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f'{path} cannot be read ({error}); choose another workdir, or remove the file if the run in '
-      f'{workdir} has the config of this command.'
-    ) from error
+  saved = _read(path, 'config')
   if has_checkpoint(workdir) and not saved.get(_BACKBONE) and config[_BACKBONE] in _BY_NAME:
     # It began when the published recipes did not name their backbone.
     config = {**config, _BACKBONE: ''}
@@ -116,19 +110,28 @@ def check_same_data(workdir: Path, classes: Sequence[str], train: PreparedSplit)
   path = workdir / DATA
   if not path.exists():  # of an earlier version
     return
-  try:
-    saved = parse_object(path.read_bytes())
-  except (OSError, ValueError) as error:
-    raise UserError(
-      f'{path} cannot be read ({error}); choose another workdir, or remove the file if the run in '
-      f'{workdir} has the data of this command.'
-    ) from error
+  saved = _read(path, 'data')
   if saved != (now := _identity(train)):
     raise UserError(
       f'{workdir} holds a run on other training images or labels ({saved.get("images")} images, '
       f'now {now["images"]}): choose another workdir; --checkpoint={workdir} starts from its '
       'weights.'
     )
+
+
+def _read(path: Path, what: str) -> dict[str, Any]:
+  """Reads a file that tells what a run has.
+
+  Raises:
+    UserError: If it cannot be read.
+  """
+  try:
+    return parse_object(path.read_bytes())
+  except (OSError, ValueError) as error:
+    raise UserError(
+      f'{path} cannot be read ({error}); choose another workdir, or remove the file if the run in '
+      f'{path.parent} has the {what} of this command.'
+    ) from error
 
 
 def _moved(name: str, before: Sequence[str], now: Sequence[str]) -> bool:
