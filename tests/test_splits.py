@@ -178,6 +178,14 @@ def test_lists_go_if_label_values_are_none(source, script_of_prepare):
   assert not [path.name for path in source.glob('*.txt') if path.name != 'classes.txt']
 
 
+def test_that_lists_are_removed_is_told_once(source, tmp_path, capsys):
+  (source / 'labels/scene_5.png').write_bytes(b'broken')
+  with pytest.raises(UserError, match=r'scene_5\.png is not an image, or broken'):
+    prepare.main(['--dataset=custom', f'--source={source}', f'--data-dir={tmp_path / "prepared"}'])
+  assert capsys.readouterr().err.count('train.txt and val.txt were removed again.') == 1
+  assert not list(source.glob('*.txt'))
+
+
 def test_two_lists_and_names_with_spaces_and_of_any_script(source):
   names = ['a b', 'Straße', 'e\u0301', '道路.v2']
   for scene, name in zip(SCENES, names, strict=False):

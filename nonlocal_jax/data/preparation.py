@@ -80,11 +80,13 @@ def prepare(
       `data_dir` is not writable.
   """
   # Held until the end: both splits may come from the same files, which are then read once.
+  written: Sequence[Path] = ()  # a caller that divided the images withdraws its lists itself
   if found is None and dataset.layout == 'custom':
     found = with_splits(source_dir, read_folder(source_dir))
+    written = found.written
   if found and found.warning and is_first_process():
     print(f'warning: {found.warning}', file=sys.stderr)
-  with withdrawn_after_errors(found.written if found else ()):
+  with withdrawn_after_errors(written):
     return {
       split: _prepare_split(dataset, source_dir, split, found, data_dir, skip_bad)
       for split in splits
