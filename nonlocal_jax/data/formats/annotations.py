@@ -14,7 +14,7 @@ import numpy as np
 from nonlocal_jax.data.formats.class_tables import find_table
 from nonlocal_jax.data.formats.found import Found
 from nonlocal_jax.data.formats.image_index import ImageIndex
-from nonlocal_jax.data.formats.splits import SPLIT_NAMES
+from nonlocal_jax.data.formats.split_lists import SPLIT_NAMES
 from nonlocal_jax.data.paths import in_one_form, version_of
 from nonlocal_jax.data.samples import Listing, Sample, no_files
 from nonlocal_jax.data.transforms import IGNORE

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nonlocal_jax.data.datasets import Split
-from nonlocal_jax.data.formats.splits import SPLIT_NAMES
+from nonlocal_jax.data.formats.split_lists import SPLIT_NAMES
 from nonlocal_jax.data.paths import IMAGE_SUFFIXES, files_below, in_one_form, without_suffix
 from nonlocal_jax.data.samples import Listing, Sample, by_stem, no_files
 from nonlocal_jax.errors import UserError

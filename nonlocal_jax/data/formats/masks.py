@@ -35,7 +35,7 @@ from nonlocal_jax.data.formats.mask_scan import (
   conflict_of_palettes,
   scan,
 )
-from nonlocal_jax.data.formats.splits import SPLIT_NAMES
+from nonlocal_jax.data.formats.split_lists import SPLIT_NAMES
 from nonlocal_jax.data.samples import Listing, Sample
 from nonlocal_jax.data.transforms import IGNORE
 from nonlocal_jax.errors import UserError

@@ -1,7 +1,6 @@
 """Divides images into those for training and those for validation by lists, or writes lists."""
 
 import contextlib
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -11,6 +10,7 @@ import numpy as np
 
 from nonlocal_jax.data.datasets import Split
 from nonlocal_jax.data.formats.automatic_split import choose_val, present_classes
+from nonlocal_jax.data.formats.split_lists import Names, find_lists, listed_names, numbered_lines
 from nonlocal_jax.data.paths import (
   IMAGE_SUFFIXES,
   in_one_form,
@@ -25,16 +25,6 @@ from nonlocal_jax.errors import UserError
 from nonlocal_jax.runtime.files import write_whole
 from nonlocal_jax.runtime.parallel import is_first_process
 from nonlocal_jax.runtime.wording import counted
-
-SPLIT_NAMES: dict[Split, tuple[str, ...]] = {
-  'train': ('train', 'training'),
-  'val': ('val', 'valid', 'validation'),
-}
-_LIST_FOLDERS = ('', 'ImageSets/Segmentation', 'ImageSets')
-_TEST, _BOTH = ('test.txt', 'testing.txt'), 'trainval.txt'
-_UNREAD = tuple(
-  f'{name}.csv' for name in (*SPLIT_NAMES['train'], *SPLIT_NAMES['val'], 'trainval', 'test')
-)
 
 
 class Division(NamedTuple):
@@ -51,22 +41,6 @@ class Division(NamedTuple):
   sentence: str
   warning: str = ''
   written: Sequence[Path] = ()
-
-
-class _Lists(NamedTuple):
-  """The lists of a folder.
-
-  Attributes:
-    of_split: That of each split.
-    tests: Those of images for testing, which are used for nothing.
-    both: That of images for training and validation together, if there is one.
-    unread: Tables that may be lists, which are not read.
-  """
-
-  of_split: Mapping[Split, Path]
-  tests: Sequence[Path] = ()
-  both: Path | None = None
-  unread: Sequence[Path] = ()
 
 
 def divided(source: Path, listing: Listing) -> Division:
@@ -91,21 +65,21 @@ def divided(source: Path, listing: Listing) -> Division:
   """
   names = [sample.id for sample in listing.samples]
   names += [_stem(name) for name in listing.incomplete]
-  known, warning = _Names(names), ''
-  all_lists = _find_lists(source)
-  tested = {name for path in all_lists.tests for name in _listed_names(path, known)}
-  pool = set(names) if all_lists.both is None else _listed_names(all_lists.both, known)
+  known, warning = Names(names), ''
+  all_lists = find_lists(source)
+  tested = {name for path in all_lists.tests for name in listed_names(path, known)}
+  pool = set(names) if all_lists.both is None else listed_names(all_lists.both, known)
   pool -= tested
   lists, written = all_lists.of_split, []
   if not lists:
     written = _write_lists(source, listing, [name for name in names if name in pool])
-    lists = _find_lists(source).of_split
+    lists = find_lists(source).of_split
   labels = {sample.id: sample.label for sample in listing.samples}
   found: dict[Split, set[str]] = {}
   missing: dict[Split, dict[str, str]] = {'train': {}, 'val': {}}
   for split, path in lists.items():
     found[split] = set()
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
       name, rest = known.find(line)
       if name is not None and rest and not _is_label(rest, labels.get(name)):
         raise UserError(
@@ -162,12 +136,12 @@ def divided(source: Path, listing: Listing) -> Division:
 
 def has_lists(source: Path) -> bool:
   """Whether a folder has a list of the images for training or for validation."""
-  return bool(_find_lists(source).of_split)
+  return bool(find_lists(source).of_split)
 
 
 def unused_lists(source: Path) -> str:
   """Says that the lists of a folder whose images are divided already are not used; '' if none."""
-  lists = _find_lists(source, folders=[''])
+  lists = find_lists(source, folders=[''])
   paths = [*lists.of_split.values(), *([lists.both] if lists.both else []), *lists.tests]
   if not paths:
     return ''
@@ -194,91 +168,6 @@ def _stem(name: str) -> str:
 
 def _listed(source: Path, paths) -> str:
   return ' and '.join(path.relative_to(source).as_posix() for path in paths)
-
-
-def _find_lists(source: Path, folders: Sequence[str] = _LIST_FOLDERS) -> _Lists:
-  """The lists of a folder; those of splits from the one place that has some.
-
-  Raises:
-    UserError: If several folders have lists, or a folder has two of a split.
-  """
-  found: dict[Split, Path] = {}
-  tests, both, unread = [], None, []
-  for folder in folders:
-    place = source / folder if folder else source
-    here: dict[Split, Path] = {}
-    for path in sorted(place.iterdir()) if place.is_dir() else []:
-      name = path.name.lower()
-      if name in _TEST:
-        tests.append(path)
-      elif name == _BOTH:
-        both = both or path
-      elif name in _UNREAD:
-        unread.append(path)
-      for split, stems in SPLIT_NAMES.items():
-        if name in [f'{stem}.txt' for stem in stems] and path.is_file():
-          if split in here:
-            raise UserError(f'{here[split]} and {path} both list {split} images: delete one.')
-          here[split] = path
-    if here and found:
-      one, other = (next(iter(lists.values())) for lists in (found, here))
-      raise UserError(f'{one} and {other} both divide the images: delete the lists of one folder.')
-    found = found or here
-  of_split = {split: found[split] for split in SPLIT_NAMES if split in found}
-  return _Lists(of_split, tests, both, unread)
-
-
-def _listed_names(path: Path, known: '_Names') -> set[str]:
-  """The images of a list that are there."""
-  return {name for _, line in _lines(path) if (name := known.find(line)[0]) is not None}
-
-
-def _lines(path: Path) -> list[tuple[int, str]]:
-  """The lines of a list with their numbers, without empty ones.
-
-  Raises:
-    UserError: If there are none.
-  """
-  lines = read_text(path).split('\n')
-  numbered = [(number, line.rstrip('\r')) for number, line in enumerate(lines, 1) if line.strip()]
-  if not numbered:
-    raise UserError(f'There are no image names in {path}: add them, or delete the list.')
-  return numbered
-
-
-class _Names:
-  """Finds images by what stands in lists."""
-
-  def __init__(self, names: Sequence[str]):
-    self._names = set(names)
-    self._by_last: dict[str, list[str]] = {}
-    for name in names:
-      self._by_last.setdefault(name.rpartition('/')[2], []).append(name)
-
-  def find(self, line: str) -> tuple[str | None, str]:
-    """Finds a whole line or its first word, with or without leading folders and suffix.
-
-    Returns:
-      The image's name, None if there is none; and what follows in the line.
-    """
-    text = line.strip()
-    by_space, by_comma = text.split(maxsplit=1), text.split(',', maxsplit=1)
-    for parts in ([line], [text], by_space, by_comma):
-      path = in_one_form(parts[0]).replace('\\', '/').strip('/')
-      for name in dict.fromkeys((path, without_suffix(path, IMAGE_SUFFIXES) or path)):
-        while name not in self._names and '/' in name and not _holds_image(name):
-          name = name.partition('/')[2]
-        same = [name] if name in self._names else self._by_last.get(name, [])
-        if len(same) == 1:
-          return same[0], parts[-1].strip() if len(parts) > 1 else ''
-    return None, ''
-
-
-def _holds_image(name: str) -> bool:
-  """Whether a folder's name ends an image's and goes on: the line has two paths."""
-  folder, *_ = name.partition('/')
-  words = re.split(r'[\s,;]+', folder)
-  return any(without_suffix(word, IMAGE_SUFFIXES) for word in words[:-1])
 
 
 def _is_label(text: str, label: Path | None) -> bool:
